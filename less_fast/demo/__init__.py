@@ -1,0 +1,9 @@
+"""The embedded model: a small Llama trained on the source of CPython's standard library, and its LESS kernels.
+
+`corpus` finds and splits the text, `build_model` trains the tokenizer and the model; this file only says where they lie.
+"""
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+KERNELS = Path(__file__).parent / "kernels"

@@ -1,0 +1,306 @@
+"""LessCache for Hugging Face decoders, and the "less" attention that it works through.
+
+transformers hands the attention function no cache. So `LessLayer.update` returns the new keys as a view that points back to
+the layer, and the attention function finds the layer there; keys without that pointer (training, another cache) get plain
+dense attention. A model that changes its keys after the cache loses the pointer, and that is detected and refused.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .kernels import LayerKernels, LessKernels
+from .state import LayerState
+from .step import extend
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_NOT_SUPPORTED_IN_ATTENTION = ("position_bias", "softcap", "s_aux", "sliding_window", "output_attentions")
+
+
+class TaggingLayer(CacheLayerMixin):
+    """A cache layer whose `update` returns the new keys with a pointer to itself: the attention function calls `attend`."""
+
+    is_sliding = False
+
+    def __init__(self):
+        super().__init__()
+        self.unread = False  # keys were handed out, and the attention function has not come for them
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tagged = key_states.view(key_states.shape)  # never tag the model's own tensor
+        tagged.less_layer = self
+        self.unread = True
+        return tagged, value_states
+
+    @abstractmethod
+    def attend(self, module, query, key, value, valid, scaling) -> torch.Tensor:
+        """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, self.get_seq_length()
+
+
+class LessLayer(TaggingLayer):
+    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come."""
+
+    def __init__(self, policy, query_heads: int, kernels: LayerKernels | None, chunk: int | None):
+        super().__init__()
+        self.policy, self.query_heads, self.kernels, self.chunk = policy, query_heads, kernels, chunk
+        self.state: LayerState | None = None
+        self.seen = 0  # columns seen, pads included: what transformers calls the sequence length
+
+    def lazy_initialization(self, key_states, value_states):
+        N, kv_heads, _, head_dim = key_states.shape
+        if self.kernels is not None:
+            wide = torch.promote_types(key_states.dtype, torch.float32)
+            self.kernels = self.kernels.to(key_states.device, wide)
+        self.state = LayerState.allocate(
+            self.policy, N, self.query_heads, kv_heads, head_dim, self.kernels, key_states.dtype, key_states.device
+        )
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def attend(self, module, query, key, value, valid, scaling):
+        self.unread = False
+        step = self.chunk or query.shape[2]
+        out = [
+            extend(self.state, q, k, v, None if valid is None else valid[:, start : start + step], scaling)
+            for start, (q, k, v) in zip(
+                range(0, query.shape[2], step), zip(*(x.split(step, 2) for x in (query, key, value)))
+            )
+        ]
+        self.seen += query.shape[2]
+        return torch.cat(out, 2)
+
+    @property
+    def batch_size(self) -> int:
+        return self.state.n.shape[0] if self.state else -1
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def reset(self):
+        self.seen, self.unread = 0, False
+        if self.state is not None:
+            self.state.reset()
+
+    def reorder_cache(self, beam_idx):
+        self.state.reorder(beam_idx.to(self.state.n.device))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        self.state.reorder(torch.arange(self.batch_size, device=self.state.n.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove):
+        raise ValueError("a LessCache cannot be cropped (assisted generation, prompt lookup): evicted tokens are folded for good")
+
+    def offload(self):
+        raise ValueError("a LessCache is not offloaded: its memory is constant; leave offloading off")
+
+    prefetch = offload
+
+
+class LessCache(Cache):
+    """A cache in constant memory for `model.generate(..., past_key_values=cache)`. Make one with `LessCache.for_model`."""
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        policy,
+        kernels: LessKernels | None = None,
+        budgets: Sequence[Sequence[int]] | None = None,
+        chunk: int | None = None,
+    ) -> "LessCache":
+        """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
+
+        policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
+        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten).
+        budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way.
+        chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
+            piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
+        Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
+        """
+        config = check_model(model)
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        if kernels is not None:
+            check_kernels(model, kernels)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, not {chunk}")
+        policies = [policy] * layers
+        if budgets is not None:
+            if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
+                raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
+            policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
+        use_less_attention(model)
+        return cls(
+            layers=[
+                LessLayer(rule, config.num_attention_heads, kernels.layers[index] if kernels else None, chunk)
+                for index, rule in enumerate(policies)
+            ]
+        )
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if any(layer.unread for layer in self.layers):
+            raise ValueError(
+                "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its "
+                'attention is no longer "less"; this model or setting is not supported'
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held over all layers, measured from the tensors: entries, low_rank, bookkeeping."""
+        parts = [layer.state.memory() for layer in self.layers if layer.state]
+        return {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
+
+
+class RecordingLayer(TaggingLayer):
+    """Dense attention over one prompt; keeps the rotated queries, keys and values where it is asked to."""
+
+    def __init__(self, keep: bool):
+        super().__init__()
+        self.keep, self.recorded = keep, None
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def attend(self, module, query, key, value, valid, scaling):
+        self.unread = False
+        if self.keep:
+            self.recorded = query.detach(), key.detach(), value.detach()
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+@torch.no_grad()
+def record_layer(model, windows: torch.Tensor, index: int, at_once: int = 16) -> tuple[torch.Tensor, ...]:
+    """q (N, Hq, T, D), k, v (N, Hkv, T, D) of one layer under the full cache, rotated, for token windows (N, T).
+
+    The whole model runs for each layer recorded: memory holds one layer's tensors at a time.
+    """
+    check_model(model)
+    use_less_attention(model)
+    parts = []
+    for ids in windows.split(at_once):
+        cache = Cache(layers=[RecordingLayer(keep=i == index) for i in range(sizes(model)["layers"])])
+        model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+        parts.append(cache.layers[index].recorded)
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def check_model(model):
+    """The model's text config. ValueError, with the reason, for a model that LESS cannot serve."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}")
+    sliding = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
+    if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None:
+        sliding = {"sliding_attention"}
+    if sliding:
+        raise ValueError(
+            f"this model has layers of type {', '.join(sorted(sliding))}; only full attention is supported "
+            f"(a sliding window has constant memory already)"
+        )
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{type(model).__name__} does not let its attention be replaced, so LESS cannot serve it")
+    return config
+
+
+def use_less_attention(model) -> None:
+    """Registers "less" with transformers, once, and switches the model to it."""
+    AttentionInterface.register("less", less_attention)
+    AttentionMaskInterface.register("less", less_mask)
+    model.set_attn_implementation("less")
+    if model.config.get_text_config(decoder=True)._attn_implementation != "less":
+        raise ValueError(f"{type(model).__name__} did not accept the attention implementation 'less'")
+
+
+def attention_modules(model) -> list[torch.nn.Module]:
+    """The model's attention modules in the order of their layers."""
+    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def fingerprint(model) -> list[float]:
+    """What tells this model from another of the same shape: for each layer, the norm of its key projection."""
+    return [round(module.k_proj.weight.detach().float().norm().item(), 4) for module in attention_modules(model)]
+
+
+def sizes(model) -> dict[str, int]:
+    """The sizes that kernels for this model must have."""
+    config = model.config.get_text_config(decoder=True)
+    return dict(
+        layers=config.num_hidden_layers,
+        query_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def check_kernels(model, kernels: LessKernels) -> None:
+    """ValueError, with the reason, where the kernels were made for another model."""
+    for name, wanted in sizes(model).items():
+        if kernels.sizes[name] != wanted:
+            raise ValueError(
+                f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model"
+            )
+    known = kernels.about.get("fingerprint")
+    if known and any(abs(a - b) > 0.01 * b for a, b in zip(known, fingerprint(model))):
+        raise ValueError(
+            "these kernels are for another model of the same shape (its key projections differ): train kernels for this one "
+            "with `less-kv train`"
+        )
+
+
+def less_mask(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **kwargs
+):
+    """The padding alone (N, q_length) where the mask is causal over just the new tokens, else transformers' own 4D mask.
+
+    A LessLayer asks for a mask over the new tokens only: what it holds has no pads.
+    """
+    if mask_function is not causal_mask_function or kv_length != q_length or kv_offset != q_offset:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] < kv_offset + kv_length:
+        raise ValueError(
+            f"the attention mask covers {attention_mask.shape[-1]} tokens, but {kv_offset} were seen before these {kv_length}: "
+            f"pass a mask over all of them"
+        )
+    return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+
+
+def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The attention function: LESS for keys that come from a LessLayer, dense attention for all others."""
+    layer = getattr(key, "less_layer", None)
+    if layer is None:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = sdpa_mask(
+                *(query.shape[0], query.shape[2], key.shape[2]), attention_mask=attention_mask, device=query.device
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
+    refused = [name for name in _NOT_SUPPORTED_IN_ATTENTION if kwargs.get(name)]
+    if refused:
+        raise ValueError(f"a LessCache does not support {', '.join(refused)}")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
+    out = layer.attend(module, query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None

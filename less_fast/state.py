@@ -1,0 +1,155 @@
+"""LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
+
+The KV heads lie in groups of equal policy (hence equal budget): with a uniform budget there is one group, and with a
+budget table no head pays for another's budget. Only `step.py` changes what is in the tensors while tokens arrive.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .kernels import LayerKernels
+
+
+@dataclass
+class Group:
+    """KV heads that share a policy. S = budget + 1 slots, one of them scratch; an empty slot has position -1."""
+
+    policy: object
+    kernels: LayerKernels | None  # of these heads alone
+    kv_heads: torch.Tensor | slice  # which of the layer's KV heads
+    query_heads: torch.Tensor | slice  # which of its query heads
+    k: torch.Tensor  # (N, H, S, D)
+    v: torch.Tensor  # (N, H, S, D)
+    position: torch.Tensor  # (N, H, S) int32, the true position
+    score: torch.Tensor  # (N, H, S) float32 or wider
+    H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
+    z: torch.Tensor  # (N, H, R)
+
+    TENSORS = ("k", "v", "position", "score", "H", "z")
+
+
+class LayerState:
+    """One layer's cache for a batch: `groups` of KV heads, and `n` (N,), the real tokens that each row has seen."""
+
+    def __init__(self, groups: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int):
+        self.groups, self.n = groups, n
+        self.query_heads, self.kv_heads = query_heads, kv_heads
+
+    @classmethod
+    def allocate(
+        cls,
+        policy,
+        batch: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kernels: LayerKernels | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "LayerState":
+        """An empty state.
+
+        policy: one for all KV heads, or a sequence with one for each; budgets may differ.
+        kernels: the layer's LayerKernels, or None for the bare policy.
+        dtype: of keys and values; scores and the low-rank state are float32, or float64 where dtype is.
+        Raises ValueError where the numbers of heads, policies and kernels do not fit each other.
+        """
+        policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
+        if query_heads % kv_heads or len(policies) != kv_heads:
+            raise ValueError(
+                f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "
+                f"a multiple of KV heads, and policies one, or one for each KV head"
+            )
+        if kernels is not None and (kernels.q1.shape[:2], kernels.k1.shape[:2]) != (
+            (query_heads, head_dim),
+            (kv_heads, head_dim),
+        ):
+            raise ValueError(
+                f"kernels for {kernels.q1.shape[0]} query heads and {kernels.k1.shape[0]} KV heads of {kernels.k1.shape[1]} "
+                f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
+            )
+        wide, rank = torch.promote_types(dtype, torch.float32), kernels.rank if kernels else 0
+        groups = []
+        for rule in dict.fromkeys(policies):  # in order of first appearance
+            heads = [g for g, other in enumerate(policies) if other == rule]
+            readers = [g * (query_heads // kv_heads) + a for g in heads for a in range(query_heads // kv_heads)]
+            every = len(heads) == kv_heads
+            shape = (batch, len(heads), 0 if rule.budget is None else rule.budget + 1)
+            groups.append(
+                Group(
+                    policy=rule,
+                    kernels=kernels.of_heads(heads) if kernels else None,
+                    kv_heads=slice(None) if every else torch.tensor(heads, device=device),
+                    query_heads=slice(None) if every else torch.tensor(readers, device=device),
+                    k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+                    v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+                    position=torch.full(shape, -1, dtype=torch.int32, device=device),
+                    score=torch.zeros(shape, dtype=wide, device=device),
+                    H=torch.zeros(batch, len(heads), rank, head_dim, dtype=wide, device=device),
+                    z=torch.zeros(batch, len(heads), rank, dtype=wide, device=device),
+                )
+            )
+        return cls(groups, torch.zeros(batch, dtype=torch.int64, device=device), query_heads, kv_heads)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that the state holds, by name."""
+        yield "n", self.n
+        for index, group in enumerate(self.groups):
+            for name in Group.TENSORS:
+                yield f"{index}.{name}", getattr(group, name)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, measured from the tensors: entries, low_rank and bookkeeping (SPEC section 6), for the whole batch."""
+        kinds = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
+        held = {"entries": 0, "low_rank": 0, "bookkeeping": 0}
+        for name, tensor in self.tensors():
+            held[kinds.get(name.split(".")[-1], "bookkeeping")] += tensor.untyped_storage().nbytes()
+        return held
+
+    def reset(self) -> None:
+        """Forgets everything, in place: as allocated."""
+        for name, tensor in self.tensors():
+            tensor.fill_(-1 if name.endswith("position") else 0)
+        for group in self.groups:
+            if group.policy.budget is None:
+                for name in ("k", "v", "position", "score"):
+                    setattr(group, name, getattr(group, name)[:, :, :0].clone())
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
+        self.n = self.n.index_select(0, rows)
+        for group in self.groups:
+            for name in Group.TENSORS:
+                setattr(group, name, getattr(group, name).index_select(0, rows))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the state as one safetensors file: written aside, then renamed."""
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.new")
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, aside, metadata=self._identity())
+        aside.rename(path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Takes over a saved state. ValueError, and nothing changed, where it was saved with other policies or sizes."""
+        with safe_open(path, "pt", device=str(self.n.device)) as file:
+            if file.metadata() != self._identity():
+                raise ValueError(f"{path} holds a state of {file.metadata()}, not of {self._identity()}")
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        self.n = loaded["n"]
+        for index, group in enumerate(self.groups):
+            for name in Group.TENSORS:
+                setattr(group, name, loaded[f"{index}.{name}"])
+
+    def _identity(self):
+        group = self.groups[0]
+        return {
+            "policies": "; ".join(f"{group.policy} for {group.k.shape[1]} KV heads" for group in self.groups),
+            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}, rank {group.z.shape[-1]}",
+            "dtype": f"{group.k.dtype}, {group.H.dtype}",
+        }
