@@ -9,7 +9,7 @@ from .policies import H2O, Full, Lambda, Window
 from .state import LayerState
 from .step import extend
 
-__all__ = ["Full", "H2O", "Lambda", "LayerKernels", "LayerState", "LessCache", "LessKernels", "Window", "extend"]
+__all__ = ["H2O", "Full", "Lambda", "LayerKernels", "LayerState", "LessCache", "LessKernels", "Window", "extend"]
 
 
 def __getattr__(name):  # transformers is imported only by those who use it

@@ -103,7 +103,7 @@ class LessLayer(TaggingLayer):
         self.state.reorder(torch.arange(self.batch_size, device=self.state.n.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove):
-        raise ValueError("a LessCache cannot be cropped (assisted generation, prompt lookup): evicted tokens are folded for good")
+        raise ValueError("a LessCache cannot be cropped (assisted generation, prompt lookup): folded tokens do not return")
 
     def offload(self):
         raise ValueError("a LessCache is not offloaded: its memory is constant; leave offloading off")

@@ -150,6 +150,7 @@ class LayerState:
         group = self.groups[0]
         return {
             "policies": "; ".join(f"{group.policy} for {group.k.shape[1]} KV heads" for group in self.groups),
-            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}, rank {group.z.shape[-1]}",
+            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
+            "rank": str(group.z.shape[-1]),
             "dtype": f"{group.k.dtype}, {group.H.dtype}",
         }

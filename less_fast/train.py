@@ -87,12 +87,13 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
 def prepare(q, k, v, policy, scale) -> Recorded:
     """What does not depend on the kernels, once. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype."""
     parts = []
-    for q, k, v in zip(*(x.float().split(SEQUENCES_AT_ONCE) for x in (q, k, v))):
-        e = eviction_times(q, k, v, policy, scale)
-        exact, lse = exact_part(q, k, v, e, scale)
-        full = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    for some in zip(*(x.split(SEQUENCES_AT_ONCE) for x in (q, k, v))):
+        queries, keys, values = (x.float() for x in some)
+        e = eviction_times(queries, keys, values, policy, scale)
+        exact, lse = exact_part(queries, keys, values, e, scale)
+        full = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
         late = slice(policy.budget + 1, None)
-        parts.append((q, k, v, e, exact[:, :, late], lse[:, :, late], full[:, :, late]))
+        parts.append((queries, keys, values, e, exact[:, :, late], lse[:, :, late], full[:, :, late]))
     return Recorded(*(torch.cat(part) for part in zip(*parts)))
 
 
@@ -116,7 +117,7 @@ def train_layer(index, data, validation, projection, budget, recipe, progress) -
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed + index)
         kernels = LayerKernels(Hq, Hkv, D, recipe.rank, recipe.hidden).to(device)
-        kernels.dropout.p = recipe.dropout
+        kernels.dropout = recipe.dropout
         adam = torch.optim.Adam(kernels.parameters(), lr=recipe.learning_rate)
         halving = torch.optim.lr_scheduler.StepLR(adam, recipe.halve_every, gamma=0.5)
         for _ in range(recipe.epochs):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from less_fast.demo import MODEL, corpus
+from less_fast.text import tokenized, windows
 
 VOCABULARY = 2048
 LENGTH = 1024
@@ -44,10 +45,10 @@ def main():
         print(f"{split}: {len(docs[split])} files, {megabytes:.2f} MB, digest {digests[split]}")
 
     tokenizer = train_tokenizer(text for _, text in docs["train"])
-    streams = corpus.tokenized(tokenizer, docs["train"])
+    streams = tokenized(tokenizer, (text for _, text in docs["train"]))
     print(f"train: {sum(map(len, streams)) / 1e6:.2f} million tokens")
-    held_out = corpus.windows(tokenizer, "validation", LENGTH, VALIDATION_WINDOWS, stdlib=options.stdlib)
-    held_out = torch.from_numpy(held_out).to(options.device)  # (W, T)
+    held_out = windows(tokenizer, (text for _, text in docs["validation"]), LENGTH, VALIDATION_WINDOWS)
+    held_out = held_out.to(options.device)  # (W, T)
 
     model = new_model(tokenizer).to(options.device)
     history = train(model, streams, held_out, options)
@@ -94,7 +95,7 @@ def train(model, streams, held_out, options):
     progress = tqdm(total=steps * options.batch * LENGTH, unit="tok", unit_scale=True)
     for step, batch in zip(range(1, steps + 1), batches(streams, options)):  # batch (B, T)
         model.train()
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
+        with torch.autocast(batch.device.type, torch.bfloat16):
             logits = forward(batch, use_cache=False).logits  # (B, T, V)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
@@ -209,7 +210,7 @@ def replace_folder(folder, complete):
 def parse_options():
     parser = argparse.ArgumentParser(prog="python -m less_fast.demo.build_model", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=MODEL, help="folder that is made or replaced")
-    parser.add_argument("--tokens", type=int, default=32_000_000, help="training tokens in all, over several epochs")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens in all, over several epochs")
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {LENGTH} tokens in a step")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

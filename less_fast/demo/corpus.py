@@ -11,8 +11,6 @@ import sysconfig
 import zlib
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 SPLITS = ("train", "validation", "test")
 
 # Folders and files that are not the library, or that are generated tables rather than code someone wrote.
@@ -39,27 +37,6 @@ def documents(split, stdlib=None):
         names_held_out = held_out.intersection(_subject(name) for name in _module(path))
         split_of[path] = None if names_held_out else "train"
     return [(path, text) for path, text in texts.items() if split_of[path] == split]
-
-
-def windows(tokenizer, split, length, count=None, seed=0, stdlib=None):
-    """`count` non-overlapping windows of the split in a seeded random order (all of them if None), int64 (count, length).
-
-    The documents are joined in order of path, each followed by the end-of-text token.
-    Raises ValueError when the split has fewer than `count` windows.
-    """
-    stream = np.concatenate(tokenized(tokenizer, documents(split, stdlib)))  # (N,)
-    available = len(stream) // length
-    count = available if count is None else count
-    if count > available:
-        raise ValueError(f"the {split} split has {available} windows of {length} tokens, {count} were asked for")
-    chosen = np.random.default_rng(seed).permutation(available)[:count]  # (count,)
-    return stream[: available * length].reshape(available, length)[chosen]  # (count, length)
-
-
-def tokenized(tokenizer, docs):
-    """One int64 array of tokens for each document, the end-of-text token last."""
-    encoded = tokenizer([text for _, text in docs], add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded]
 
 
 def digest(split, stdlib=None):

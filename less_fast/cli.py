@@ -1,0 +1,322 @@
+"""The command `less-kv`: compare, generate, train. Bad input ends in one sentence and exit code 2."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from .compare import compare as compare_caches
+from .compare import held_bytes, plot
+from .demo import KERNELS, MODEL, corpus
+from .hf import LessCache, check_kernels, check_model, sizes
+from .kernels import CONFIG, LessKernels
+from .policies import POLICIES
+from .text import windows as cut_windows
+from .train import Recipe
+from .train import train as train_kernels
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LESS: text generation in constant memory. Without options each command runs on the embedded model.",
+)
+errors = Console(stderr=True)
+
+
+class Bad(Exception):
+    """Input that cannot be used; the message is for the user."""
+
+
+PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)
+Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
+
+ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one unless given.")]
+KernelsOption = Annotated[
+    str, typer.Option("--kernels", help="Folder or hub name of kernels for the model, or none. Embedded model: its own.")
+]
+PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
+TextOption = Annotated[list[Path], typer.Option("--text", help="Text file; may be repeated.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+
+
+@app.command()
+def compare(
+    model: ModelOption = "",
+    kernels: KernelsOption = "",
+    policy: PolicyOption = PolicyName.h2o,
+    budgets: Annotated[
+        str, typer.Option(help="What each KV head keeps: tokens, or a share of the length, separated by commas.")
+    ] = "2%,5%,10%",
+    text: TextOption = [],
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows that are measured.")] = 64,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture (needs matplotlib).")] = None,
+):
+    """Full cache, bare policy, Baseline+ and LESS side by side: perplexity, bytes held, tokens per second."""
+    if length < 32:
+        raise Bad(f"--length must be at least 32 tokens, not {length}")
+    if windows < 2:
+        raise Bad(f"--windows must be at least 2 for a standard error, not {windows}")
+    if policy.value == "full":
+        raise Bad("--policy full evicts nothing, so there is nothing to compare; choose window, lambda or h2o")
+    policies = [_budgeted(policy, budget, length) for budget in budgets.split(",")]
+    too_large = [rule.budget for rule in policies if rule.budget >= length]
+    if too_large:
+        raise Bad(f"a budget of {too_large[0]} tokens evicts nothing from windows of {length}: choose a smaller one")
+    if picture:
+        _check_plot(picture)
+    names = [(file, _read(file)) for file in text]
+    network, tokenizer = _load(model, device, dtype)
+    learned, learned_name = _load_kernels(network, model, kernels)
+    texts = [content for _, content in names] or [content for _, content in corpus.documents("test")]
+    chosen = cut_windows(tokenizer, texts, length, windows, seed)
+    source = ", ".join(file.name for file, _ in names) or f"held-out standard library ({corpus.digest('test')})"
+
+    with errors.status("") as status:
+        status.update("decoding, all caches in turns ...")
+
+        def done(row):
+            status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
+
+        rows = compare_caches(network, chosen, policies, learned, learned_name, done)
+    if learned is None:
+        errors.print("No kernels for this model, so no LESS: train some with `less-kv train`.")
+    record = {
+        "rows": [asdict(row) for row in rows],
+        "model": model or "embedded",
+        "text": source,
+        "tokens": chosen[:, 1:].numel(),
+        "windows": windows,
+        "length": length,
+        "chunking": "streaming (one token at a time)",
+        "seed": seed,
+        "device": device,
+        "dtype": dtype.value,
+        "versions": _versions(),
+    }
+    if picture:
+        aside = picture.with_name(f".new.{picture.name}")
+        plot(rows, aside, f"{record['model']} model, {windows} windows of {length} tokens, {policy.value}")
+        aside.rename(picture)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        _print_table(record, rows)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text; - reads it from standard input.")],
+    model: ModelOption = "",
+    kernels: KernelsOption = "",
+    policy: PolicyOption = PolicyName.h2o,
+    budget: Annotated[str, typer.Option(help="Tokens that each KV head keeps.")] = "51",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+):
+    """Streams text in constant memory, then says what the cache holds."""
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise Bad("the prompt is empty")
+    rule = _budgeted(policy, budget, None)
+    network, tokenizer = _load(model, device, dtype)
+    learned, _ = _load_kernels(network, model, kernels)
+    cache = LessCache.for_model(network, rule, learned)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    print(prompt, end="", flush=True)
+    out = network.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    shape, seen = sizes(network), cache.get_seq_length()
+    full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
+    kept = min(rule.budget or seen, seen)
+    folded = f"{seen - kept} folded into {learned.sizes['rank']} features" if learned else f"{seen - kept} forgotten"
+    errors.print(
+        f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {kept}, {folded}; "
+        f"{held_bytes(cache):,} bytes held, a full cache would hold {full:,}"
+    )
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the kernels.")] = Path("less-kernels"),
+    model: ModelOption = "",
+    text: TextOption = [],
+    policy: PolicyOption = PolicyName.h2o,
+    budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
+    length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 1024,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows to train on.")] = 512,
+    validation: Annotated[int, typer.Option(min=1, help="Windows that choose the best epoch.")] = 32,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the windows.")] = 40,
+    rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace kernels that are in the folder already.")] = False,
+):
+    """Trains kernels for a model by the paper's recipe (all defaults are the paper's)."""
+    if (out / CONFIG).exists() and not overwrite:
+        raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
+    if policy.value == "full":
+        raise Bad("--policy full evicts nothing, so there is nothing to learn; choose window, lambda or h2o")
+    rule = _budgeted(policy, budget, length)
+    if rule.budget > length - 2:
+        raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
+    texts = [_read(file) for file in text]
+    network, tokenizer = _load(model, device, Dtype.float32)
+    if texts:
+        both = cut_windows(tokenizer, texts, length, sequences + validation, seed)
+        training, held_out = both[:sequences], both[sequences:]
+    else:
+        training, held_out = (
+            cut_windows(tokenizer, (content for _, content in corpus.documents(split)), length, count, seed)
+            for split, count in (("train", sequences), ("validation", validation))
+        )
+    recipe = Recipe(rank=rank, hidden=hidden, epochs=epochs, halve_every=max(1, epochs // 4), seed=seed)
+    learned = train_kernels(network, training, held_out, rule, recipe)
+    learned.about["model"] = model or "embedded"
+    learned.about["text"] = ", ".join(file.name for file in text) or f"standard library ({corpus.digest('train')})"
+    learned.about["versions"] = _versions()
+    learned.save_pretrained(out)
+    for index, figures in enumerate(learned.about["validation"]):
+        print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
+    print(f"saved to {out}")
+
+
+def _budgeted(policy: PolicyName, budget: str, length: int | None):
+    """The policy with a budget given in tokens ("51") or, where a length is known, as a share of it ("5%")."""
+    example = POLICIES[policy.value]
+    if example.budget is None:
+        return example
+    try:
+        number = float(budget.strip().removesuffix("%"))
+    except ValueError:
+        raise Bad(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}") from None
+    if budget.strip().endswith("%"):
+        if length is None:
+            raise Bad(f"a budget in percent needs a known length: say it in tokens, not {budget!r}")
+        number = int(number / 100 * length)
+    if number != int(number) or number < 1:
+        raise Bad(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {number:g}")
+    return example.with_budget(int(number))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Bad(f"no such file: {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Bad(f"cannot read {file} as UTF-8 text: {error}") from None
+
+
+def _load(model: str, device: str, dtype: Dtype):
+    """The model, checked for NaN, and its tokenizer."""
+    where = model or str(MODEL)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise Bad(f"no device {device!r} here: {str(error).splitlines()[0]}") from None
+    try:
+        network = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype.value)).to(place).eval()
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise Bad(f"no usable model at {where}: {str(error).strip().splitlines()[0]}") from None
+    check_model(network)
+    broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise Bad(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
+    return network, tokenizer
+
+
+def _load_kernels(network, model: str, kernels: str) -> tuple[LessKernels | None, str | None]:
+    """The kernels that fit the model, and what to call them; None and None for the bare policy."""
+    if kernels == "none" or (model and not kernels):
+        return None, None
+    learned = LessKernels.from_pretrained(kernels or KERNELS)
+    check_kernels(network, learned)
+    return learned, kernels or "embedded"
+
+
+def _check_plot(picture: Path):
+    try:
+        import matplotlib  # noqa: F401  asked for before anything is computed
+    except ImportError:
+        raise Bad("--plot needs matplotlib: pip install 'less-kv[plot]'") from None
+    if picture.suffix.lower() != ".png" or not picture.absolute().parent.is_dir():
+        raise Bad(f"--plot writes a .png file into an existing folder, not {picture}")
+
+
+def _print_table(record, rows):
+    table = Table(title=f"{record['model']} model, {record['windows']} windows of {record['length']} tokens, {record['text']}")
+    for heading in ("cache", "policy"):
+        table.add_column(heading)
+    for heading in ("budget", "perplexity", "± s.e.", "gap recovered", "bytes/sequence", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.cache == "bare":
+            table.add_section()
+        table.add_row(
+            {"less": "LESS", "baseline+": "Baseline+"}.get(row.cache, row.cache),
+            row.policy or "",
+            "all" if row.budget is None else str(row.budget),
+            f"{row.perplexity:.2f}",
+            f"{row.stderr:.2f}",
+            "" if row.recovered is None else f"{row.recovered:.1%}",
+            f"{row.bytes:,}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(f"perplexity: {record['chunking']}; tokens/s: decoding in {record['dtype']} on {record['device']}, caches in turns")
+
+
+def _versions():
+    from importlib.metadata import version
+
+    return {
+        "less-kv": version("less-kv"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main():
+    """The entry point: what is wrong with the input is said in one sentence on stderr, with exit code 2."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        app()
+    except BrokenPipeError:
+        os._exit(0)  # the reader of our output has gone
+    except (Bad, ValueError, OSError) as error:
+        print("less-kv: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

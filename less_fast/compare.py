@@ -1,0 +1,177 @@
+"""The full cache, the bare policy, Baseline+ and LESS on one text, side by side (the paper's section 4)."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache, DynamicCache
+
+from .hf import LessCache, sizes
+from .kernels import LessKernels
+
+ROWS_AT_ONCE = 32  # windows in one forward pass
+DECODED = 16  # tokens over which the decoding speed is measured
+DECODED_ROWS = 8  # sequences that are decoded together
+
+
+@dataclass
+class Row:
+    """One line of the comparison. budget: tokens that each KV head keeps (None: all); bytes: held for each sequence."""
+
+    cache: str  # full, bare, baseline+ or less
+    policy: str | None
+    budget: int | None
+    kernels: str | None
+    perplexity: float
+    stderr: float
+    recovered: float | None  # share of the perplexity that the bare policy loses to the full cache
+    bytes: int
+    tokens_per_second: float
+
+
+@dataclass
+class Contender:
+    """A kind of cache: what it is called, and how to make an empty one that takes a prompt in pieces of `chunk` tokens."""
+
+    cache: str
+    policy: object
+    kernels: str | None
+    make: Callable[[int | None], Cache]
+
+
+def compare(
+    model, windows: torch.Tensor, policies: list, kernels: LessKernels | None, name: str | None, progress=lambda row: None
+) -> list[Row]:
+    """Measures the full cache, and for each policy the bare policy, Baseline+ and (with kernels) LESS.
+
+    windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
+    window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
+    DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
+    Raises ValueError where the model's output is not finite.
+    """
+    contenders = list(_contenders(model, policies, kernels, name))
+    speeds = decode(model, windows[:DECODED_ROWS], contenders)
+    rows = []
+    for contender, (held, speed) in zip(contenders, speeds):
+        loss = window_losses(model, windows, contender)  # (W,)
+        perplexity = math.exp(loss.mean())
+        stderr = perplexity * (loss.std() / len(loss) ** 0.5).item()
+        row = Row(
+            cache=contender.cache,
+            policy=repr(contender.policy) if contender.policy else None,
+            budget=contender.policy.budget if contender.policy else None,
+            kernels=contender.kernels,
+            perplexity=perplexity,
+            stderr=stderr,
+            recovered=None,
+            bytes=held,
+            tokens_per_second=speed,
+        )
+        if row.cache == "bare":
+            bare = perplexity
+        elif row.cache != "full" and bare > rows[0].perplexity:
+            row.recovered = (bare - perplexity) / (bare - rows[0].perplexity)
+        rows.append(row)
+        progress(row)
+    return rows
+
+
+def _contenders(model, policies, kernels, name) -> Iterator[Contender]:
+    yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
+
+    def less(policy, kernels=None):
+        return lambda chunk: LessCache.for_model(model, policy, kernels, chunk=chunk)
+
+    for policy in policies:
+        yield Contender("bare", policy, None, less(policy))
+        if kernels is not None:
+            more = policy.with_budget(policy.budget + low_rank_in_tokens(model, kernels.sizes["rank"]))
+            yield Contender("baseline+", more, None, less(more))
+            yield Contender("less", policy, name, less(policy, kernels))
+
+
+def low_rank_in_tokens(model, rank: int) -> int:
+    """How many more tokens a bare policy may keep to hold at least the bytes of the low-rank state (Baseline+).
+
+    The state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's count.
+    """
+    D, wide = sizes(model)["head_dim"], torch.promote_types(model.dtype, torch.float32).itemsize
+    slot = 2 * D * model.dtype.itemsize + torch.int32.itemsize + wide  # key, value, position, score
+    return math.ceil(rank * (D + 1) * wide / slot)
+
+
+@torch.inference_mode()
+def window_losses(model, windows: torch.Tensor, contender: Contender) -> torch.Tensor:
+    """Mean negative log-likelihood of each window's tokens after the first, streaming: (W,) float64."""
+    head = model.get_output_embeddings()
+    losses = []
+    for ids in windows.to(model.device).split(ROWS_AT_ONCE):
+        cache = None if contender.cache == "full" else contender.make(1)
+        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        for row, targets in zip(hidden, ids):  # one at a time: logits are wide
+            losses.append(cross_entropy(head(row[:-1]).float(), targets[1:]).item())
+    losses = torch.tensor(losses, dtype=torch.float64)
+    if not losses.isfinite().all():
+        raise ValueError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
+    return losses
+
+
+@torch.inference_mode()
+def decode(model, windows: torch.Tensor, contenders: list[Contender]) -> list[tuple[int, float]]:
+    """(bytes held for each sequence, tokens per second) of each contender, decoding the ends of the windows in turns."""
+    windows = windows.to(model.device)
+    prompts, ends = windows[:, :-DECODED], windows[:, -DECODED:]
+    caches = [contender.make(None) for contender in contenders]
+    for cache in caches:
+        model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    seconds = [[] for _ in contenders]
+    for step in range(DECODED):
+        for cache, spent in zip(caches, seconds):
+            _wait(model.device)
+            start = time.perf_counter()
+            model(input_ids=ends[:, step : step + 1], past_key_values=cache, use_cache=True)
+            _wait(model.device)
+            spent.append(time.perf_counter() - start)
+    return [(held_bytes(cache) // len(windows), len(windows) / median(spent)) for cache, spent in zip(caches, seconds)]
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    if isinstance(cache, LessCache):
+        return sum(cache.memory().values())
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plot(rows: list[Row], path, title: str) -> None:
+    """Perplexity against budget, one line for each kind of cache, as a picture file. ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    full = rows[0]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
+    colours = {"bare": "tab:red", "baseline+": "tab:orange", "less": "tab:blue"}
+    names = {"bare": "bare policy", "baseline+": "Baseline+ (equal memory)", "less": "LESS"}
+    for cache in dict.fromkeys(row.cache for row in rows[1:]):
+        line = [row for row in rows if row.cache == cache]
+        held = [row.bytes / 1e6 for row in line]
+        axes.errorbar(
+            held, [row.perplexity for row in line], [row.stderr for row in line],
+            color=colours[cache], marker="o", capsize=3, label=names[cache],
+        )  # fmt: skip
+    axes.set(xlabel="MB held for each sequence", ylabel="perplexity (streaming)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

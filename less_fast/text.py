@@ -1,0 +1,31 @@
+"""Token windows out of texts: what training and measuring read."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+
+def windows(tokenizer, texts: Iterable[str], length: int, count: int | None = None, seed: int = 0) -> torch.Tensor:
+    """`count` non-overlapping windows of the texts in a seeded random order, all of them if None: int64 (count, length).
+
+    The texts are joined in their order, each followed by the end-of-text token where the tokenizer has one.
+    Raises ValueError, with the numbers, where there are fewer than `count` windows, or none.
+    """
+    stream = np.concatenate(tokenized(tokenizer, texts))  # (tokens,)
+    available = len(stream) // length
+    count = available if count is None else count
+    if available < max(count, 1):
+        raise ValueError(
+            f"the text has {len(stream)} tokens, {available} windows of {length}, and {max(count, 1)} are wanted: "
+            f"give more text, fewer windows or a shorter length"
+        )
+    chosen = np.random.default_rng(seed).permutation(available)[:count]  # (count,)
+    return torch.from_numpy(stream[: available * length].reshape(available, length)[chosen])
+
+
+def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
+    """One int64 array of tokens for each text, the end-of-text token last."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array([*ids, *end], dtype=np.int64) for ids in encoded]
