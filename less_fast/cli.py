@@ -263,7 +263,7 @@ def _load_kernels(network, model: str, kernels: str) -> tuple[LessKernels | None
         return None, None
     learned = LessKernels.from_pretrained(kernels or KERNELS)
     check_kernels(network, learned)
-    return learned, kernels or "embedded"
+    return learned.to(network.device), kernels or "embedded"
 
 
 def _check_plot(picture: Path):

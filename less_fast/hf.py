@@ -5,6 +5,7 @@ the layer, and the attention function finds the layer there; keys without that p
 dense attention. A model that changes its keys after the cache loses the pointer, and that is detected and refused.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -64,14 +65,14 @@ class LessLayer(TaggingLayer):
         N, kv_heads, _, head_dim = key_states.shape
         if self.kernels is not None:
             wide = torch.promote_types(key_states.dtype, torch.float32)
-            self.kernels = self.kernels.to(key_states.device, wide)
+            if (self.kernels.q1.device, self.kernels.q1.dtype) != (key_states.device, wide):
+                self.kernels = copy.deepcopy(self.kernels).to(key_states.device, wide)
         self.state = LayerState.allocate(
             self.policy, N, self.query_heads, kv_heads, head_dim, self.kernels, key_states.dtype, key_states.device
         )
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def attend(self, module, query, key, value, valid, scaling):
-        self.unread = False
         step = self.chunk or query.shape[2]
         out = [
             extend(self.state, q, k, v, None if valid is None else valid[:, start : start + step], scaling)
@@ -126,7 +127,8 @@ class LessCache(Cache):
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
         policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
-        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten).
+        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). Those on the
+            model's device are shared by all caches; others are copied there for each cache.
         budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way.
         chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
@@ -176,7 +178,6 @@ class RecordingLayer(TaggingLayer):
         self.is_initialized = True
 
     def attend(self, module, query, key, value, valid, scaling):
-        self.unread = False
         if self.keep:
             self.recorded = query.detach(), key.detach(), value.detach()
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -295,6 +296,7 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
                 *(query.shape[0], query.shape[2], key.shape[2]), attention_mask=attention_mask, device=query.device
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    layer.unread = False
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
     refused = [name for name in _NOT_SUPPORTED_IN_ATTENTION if kwargs.get(name)]
@@ -302,5 +304,7 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
         raise ValueError(f"a LessCache does not support {', '.join(refused)}")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
+    if module.training:
+        raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
     out = layer.attend(module, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None

@@ -57,6 +57,7 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
     attention are not finite.
     """
     check_model(model)
+    model.eval()
     T = windows.shape[1]
     if policy.budget is None or policy.budget > T - 2:
         raise ValueError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")

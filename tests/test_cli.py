@@ -1,0 +1,176 @@
+"""The command `less-kv`: what it prints for good input, and the one sentence it says for bad."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from less_fast import LessKernels, cli
+from less_fast.demo import KERNELS, MODEL, corpus
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, standard output, standard error) of the command."""
+    monkeypatch.setattr(sys, "argv", ["less-kv", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def story(tmp_path):
+    """A text file long enough for small windows."""
+    file = tmp_path / "story.py"
+    file.write_text("".join(text for _, text in corpus.documents("validation"))[:40000])
+    return file
+
+
+SMALL = ["--windows", 4, "--length", 256, "--budgets", "4%,20"]
+
+
+def test_compare_prints_the_table_and_the_same_as_json(command, story):
+    code, table, _ = command("compare", "--text", story, *SMALL)
+    assert code == 0
+    assert "Baseline+" in table
+    assert "LESS" in table
+    code, out, _ = command("compare", "--text", story, *SMALL, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert set(record) >= {"rows", "model", "text", "tokens", "chunking", "seed", "versions"}
+    assert [(row["cache"], row["budget"]) for row in record["rows"]] == [
+        ("full", None), *[(cache, budget) for b in (10, 20) for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b))]
+    ]  # fmt: skip
+    assert set(record["rows"][0]) == {
+        "cache", "policy", "budget", "kernels", "perplexity", "stderr", "recovered", "bytes", "tokens_per_second",
+    }  # fmt: skip
+    assert record["tokens"] == 4 * 255
+    for row in record["rows"]:
+        assert f"{row['perplexity']:.2f}" in table
+        assert f"{row['bytes']:,}" in table
+    full, bare, plus, less = record["rows"][:4]
+    assert less["recovered"] == pytest.approx(
+        (bare["perplexity"] - less["perplexity"]) / (bare["perplexity"] - full["perplexity"])
+    )
+    assert bare["bytes"] < less["bytes"] <= plus["bytes"] < full["bytes"]
+
+
+def test_compare_takes_every_policy_and_half_precision(command, story):
+    for policy in ("window", "lambda"):
+        code, out, _ = command("compare", "--text", story, *SMALL, "--json", "--policy", policy, "--dtype", "bfloat16")
+        assert code == 0
+        rows = json.loads(out)["rows"]
+        assert rows[1]["policy"].lower().startswith(policy)
+        assert rows[3]["bytes"] <= rows[2]["bytes"]  # Baseline+ never holds less than LESS
+
+
+def test_compare_draws_a_picture(command, story, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    code, _, _ = command("compare", "--text", story, *SMALL, "--plot", tmp_path / "figure.png")
+    assert code == 0
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_without_kernels_leaves_less_out_and_says_so(command, story):
+    code, out, err = command("compare", "--text", story, *SMALL, "--kernels", "none", "--json")
+    assert code == 0
+    assert {row["cache"] for row in json.loads(out)["rows"]} == {"full", "bare"}
+    assert "No kernels" in err
+
+
+def test_generate_streams_text_and_says_what_the_cache_holds(command):
+    code, out, err = command("generate", "def main():\n", "--max-new-tokens", 40, "--budget", 16)
+    assert code == 0
+    assert out.startswith("def main():\n")
+    assert len(out) > 40
+    said = " ".join(err.split())
+    assert "each KV head keeps 16" in said
+    assert "bytes held" in said
+
+
+def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
+    once, again = (command("generate", "import ", "--temperature", 1, "--max-new-tokens", 20, "--seed", 3) for _ in range(2))
+    assert once[1] == again[1]
+    assert once[1] != command("generate", "import ", "--temperature", 1, "--max-new-tokens", 20, "--seed", 4)[1]
+
+
+def test_train_makes_kernels_that_compare_uses(command, story, tmp_path):
+    out = tmp_path / "kernels"
+    small = ["--sequences", 6, "--validation", 2, "--length", 128, "--epochs", 1, "--hidden", 8, "--rank", 4]
+    code, printed, _ = command("train", "--text", story, "--out", out, *small)
+    assert code == 0
+    assert "layer 3" in printed
+    assert LessKernels.from_pretrained(out).about["policy"] == "H2O(heavy=3, recent=3)"
+    code, _, _ = command("compare", "--kernels", out, "--text", story, *SMALL, "--json")
+    assert code == 0
+    code, _, err = command("train", "--text", story, "--out", out, *small)
+    assert code == 2
+    assert "--overwrite" in err
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """A copy of the embedded model with one NaN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path / "spoiled")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "spoiled")
+    return tmp_path / "spoiled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["compare", "--text", "/no/such/file"], "no such file: /no/such/file"),
+        (["compare", "--model", "/no/such/folder"], "no usable model at /no/such/folder"),
+        (["compare", "--kernels", "/no/such/folder"], "no kernels at /no/such/folder"),
+        (["compare", "--budgets", "0"], "at least 1"),
+        (["compare", "--budgets", "0.01%"], "at least 1"),
+        (["compare", "--budgets", "much"], "a budget is a number of tokens"),
+        (["compare", "--budgets", "1024"], "evicts nothing from windows of 1024"),
+        (["compare", "--policy", "lambda", "--budgets", "3"], "leaves no recent tokens beside 4 sinks"),
+        (["compare", "--policy", "full"], "evicts nothing"),
+        (["compare", "--length", "8"], "--length must be at least 32"),
+        (["compare", "--windows", "1"], "--windows must be at least 2"),
+        (["compare", "--windows", "100000"], "give more text"),
+        (["compare", "--device", "tpu"], "no device 'tpu' here"),
+        (["compare", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--budget", "5%"], "say it in tokens"),
+        (["train", "--budget", "1023"], "evicts nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sentence):
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_text_shorter_than_a_window_is_refused(command, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    code, _, err = command("compare", "--text", tmp_path / "short.txt")
+    assert (code, "0 windows of 1024, and 64 are wanted" in err) == (2, True)
+
+
+def test_a_model_with_nan_weights_is_refused(command, spoiled):
+    code, _, err = command("compare", "--model", spoiled)
+    assert (code, "holds NaN or infinite weights" in err) == (2, True)
+
+
+def test_kernels_of_another_model_are_refused(command, tmp_path):
+    LessKernels(layers=2, query_heads=4, kv_heads=4, head_dim=64, hidden=4).save_pretrained(tmp_path)
+    code, _, err = command("compare", "--kernels", tmp_path)
+    assert (code, "layers is 2 in the kernels and 4 in the model" in err) == (2, True)
+    assert KERNELS.is_dir()

@@ -1,0 +1,82 @@
+"""The embedded model: the corpus it comes from, its files, and the claim that LESS makes on it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from less_fast import H2O, LessKernels
+from less_fast.compare import compare
+from less_fast.demo import KERNELS, MODEL, corpus
+from less_fast.text import windows
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_the_splits_share_no_file_and_no_text():
+    documents = {split: dict(corpus.documents(split)) for split in corpus.SPLITS}
+    assert all(documents.values())
+    for one in corpus.SPLITS:
+        for other in corpus.SPLITS:
+            if one < other:
+                assert not documents[one].keys() & documents[other].keys()
+                assert not set(documents[one].values()) & set(documents[other].values())
+
+
+def test_tests_of_held_out_modules_are_not_trained_on():
+    held_out = {path.removesuffix(".py") for split in ("validation", "test") for path, _ in corpus.documents(split)}
+    train = {path for path, _ in corpus.documents("train")}
+    assert not {f"test/test_{module}.py" for module in held_out} & train
+
+
+def test_the_tokenizer_gives_any_text_back(embedded):
+    _, tokenizer = embedded
+    for text in ("def f(x):\n\treturn  x\n", "naïve 日本語 \x00\r\n", "  <b> \n\n\n"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded):
+    _, tokenizer = embedded
+    texts = [text for _, text in corpus.documents("validation")]
+    first, again, other = (windows(tokenizer, texts, 64, 5, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    joined = tokenizer.eos_token.join(texts)
+    assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
+    with pytest.raises(ValueError, match="give more text"):
+        windows(tokenizer, ["short"], 64, 1)
+
+
+def test_less_beats_the_bare_policy_and_equal_memory_on_held_out_text(embedded):
+    """The claim in small; `less-kv compare` measures it on more text."""
+    model, tokenizer = embedded
+    texts = (text for _, text in corpus.documents("test"))
+    full, bare, plus, less = compare(
+        model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], LessKernels.from_pretrained(KERNELS), "embedded"
+    )
+    assert full.perplexity < less.perplexity < plus.perplexity < bare.perplexity
+    assert less.bytes <= plus.bytes
+
+
+def test_the_shipped_files_say_where_they_come_from():
+    training = json.loads((MODEL / "training.json").read_text())
+    assert set(training["corpus"]) == set(corpus.SPLITS)
+    about = LessKernels.from_pretrained(KERNELS).about
+    assert about["policy"].startswith("H2O")
+    assert about["fingerprint"]
+
+
+def test_the_model_can_be_rebuilt_from_nothing(tmp_path):
+    """The script's whole path with two training steps; the shipped model took 20 million tokens."""
+    out = tmp_path / "model"
+    command = [sys.executable, "-m", "less_fast.demo.build_model", "--out", out, "--tokens", "2048", "--batch", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) == 2048
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

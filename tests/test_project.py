@@ -1,0 +1,75 @@
+"""The house: which room may know which, what importing costs, and that the README's snippets run."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["kernels", "policies", "state", "attend", "step", "parallel", "hf", "train", "text", "demo", "compare", "cli"]
+
+
+def imported(file):
+    """What a file imports of the project: first names below less_fast, or less_ref."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = (node.module or "").removeprefix("less_fast").strip(".")
+            if node.level or (node.module or "").startswith("less_"):
+                yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("less_"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_above_it(name):
+    path = ROOT / "less_fast" / name
+    for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        allowed = {*ORDER[: ORDER.index(name)], *([name, "corpus", "MODEL", "KERNELS"] if path.is_dir() or name == "cli" else [])}
+        assert set(imported(file)) <= allowed, file
+
+
+def test_the_specification_and_the_fast_path_never_import_each_other():
+    assert not list(imported(ROOT / "less_ref.py"))
+    for file in (ROOT / "less_fast").rglob("*.py"):
+        assert "less_ref" not in set(imported(file))
+
+
+def in_a_fresh_process(code):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_importing_less_fast_needs_no_transformers_and_changes_nothing():
+    in_a_fresh_process(
+        "import sys, torch\n"
+        "before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()\n"
+        "import less_fast\n"
+        "from less_fast import LayerState, extend\n"
+        "assert 'transformers' not in sys.modules and 'less_ref' not in sys.modules\n"
+        "assert before == (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())\n"
+    )
+
+
+def test_importing_the_cache_registers_nothing_with_transformers():
+    in_a_fresh_process(
+        "from less_fast import LessCache\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "assert 'less' not in AttentionInterface().valid_keys()\n"
+        "assert 'less' not in AttentionMaskInterface().valid_keys()\n"
+    )
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_the_readmes_snippets_run(snippet):
+    assert len(snippet.splitlines()) <= 15
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_readme_fits_on_few_screens():
+    assert SNIPPETS
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250

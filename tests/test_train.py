@@ -1,0 +1,143 @@
+"""Kernels: their training, their files, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import less_ref
+from less_fast import H2O, LayerKernels, LessCache, LessKernels, Window
+from less_fast.hf import attention_modules, record_layer
+from less_fast.kernels import CONFIG, WEIGHTS, _dropout_mask
+from less_fast.train import Recipe, loss, prepare, projected_error, train
+from tests.test_hf import make_model, tokens
+
+QUICK = Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = make_model().float()
+    return model, train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), QUICK)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_loss_is_the_references_training_loss(group):
+    torch.manual_seed(2)
+    Hkv, D, T, policy = 2, 4, 30, H2O(3, 2)
+    q, k, v = torch.randn(2, Hkv * group, T, D), torch.randn(2, Hkv, T, D), torch.randn(2, Hkv, T, D)
+    kernels = LayerKernels(Hkv * group, Hkv, D, rank=3, hidden=5)
+    torch.nn.init.normal_(kernels.k3)
+    projection = torch.randn(Hkv * group * D, 7)
+    data = prepare(q, k, v, policy, 0.4)
+    weights = [getattr(kernels, name).detach().double().numpy() for name in ("q1", "q2", "k1", "k2", "k3")]
+    wanted = []
+    for row in range(2):
+        arrays = [x[row].double().numpy() for x in (q, k, v)]
+        trace = less_ref.run(*arrays, less_ref.H2O(3, 2), less_ref.Kernels(*weights), scale=0.4)
+        e = less_ref.eviction_times(trace)
+        full = less_ref.parallel(*arrays, np.full_like(e, np.inf), scale=0.4)
+        wanted.append(less_ref.training_loss(trace.out, full, projection.double().numpy(), e))
+    assert loss(kernels, data, projection, policy.budget).item() == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_training_reduces_the_error_of_every_layer(trained):
+    _, kernels = trained
+    for figures in kernels.about["validation"]:
+        assert figures["less"] < figures["bare"]
+
+
+def test_training_starts_from_the_bare_policy():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 30, 8) for _ in range(3))
+    data = prepare(q, k, v, Window(4), None)
+    bare = projected_error(data.exact, data.full, torch.eye(16))
+    assert loss(LayerKernels(2, 2, 8), data, torch.eye(16), 4).item() == pytest.approx(bare.item(), rel=1e-2)
+
+
+def test_the_same_seed_gives_the_same_kernels_whatever_the_global_generator_does(trained):
+    model, kernels = trained
+    torch.manual_seed(99)
+    again = train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), QUICK)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, kernels.state_dict()[name])
+
+
+def test_recorded_tensors_give_the_models_own_attention_output():
+    model = make_model().float()
+    module, ids = attention_modules(model)[1], tokens(2, 12)
+    seen = []
+    hook = module.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    q, k, v = record_layer(model, ids, 1)
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.scaling, enable_gqa=True)
+    torch.testing.assert_close(full.transpose(1, 2).flatten(2), seen[0])
+
+
+def test_dropout_keeps_the_mean_and_drops_the_wanted_share():
+    torch.manual_seed(0)
+    mask = _dropout_mask(torch.empty(999, 1001), 0.3)
+    assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert mask.mean().item() == pytest.approx(1, abs=0.005)
+
+
+def test_dropout_acts_in_training_alone():
+    kernels = LayerKernels(2, 2, 4)
+    kernels.dropout = 0.5
+    q = torch.randn(1, 2, 5, 4)
+    assert not torch.equal(kernels.train().phi(q), kernels.phi(q))
+    assert torch.equal(kernels.eval().phi(q), kernels.phi(q))
+
+
+def test_saved_kernels_come_back_bit_for_bit_and_serve_their_model(trained, tmp_path):
+    model, kernels = trained
+    kernels.save_pretrained(tmp_path)
+    again = LessKernels.from_pretrained(tmp_path)
+    assert again.about == kernels.about
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), kernels.state_dict().values()))
+    LessCache.for_model(model, H2O(3, 3), again)
+
+
+def test_a_folder_without_kernels_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"holds no kernels: {WEIGHTS} is missing"):
+        LessKernels.from_pretrained(tmp_path)
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository"):
+        LessKernels.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights, config: weights.popitem(), "do not fit their"),
+        (lambda weights, config: config.update(rank=5), "do not fit their"),
+        (lambda weights, config: config.update(colour=5), "do not fit their"),
+        (lambda weights, config: next(iter(weights.values())).fill_(torch.nan), "hold NaN or infinite weights"),
+    ],
+    ids=["missing weight", "other rank", "unknown field", "NaN"],
+)
+def test_spoiled_kernel_files_are_refused(trained, tmp_path, spoil, message):
+    trained[1].save_pretrained(tmp_path)
+    weights, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    spoil(weights, config)
+    save_file(weights, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        LessKernels.from_pretrained(tmp_path)
+
+
+def test_training_without_evictions_or_with_a_broken_model_is_refused():
+    model = make_model().float()
+    with pytest.raises(ValueError, match="nothing is evicted within 20 tokens"):
+        train(model, tokens(2, 20), tokens(2, 20), H2O(10, 9), QUICK)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="attention of layer 0 is not finite"):
+        train(model, tokens(2, 20), tokens(2, 20), H2O(3, 3), QUICK)
