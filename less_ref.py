@@ -10,8 +10,8 @@ One attention layer, one sequence. From letter to the paper's symbol:
     Hq, Hkv, G    query heads, KV heads, query heads per KV head (G = Hq / Hkv); query head a reads KV head a // G
     D, R, h       head dimension, rank of the low-rank state, hidden width of the kernels (paper: R = 8, h = 512)
     q, k, v       after positional encoding; q is not scaled (scale enters with the logit)
-    phi, psi      the learned kernels of queries and keys; non-negative vectors of length R (paper, section 3.1)
-    H, z          the low-rank state of a KV head: (R, D) and (R,)  (paper, equations 3 to 6)
+    phi, psi      the learned kernels of queries and keys; non-negative vectors of length R (paper, section 3)
+    H, z          the low-rank state of a KV head: (R, D) and (R,)  (paper, section 3 and figure 4)
     B             budget: how many entries a KV head holds between steps
     n             tokens seen so far; positions count from 0
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-# ------------------------------------------------------------------------------------------------ kernels, section 3.1
+# Kernels (paper, section 3).
 
 
 def gelu(x):
@@ -62,7 +62,7 @@ class Kernels:
         return np.abs(gelu(gelu(k @ self.k1[kv_head]) @ self.k2[kv_head]) @ self.k3[kv_head])
 
 
-# ----------------------------------------------------------------------------------------------------------- policies
+# Policies.
 # A policy is a budget and two functions over the entries of one KV head:
 #   update(score (E,), p (m, G, E)) -> (E,)    p: what each query of the chunk gave each entry, softmax over the visible
 #   rank(position (E,), score (E,), n) -> (E,) the highest ranks are kept; ties keep the lower position
@@ -134,7 +134,7 @@ class H2O:
         return np.where(position >= n - self.recent, np.inf, score)
 
 
-# -------------------------------------------------------------------------------------------------------------- state
+# State.
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def empty_state(kv_heads, head_dim, rank=0):
     return State((head,) * kv_heads)
 
 
-# --------------------------------------------------------------------------- attend: the paper's equation 4, and again
+# Attend: the paper's equation 3 as it is written, and in stable form.
 
 
 def attend_literal(logits, v, phi, H, z):
@@ -192,7 +192,7 @@ def softmax(logits):
     return weight / weight.sum()
 
 
-# ------------------------------------------------------------------------------- extend: attend, score, evict and fold
+# Extend: attend, score, evict and fold.
 
 
 def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None):
@@ -249,7 +249,7 @@ def choose(entries, policy, n):
 
 
 def fold(entries, kept, kernels, kv_head):
-    """What stays, with every dropped entry folded in exactly once: H += psi(k)^T v, z += psi(k)  (paper, equations 5, 6)."""
+    """What stays, with every dropped entry folded in exactly once: H += psi(k)^T v, z += psi(k)  (paper, section 3)."""
     H, z = entries.H.copy(), entries.z.copy()
     if kernels:
         for j in np.flatnonzero(~kept):
@@ -259,7 +259,7 @@ def fold(entries, kept, kernels, kv_head):
     return Head(entries.position[kept], entries.k[kept], entries.v[kept], entries.score[kept], H, z)
 
 
-# ------------------------------------------------------------------------------------------------- run: whole sequences
+# Run: whole sequences.
 
 
 @dataclass
@@ -299,7 +299,7 @@ def run(q, k, v, policy, kernels=None, chunks=None, scale=None):
     return trace
 
 
-# --------------------------------------------------------------------------------------- parallel form, section 3.2
+# Parallel form (paper, section 3.2).
 
 
 def eviction_times(trace):
@@ -350,7 +350,7 @@ def training_loss(out, full, projection, e):
     return (difference**2).mean()
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# Memory.
 
 
 def memory(budgets, head_dim, rank=0):

@@ -11,7 +11,7 @@ def attend(
     scale: float,
     low_rank: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The paper's equation 4 for a block of queries, stably, in float32 or wider.
+    """The paper's equation 3 for a block of queries, stably, in float32 or wider.
 
     q (N, H, G, m, D): G query heads for each of H KV heads; k, v (N, H, S, D); visible (N, H, m, S) bool;
     low_rank: None, or phi (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R).

@@ -48,6 +48,8 @@ class TaggingLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, self.get_seq_length()
 

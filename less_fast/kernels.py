@@ -1,4 +1,4 @@
-"""The learned kernels phi and psi (paper, section 3.1), for one layer and for a whole model, and their files."""
+"""The learned kernels phi and psi (paper, section 3), for one layer and for a whole model, and their files."""
 
 import json
 import os

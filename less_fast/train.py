@@ -6,6 +6,7 @@ mean squared error between the layer's attention output with LESS and with the f
 """
 
 import copy
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -70,6 +71,7 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
         "validation": [],
     }
     kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about)
+    started = time.perf_counter()
     progress = tqdm(total=recipe.epochs * len(kernels.layers), unit="epoch")
     for index, module in enumerate(attention_modules(model)):
         progress.set_postfix_str(f"layer {index}: recording")
@@ -81,6 +83,7 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
         kernels.layers[index].load_state_dict(best.state_dict())
         about["validation"].append(figures)
     progress.close()
+    about["seconds"] = round(time.perf_counter() - started)
     return kernels.requires_grad_(False).eval()
 
 
