@@ -290,7 +290,7 @@ def _print_table(record, rows):
             "all" if row.budget is None else str(row.budget),
             f"{row.perplexity:.2f}",
             f"{row.stderr:.2f}",
-            "" if row.recovered is None else f"{row.recovered:.1%}",
+            "" if row.recovered is None else f"{row.recovered:.1%} ± {row.recovered_stderr:.1%}",
             f"{row.bytes:,}",
             f"{row.tokens_per_second:,.0f}",
         )

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .hf import LessCache, sizes
 from .kernels import LessKernels
 
-ROWS_AT_ONCE = 32  # windows in one forward pass
+ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
 DECODED_ROWS = 8  # sequences that are decoded together
 
@@ -29,6 +29,7 @@ class Row:
     perplexity: float
     stderr: float
     recovered: float | None  # share of the perplexity that the bare policy loses to the full cache
+    recovered_stderr: float | None
     bytes: int
     tokens_per_second: float
 
@@ -55,29 +56,44 @@ def compare(
     """
     contenders = list(_contenders(model, policies, kernels, name))
     speeds = decode(model, windows[:DECODED_ROWS], contenders)
-    rows = []
+    rows, losses = [], {}
     for contender, (held, speed) in zip(contenders, speeds):
-        loss = window_losses(model, windows, contender)  # (W,)
+        loss = losses[contender.cache] = window_losses(model, windows, contender)  # (W,)
+        gains = contender.cache in ("baseline+", "less") and losses["bare"].mean() > losses["full"].mean()
+        recovered, recovered_stderr = share_recovered(losses["full"], losses["bare"], loss) if gains else (None, None)
         perplexity = math.exp(loss.mean())
-        stderr = perplexity * (loss.std() / len(loss) ** 0.5).item()
-        row = Row(
-            cache=contender.cache,
-            policy=repr(contender.policy) if contender.policy else None,
-            budget=contender.policy.budget if contender.policy else None,
-            kernels=contender.kernels,
-            perplexity=perplexity,
-            stderr=stderr,
-            recovered=None,
-            bytes=held,
-            tokens_per_second=speed,
+        rows.append(
+            Row(
+                cache=contender.cache,
+                policy=repr(contender.policy) if contender.policy else None,
+                budget=contender.policy.budget if contender.policy else None,
+                kernels=contender.kernels,
+                perplexity=perplexity,
+                stderr=perplexity * (loss.std() / len(loss) ** 0.5).item(),
+                recovered=recovered,
+                recovered_stderr=recovered_stderr,
+                bytes=held,
+                tokens_per_second=speed,
+            )
         )
-        if row.cache == "bare":
-            bare = perplexity
-        elif row.cache != "full" and bare > rows[0].perplexity:
-            row.recovered = (bare - perplexity) / (bare - rows[0].perplexity)
-        rows.append(row)
-        progress(row)
+        progress(rows[-1])
     return rows
+
+
+def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """(bare - other) / (bare - full) in perplexity, and its standard error: the jackknife over windows, which are paired.
+
+    full, bare, other (W,) mean losses of the same windows.
+    """
+
+    def share(*means):
+        full, bare, other = (mean.exp() for mean in means)
+        return (bare - other) / (bare - full)
+
+    W = len(full)
+    without_one = share(*((x.sum() - x) / (W - 1) for x in (full, bare, other)))  # (W,)
+    stderr = ((without_one - without_one.mean()).square().sum() * (W - 1) / W).sqrt()
+    return share(full.mean(), bare.mean(), other.mean()).item(), stderr.item()
 
 
 def _contenders(model, policies, kernels, name) -> Iterator[Contender]:

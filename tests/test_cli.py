@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from less_fast import LessKernels, cli
+from less_fast.compare import share_recovered
 from less_fast.demo import KERNELS, MODEL, corpus
 
 
@@ -48,7 +49,8 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
         ("full", None), *[(cache, budget) for b in (10, 20) for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b))]
     ]  # fmt: skip
     assert set(record["rows"][0]) == {
-        "cache", "policy", "budget", "kernels", "perplexity", "stderr", "recovered", "bytes", "tokens_per_second",
+        "cache", "policy", "budget", "kernels", "perplexity", "stderr", "recovered", "recovered_stderr", "bytes",
+        "tokens_per_second",
     }  # fmt: skip
     assert record["tokens"] == 4 * 255
     for row in record["rows"]:
@@ -59,6 +61,19 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
         (bare["perplexity"] - less["perplexity"]) / (bare["perplexity"] - full["perplexity"])
     )
     assert bare["bytes"] < less["bytes"] <= plus["bytes"] < full["bytes"]
+
+
+def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of_windows():
+    generator = torch.Generator().manual_seed(0)
+
+    def sample():
+        full = 2 + torch.rand(50, generator=generator, dtype=torch.float64)
+        bare = full + 0.5 + 0.2 * torch.rand(50, generator=generator, dtype=torch.float64)
+        return share_recovered(full, bare, bare - 0.2 * torch.rand(50, generator=generator, dtype=torch.float64))
+
+    shares, stderrs = torch.tensor([sample() for _ in range(400)]).T
+    assert shares.mean().item() == pytest.approx(0.2, abs=0.03)
+    assert stderrs.mean().item() == pytest.approx(shares.std().item(), rel=0.15)
 
 
 def test_compare_takes_every_policy_and_half_precision(command, story):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from models import make_model, tokens
 from safetensors.torch import load_file, save_file
 
 import less_ref
@@ -12,7 +13,6 @@ from less_fast import H2O, LayerKernels, LessCache, LessKernels, Window
 from less_fast.hf import attention_modules, record_layer
 from less_fast.kernels import CONFIG, WEIGHTS, _dropout_mask
 from less_fast.train import Recipe, loss, prepare, projected_error, train
-from tests.test_hf import make_model, tokens
 
 QUICK = Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1)
 

@@ -1,0 +1,25 @@
+"""What holds for every test: hypothesis profiles, one thread, and uninitialised memory that shows."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory():
+    """torch.empty, empty_like, new_empty and the like give NaN, or the largest integer: reading them turns a test red.
+
+    It is a service of torch's deterministic mode; a test that needs the ordinary mode switches it off for itself.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
