@@ -147,9 +147,9 @@ class LayerState:
                 setattr(group, name, loaded[f"{index}.{name}"])
 
     def _identity(self):
-        group = self.groups[0]
+        group, heads = self.groups[0], torch.arange(self.kv_heads, device=self.n.device)
         return {
-            "policies": "; ".join(f"{group.policy} for {group.k.shape[1]} KV heads" for group in self.groups),
+            "policies": "; ".join(f"{group.policy} on KV heads {heads[group.kv_heads].tolist()}" for group in self.groups),
             "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
             "rank": str(group.z.shape[-1]),
             "dtype": f"{group.k.dtype}, {group.H.dtype}",

@@ -1,0 +1,199 @@
+"""The domains of the property tests: layers, policies, kernels, chunkings, padded batches, and data without ties.
+
+Whatever both paths need comes twice, for the reference and for the fast path. Arrays are drawn from a numpy seed: so
+hypothesis shrinks sizes and not thousands of numbers, and two policy scores are never equal by accident.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+import less_fast
+import less_ref
+
+
+@dataclass(frozen=True)
+class Layer:
+    kv_heads: int
+    group: int  # query heads for each KV head
+    head_dim: int
+    rank: int
+    hidden: int
+
+    @property
+    def query_heads(self):
+        return self.kv_heads * self.group
+
+
+def layers():
+    return st.builds(
+        Layer,
+        st.integers(1, 3),
+        st.integers(1, 3),
+        head_dim=st.integers(1, 6),
+        rank=st.integers(1, 4),
+        hidden=st.integers(1, 6),
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One policy in both paths."""
+
+    name: str
+    fields: tuple
+
+    @property
+    def reference(self):
+        return getattr(less_ref, self.name)(*self.fields)
+
+    @property
+    def fast(self):
+        return getattr(less_fast, self.name)(*self.fields)
+
+
+def policies(*names, largest=5):
+    """Budgets from 1 to 2 * `largest`; every policy that evicts, unless named."""
+    two = st.sampled_from([(a, b) for b in range(1, largest + 1) for a in range(largest + 1)] + [(1, 0), (largest, 0)])
+    fields = {
+        "H2O": two,
+        "Lambda": two,
+        "Window": st.tuples(st.integers(1, 2 * largest)),
+        "Full": st.just(()),
+    }
+    return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or ("H2O", "Lambda", "Window")])
+
+
+ANY_POLICY = policies("H2O", "Lambda", "Window", "Full")
+
+
+PATTERNS = {1: ["a"], 2: ["ab", "aa"], 3: ["aba", "aab", "abb", "abc", "aaa"]}
+"""Which KV heads share a policy: equal ones may lie apart."""
+
+
+def policy_tables(kv_heads, of):
+    """A policy for each KV head. The patterns come first, because two policies drawn freely are too often the same."""
+    return st.tuples(st.sampled_from(PATTERNS[kv_heads]), of, of, of).map(
+        lambda drawn: tuple(drawn[1 + "abc".index(which)] for which in drawn[0])
+    )
+
+
+def chunkings(length):
+    """Lengths of at least 1 that sum to `length`: one chunk, streaming, a prompt and then streaming, or anything."""
+    prompt = st.integers(1, length).map(lambda p: (p,) + (1,) * (length - p))
+    cuts = st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())
+    anything = cuts.map(lambda some: tuple(np.diff([0, *sorted(some), length]).tolist()))
+    return st.one_of(st.just((length,)), st.just((1,) * length), prompt, anything)
+
+
+def slices(chunks):
+    ends = np.cumsum(chunks).tolist()
+    return [slice(end - m, end) for end, m in zip(ends, chunks)]
+
+
+def reference_kernels(layer, seed, k3=1.0):
+    """Random kernels whose low-rank part weighs about as much as the exact part; k3 scales the third matrix."""
+    rng = np.random.default_rng([seed, 1])
+    Hq, Hkv, D, R, h = layer.query_heads, layer.kv_heads, layer.head_dim, layer.rank, layer.hidden
+    sizes = dict(q1=(Hq, D, h), q2=(Hq, h, R), k1=(Hkv, D, h), k2=(Hkv, h, R), k3=(Hkv, R, R))
+    weights = {name: rng.normal(size=size) * size[1] ** -0.5 for name, size in sizes.items()}
+    return less_ref.Kernels(**weights | {"k3": weights["k3"] * k3})
+
+
+def fast_kernels(reference, dtype=torch.float64):
+    """The same kernels for the fast path; None stays None."""
+    if reference is None:
+        return None
+    Hq, D, h = reference.q1.shape
+    kernels = less_fast.LayerKernels(Hq, reference.k1.shape[0], D, reference.rank, h).to(dtype)
+    with torch.no_grad():
+        for name, weight in kernels.named_parameters():
+            weight.copy_(torch.from_numpy(getattr(reference, name)))
+    return kernels.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and a sequence; everything else follows from the seed."""
+
+    layer: Layer
+    chunks: tuple
+    policies: tuple  # one for each KV head
+    k3: float | None  # scale of the kernels' third matrix; 0: the low-rank part is exactly zero; None: the bare policy
+    scale: float | None
+    seed: int
+
+    @property
+    def length(self):
+        return sum(self.chunks)
+
+    @property
+    def reference(self):
+        return [policy.reference for policy in self.policies]
+
+    @property
+    def fast(self):
+        return [policy.fast for policy in self.policies]
+
+    @property
+    def kernels(self):
+        return None if self.k3 is None else reference_kernels(self.layer, self.seed, self.k3)
+
+    def qkv(self, *more):
+        """q (Hq, T, D), k and v (Hkv, T, D); `more` numbers give another sequence of the same case."""
+        rng = np.random.default_rng([self.seed, 2, *more])
+        heads = self.layer.query_heads, self.layer.kv_heads, self.layer.kv_heads
+        return tuple(rng.normal(size=(h, self.length, self.layer.head_dim)) for h in heads)
+
+    def run(self, **instead):
+        """The reference on this case."""
+        q, k, v = self.qkv()
+        given = dict(q=q, k=k, v=v, policy=self.reference, kernels=self.kernels, chunks=self.chunks, scale=self.scale)
+        return less_ref.run(**given | instead)
+
+
+LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
+KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None])
+
+
+@st.composite
+def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS):
+    """`chunks`: a function from the length to a strategy; `policy`: a strategy for single policies."""
+    layer = draw(layers())
+    return Case(
+        layer=layer,
+        chunks=draw(chunks(draw(length))),
+        policies=draw(policy_tables(layer.kv_heads, policy)),
+        k3=draw(k3),
+        scale=draw(st.sampled_from([None, None, 0.3, 1.7])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def streaming(length):
+    return st.just((1,) * length)
+
+
+def in_one_chunk(length):
+    return st.just((length,))
+
+
+some_kernels = st.just(1.0)
+
+
+@st.composite
+def padded_batches(draw, length):
+    """valid (N, length) bool: rows with pads on the left, on the right, anywhere, or without any token at all."""
+    rows = draw(st.integers(1, 4))
+    valid = np.zeros((rows, length), bool)
+    for row in range(rows):
+        tokens = draw(st.integers(0, length))
+        where = draw(st.sampled_from(["left", "right", "anywhere"]))
+        if where == "anywhere":
+            order = np.random.default_rng(draw(st.integers(0, 2**16))).permutation(length)
+            valid[row, order[:tokens]] = True
+        else:
+            valid[row, slice(length - tokens, None) if where == "left" else slice(tokens)] = True
+    return valid

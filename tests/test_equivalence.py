@@ -1,0 +1,578 @@
+"""The fast path equals the reference for every chunk, row and head: decisions exactly, numbers by `closeness.py`."""
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from closeness import BUDGETS, FLOAT64, assert_close, error
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import (
+    ANY_POLICY,
+    Case,
+    Layer,
+    Policy,
+    cases,
+    fast_kernels,
+    padded_batches,
+    policies,
+    slices,
+    some_kernels,
+    streaming,
+)
+
+import less_fast
+import less_ref
+from less_fast import parallel as parallel_module
+from less_fast import step as step_module
+from less_fast.parallel import eviction_times, exact_part, low_rank_part, merge, parallel
+
+EVICTING = dict(length=st.integers(16, 40), policy=policies(largest=4))
+WINDOW, LAMBDA, H2O = Policy("Window", (4,)), Policy("Lambda", (1, 3)), Policy("H2O", (2, 2))
+APART = Case(Layer(3, 2, 4, 2, 3), (6, 1, 1, 4, 1), (H2O, Policy("Window", (2,)), H2O), 1.0, None, 0)
+"""Heads of one group with a head of another between them, and two query heads each: too rare to be left to chance."""
+YOUNG = Case(Layer(1, 1, 6, 2, 3), (20, 1, 1, 10, 1), (Policy("H2O", (3, 1)),), 1.0, 1.7, 0)
+"""Sharp attention to a few late tokens: what is heavy is not what is old, and changes with every chunk."""
+
+
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def allocate(case, rows=1, dtype=torch.float64, **instead):
+    layer, kernels = case.layer, fast_kernels(case.kernels, wide(dtype))
+    given = dict(policy=case.fast, kernels=kernels) | instead
+    return less_fast.LayerState.allocate(
+        batch=rows,
+        query_heads=layer.query_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        dtype=dtype,
+        **given,
+    )
+
+
+def empty(case):
+    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.layer.rank if case.kernels else 0)
+
+
+def batch(case, rows=1, dtype=torch.float64):
+    """q, k, v of `rows` sequences in one batch, (rows, H, T, D)."""
+    return tuple(torch.from_numpy(np.stack(x)).to(dtype) for x in zip(*(case.qkv(row) for row in range(rows))))
+
+
+def widened(row):
+    """The same bits for the reference."""
+    return tuple(x.double().numpy() for x in row)
+
+
+def at(qkv, now):
+    return tuple(x[..., now, :] for x in qkv)
+
+
+def heads_of(state, row):
+    """A row's KV heads in order, each a less_ref.Head sorted by position."""
+    heads = {}
+    for group in state.groups:
+        for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
+            held = {name: getattr(group, name)[row, index].double().numpy() for name in group.TENSORS}
+            order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
+            slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
+            heads[g] = less_ref.Head(**slots, H=held["H"], z=held["z"])
+    return [heads[g] for g in range(state.kv_heads)]
+
+
+def positions(state, row):
+    return [head.position for head in heads_of(state, row)]
+
+
+def assert_same_state(state, row, reference):
+    assert state.n[row] == reference.n
+    for got, wanted in zip(heads_of(state, row), reference.heads, strict=True):
+        order = np.argsort(wanted.position)
+        for name in ("position", "k", "v"):
+            assert np.array_equal(getattr(got, name), getattr(wanted, name)[order])
+        for name in ("H", "z"):
+            assert_close(getattr(got, name), getattr(wanted, name))
+        assert_close(got.score, wanted.score[order])
+
+
+def assert_extends_alike(case, state, reference, qkv, chunks):
+    """One row, chunk by chunk, in both paths; returns the reference's state at the end."""
+    for now in chunks:
+        out = less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        row = widened(x[0] for x in at(qkv, now))
+        expected, reference = less_ref.extend(reference, *row, case.reference, case.kernels, case.scale)
+        assert_close(out[0].transpose(0, 1), expected)
+        assert_same_state(state, 0, reference)
+    return reference
+
+
+def assert_rows_equal_the_reference_alone(case, state, references, qkv, valid):
+    """Every row of a padded batch, chunk by chunk; returns the reference's states at the end."""
+    for now in slices(case.chunks):
+        out = less_fast.extend(state, *at(qkv, now), torch.from_numpy(valid[:, now]), case.scale)
+        for row, tokens in enumerate(valid[:, now]):
+            assert not out[row, :, ~tokens].any()
+            if tokens.any():
+                real = widened(x[row][:, tokens] for x in at(qkv, now))
+                expected, references[row] = less_ref.extend(
+                    references[row], *real, case.reference, case.kernels, case.scale
+                )
+                assert_close(out[row][:, tokens].transpose(0, 1), expected)
+            assert_same_state(state, row, references[row])
+    return references
+
+
+def batch_of(draw_case, rows=st.integers(1, 4)):
+    return st.tuples(draw_case, rows)
+
+
+def padded(draw_case):
+    return draw_case.flatmap(lambda case: st.tuples(st.just(case), padded_batches(case.length)))
+
+
+def with_pads(qkv, valid):
+    """Pads hold numbers large enough to show wherever one leaks."""
+    pads = ~torch.from_numpy(valid)[:, None, :, None]
+    return tuple(x.masked_fill(pads, 1e3) for x in qkv)
+
+
+@given(cases(policy=ANY_POLICY))
+@example(APART)
+@example(YOUNG)
+def test_extend_equals_the_reference_after_every_chunk(case):
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
+@given(padded(cases(policy=ANY_POLICY)))
+@example((APART, np.tri(4, APART.length, 8, dtype=bool)))
+def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid):
+    case, valid = case_and_valid
+    rows = len(valid)
+    qkv = with_pads(batch(case, rows), valid)
+    state = allocate(case, rows)
+    assert_rows_equal_the_reference_alone(case, state, [empty(case)] * rows, qkv, valid)
+    assert state.n.tolist() == valid.sum(1).tolist()
+
+
+@given(padded(cases(policy=ANY_POLICY)), st.integers(1, 7), st.integers(1, 7))
+def test_long_chunks_equal_the_reference_in_blocks_of_any_size(case_and_valid, queries, entries):
+    case, valid = case_and_valid
+    rows = len(valid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "QUERIES_AT_ONCE", queries)
+        patch.setattr(step_module, "ENTRIES_AT_ONCE", entries)
+        qkv = with_pads(batch(case, rows), valid)
+        assert_rows_equal_the_reference_alone(case, allocate(case, rows), [empty(case)] * rows, qkv, valid)
+
+
+def test_a_prompt_longer_than_every_block_equals_the_reference():
+    case = Case(Layer(1, 2, 2, 2, 3), (1100, 1, 140), (Policy("H2O", (8, 8)),), 0.02, None, 3)
+    assert case.length > step_module.ENTRIES_AT_ONCE > step_module.QUERIES_AT_ONCE
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
+@given(cases(k3=st.sampled_from([0.0, 1e-4, 1.0])))
+def test_the_fast_kernels_equal_the_reference_kernels(case):
+    (q, k, _), fast = case.qkv(), fast_kernels(case.kernels)
+    for a in range(case.layer.query_heads):
+        assert_close(fast.phi(torch.from_numpy(q)[None])[0, a], case.kernels.phi(q[a], a))
+    for g in range(case.layer.kv_heads):
+        assert_close(fast.psi(torch.from_numpy(k)[None])[0, g], case.kernels.psi(k[g], g))
+
+
+@pytest.mark.parametrize("shift", [-600.0, 600.0])
+@given(case=cases(**EVICTING, k3=some_kernels))
+def test_huge_logits_neither_overflow_nor_vanish(shift, case):
+    """A constant in every query and key adds `shift` to every logit; far below zero the low-rank part is alone."""
+    q, k, v = case.qkv()
+    scale = case.layer.head_dim**-0.5 if case.scale is None else case.scale
+    q[..., -1], k[..., -1] = shift / scale, 1.0
+    qkv = tuple(torch.from_numpy(x)[None] for x in (q, k, v))
+    assert_extends_alike(case, allocate(case), empty(case), qkv, slices(case.chunks))
+    e = eviction_times(*qkv, case.fast, case.scale)
+    streamed = case.run(q=q, k=k, v=v, chunks=None).out
+    assert_close(parallel(*qkv, e, fast_kernels(case.kernels), case.scale)[0].transpose(0, 1), streamed)
+
+
+def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once():
+    """All logits but token 0's underflow, so all scores tie at zero, the newest one's too."""
+    q, k = torch.ones(1, 1, 9, 1), torch.full((1, 1, 9, 1), -1e4)
+    k[0, 0, 0] = 1e4
+    for chunks in ([9], [1] * 9, [4, 5], [1, 7, 1]):
+        state = less_fast.LayerState.allocate(less_fast.H2O(heavy=3, recent=2), 1, 1, 1, 1)
+        for now in slices(chunks):
+            less_fast.extend(state, q[:, :, now], k[:, :, now], k[:, :, now])
+        assert positions(state, 0)[0].tolist() == [0, 1, 2, 7, 8]
+
+
+@given(cases(policy=ANY_POLICY), st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(0, 39))
+@example(APART, [3, 1, 1, 0], 2)
+def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
+    qkv, state, references = batch(case, 4), allocate(case, 4), [empty(case)] * 4
+    for index, now in enumerate(slices(case.chunks)):
+        if index == min(before, len(case.chunks) - 1):
+            state.reorder(torch.tensor(order))
+            references = [references[row] for row in order]
+            qkv = tuple(x[order].flip(0) for x in qkv)  # from here on each row reads other tokens
+        less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        for row, reference in enumerate(references):
+            real = widened(x[row] for x in at(qkv, now))
+            references[row] = less_ref.extend(reference, *real, case.reference, case.kernels, case.scale)[1]
+            assert_same_state(state, row, references[row])
+
+
+@given(cases(policy=ANY_POLICY), st.integers(0, 40))
+@example(APART, 3)
+def test_a_saved_and_loaded_state_goes_on_identically(case, before):
+    qkv, state = batch(case, 2), allocate(case, 2)
+    for now in slices(case.chunks)[:before]:
+        less_fast.extend(state, *at(qkv, now), scale=case.scale)
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder) / "state.safetensors")
+        loaded = allocate(case, 2)
+        loaded.load(Path(folder) / "state.safetensors")
+        assert [path.name for path in Path(folder).iterdir()] == ["state.safetensors"]
+    assert_identical(loaded, state)
+    for now in slices(case.chunks)[before:]:
+        one, other = (less_fast.extend(some, *at(qkv, now), scale=case.scale) for some in (state, loaded))
+        assert torch.equal(one, other)
+        assert_identical(loaded, state)
+
+
+def assert_identical(one, other):
+    for (name, a), (other_name, b) in zip(one.tensors(), other.tensors(), strict=True):
+        assert (name, a.dtype) == (other_name, b.dtype)
+        assert torch.equal(a, b), name
+
+
+SAVED = Case(Layer(3, 2, 4, 2, 3), (6, 1), (WINDOW, H2O, WINDOW), 1.0, None, 5)
+
+
+def fast_table(*table):
+    return dict(policy=[policy.fast for policy in table])
+
+
+@pytest.mark.parametrize(
+    ("case", "instead"),
+    [
+        pytest.param(SAVED, fast_table(WINDOW, WINDOW, H2O), id="the same policies on other heads"),
+        pytest.param(SAVED, fast_table(H2O, WINDOW, WINDOW), id="the groups in another order"),
+        pytest.param(SAVED, fast_table(WINDOW, LAMBDA, WINDOW), id="another policy of the same budget"),
+        pytest.param(SAVED, fast_table(WINDOW, Policy("H2O", (3, 1)), WINDOW), id="the same budget cut otherwise"),
+        pytest.param(SAVED, fast_table(WINDOW, WINDOW, WINDOW), id="one group"),
+        pytest.param(SAVED, dict(kernels=None), id="no kernels"),
+        pytest.param(SAVED, dict(dtype=torch.float32), id="another dtype"),
+        pytest.param(replace(SAVED, layer=Layer(3, 2, 4, 3, 3)), {}, id="another rank"),
+        pytest.param(replace(SAVED, layer=Layer(3, 1, 4, 2, 3)), {}, id="other query heads"),
+        pytest.param(replace(SAVED, layer=Layer(3, 2, 5, 2, 3)), {}, id="another head dimension"),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case, instead, tmp_path):
+    saved = allocate(SAVED)
+    for now in slices(SAVED.chunks):
+        less_fast.extend(saved, *at(batch(SAVED), now))
+    saved.save(tmp_path / "state")
+    other = allocate(case, **instead)
+    before = [(name, tensor, tensor.clone()) for name, tensor in other.tensors()]
+    with pytest.raises(ValueError, match="holds a state of"):
+        other.load(tmp_path / "state")
+    for (name, tensor, copy), (_, now) in zip(before, other.tensors(), strict=True):
+        assert now is tensor, name
+        assert torch.equal(tensor, copy), name
+
+
+@given(cases(policy=ANY_POLICY))
+def test_a_reset_state_is_as_allocated_and_goes_on_so(case):
+    state = allocate(case)
+    first, other = batch(case), tuple(x[1:] for x in batch(case, 2))
+    for now in slices(case.chunks):
+        less_fast.extend(state, *at(other, now))
+    state.reset()
+    assert_identical(state, allocate(case))
+    assert_extends_alike(case, state, empty(case), first, slices(case.chunks))
+
+
+@given(cases(policy=ANY_POLICY))
+def test_later_steps_never_change_earlier_outputs_nor_the_inputs(case):
+    qkv, state = batch(case), allocate(case)
+    before = [x.clone() for x in qkv]
+    outs, copies = [], []
+    for now in slices(case.chunks):
+        outs.append(less_fast.extend(state, *at(qkv, now), scale=case.scale))
+        copies.append(outs[-1].clone())
+    assert all(torch.equal(out, copy) for out, copy in zip(outs, copies))
+    assert all(torch.equal(x, copy) for x, copy in zip(qkv, before))
+
+
+def tensors_of(thing):
+    """Every tensor that an object holds in its attributes and lists, less its kernels and its table of heads."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if isinstance(thing, list | tuple):
+        return [tensor for part in thing for tensor in tensors_of(part)]
+    if hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
+        apart = ("kv_heads", "query_heads", "policy")
+        return [tensor for name, part in vars(thing).items() if name not in apart for tensor in tensors_of(part)]
+    return []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@given(case=cases(length=st.integers(12, 30)), rows=st.integers(1, 3))
+def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(dtype, case, rows):
+    state, qkv = allocate(case, rows, dtype), batch(case, rows, dtype)
+    budgets = [policy.budget for policy in case.reference]
+    numbers = less_ref.memory(budgets, case.layer.head_dim, case.layer.rank if case.kernels else 0)
+    slots = numbers["bookkeeping"] // 2  # each with a position in int32 and a score
+    told = {
+        "entries": rows * numbers["entries"] * dtype.itemsize,
+        "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
+        "bookkeeping": rows * (slots * (4 + wide(dtype).itemsize) + 8),  # 8: the tokens seen
+    }
+    where = {name: tensor.data_ptr() for name, tensor in state.tensors()}
+    for now in [slice(0, 0), *slices(case.chunks)]:
+        if now.stop:
+            less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        assert state.memory() == told
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(state)) == sum(told.values())
+        assert {name: tensor.data_ptr() for name, tensor in state.tensors()} == where
+
+
+def test_only_the_full_policy_grows_and_only_by_what_it_keeps():
+    case = Case(Layer(2, 1, 4, 2, 3), (1,) * 20, (Policy("Full", ()), WINDOW), 1.0, None, 0)
+    state, qkv = allocate(case), batch(case)
+    held = [state.memory()["entries"]]
+    for now in slices(case.chunks):
+        less_fast.extend(state, *at(qkv, now))
+        held.append(state.memory()["entries"])
+    assert set(np.diff(held)) == {2 * 4 * 8}
+
+
+def as_integers(e, T):
+    """The reference's eviction times as the fast path writes them: the length stands for never."""
+    return np.where(np.isinf(e), T, e).astype(int)
+
+
+@given(batch_of(cases(chunks=streaming, policy=ANY_POLICY)))
+@example((replace(APART, chunks=(1,) * 13), 2))
+def test_eviction_times_equal_the_references(case_and_rows):
+    case, rows = case_and_rows
+    e = eviction_times(*batch(case, rows), case.fast, case.scale)
+    for row in range(rows):
+        q, k, v = case.qkv(row)
+        expected = less_ref.eviction_times(case.run(q=q, k=k, v=v))
+        assert e[row].tolist() == as_integers(expected, case.length).tolist()
+
+
+@given(batch_of(cases(chunks=streaming, policy=ANY_POLICY), st.integers(1, 2)))
+def test_the_parallel_form_equals_the_references_streaming(case_and_rows):
+    case, rows = case_and_rows
+    qkv = batch(case, rows)
+    e = eviction_times(*qkv, case.fast, case.scale)
+    out = parallel(*qkv, e, fast_kernels(case.kernels), case.scale)
+    for row in range(rows):
+        q, k, v = case.qkv(row)
+        assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v).out)
+
+
+@given(
+    batch_of(cases(**EVICTING, chunks=streaming, k3=some_kernels), st.integers(1, 2)),
+    policies(largest=4),
+    st.integers(1, 9),
+)
+def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_rows, policy, block):
+    case, rows = case_and_rows
+    q, k, v = batch(case, rows)
+    e, budget = eviction_times(q, k, v, policy.fast, case.scale), policy.fast.budget
+    kernels = fast_kernels(case.kernels).requires_grad_()
+    weight = torch.from_numpy(np.random.default_rng(case.seed).normal(size=q.shape))[:, :, budget + 1 :]
+
+    dense = parallel(q, k, v, e, kernels, case.scale)[:, :, budget + 1 :]
+    (dense * weight).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in kernels.named_parameters()}
+    kernels.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel_module, "TOKENS_AT_ONCE", block)
+        low_rank = low_rank_part(kernels.phi(q), kernels.psi(k), v, e, budget)
+    exact, lse = exact_part(q, k, v, e, case.scale)
+    linear = merge(exact[:, :, budget + 1 :], lse[:, :, budget + 1 :], *low_rank)
+    (linear * weight).sum().backward()
+
+    assert_close(linear, dense)
+    for name, parameter in kernels.named_parameters():
+        assert_close(parameter.grad, expected[name])
+
+
+@given(cases(**EVICTING, chunks=streaming, k3=some_kernels))
+def test_gradients_of_the_parallel_form_equal_differences_of_the_reference(case):
+    """In the direction of a random change of all kernels; both sides of |x| = 0 are left to hypothesis to find."""
+    q, k, v = case.qkv()
+    rng, reference = np.random.default_rng(case.seed), case.kernels
+    weight, e = rng.normal(size=(case.length, *q.shape[::2])), less_ref.eviction_times(case.run())
+    direction = {name: rng.normal(size=array.shape) for name, array in vars(reference).items()}
+
+    def loss(step):
+        moved = less_ref.Kernels(**{name: array + step * direction[name] for name, array in vars(reference).items()})
+        return (less_ref.parallel(q, k, v, e, moved, case.scale) * weight).sum()
+
+    kernels = fast_kernels(reference).requires_grad_()
+    out = parallel(*batch(case), torch.from_numpy(as_integers(e, case.length))[None], kernels, case.scale)
+    (out[0].transpose(0, 1) * torch.from_numpy(weight)).sum().backward()
+    slope = sum((parameter.grad.numpy() * direction[name]).sum() for name, parameter in kernels.named_parameters())
+    h = 1e-6
+    assert_close(slope, (loss(h) - loss(-h)) / (2 * h), 1e-4)  # the difference itself is good to about h^2 + 1e-16 / h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(case=cases(**EVICTING))
+def test_lower_precision_stays_within_the_measured_budgets(dtype, case):
+    """The reference reads the same rounded bits, and evicts what the fast path evicted: at a near-tie either may go."""
+    for what, measured in lower_precision_errors(case, dtype).items():
+        assert measured <= BUDGETS[dtype][what], what
+
+
+def lower_precision_errors(case, dtype):
+    """The largest error of each kind over all chunks of a case; rank: by how much a victim outranks what was kept."""
+    state, reference, qkv = allocate(case, dtype=dtype), empty(case), batch(case, dtype=dtype)
+    kernels = case.kernels and less_ref.Kernels(
+        **{name: weight.double().numpy() for name, weight in fast_kernels(case.kernels, wide(dtype)).named_parameters()}
+    )
+    errors = dict.fromkeys(("out", "score", "H", "z", "rank"), 0.0)
+
+    def note(what, actual, expected):
+        errors[what] = max(errors[what], error(actual, expected))
+
+    for now in slices(case.chunks):
+        row = widened(x[0] for x in at(qkv, now))
+        out = less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        kept = positions(state, 0)
+        rest = (*row, case.reference, kernels, case.scale)
+        _, all_held = less_ref.extend(reference, *rest, victims=[()] * case.layer.kv_heads)
+        gone = [np.setdiff1d(head.position, some) for head, some in zip(all_held.heads, kept)]
+        expected, reference = less_ref.extend(reference, *rest, victims=gone)
+        for policy, head, some in zip(case.reference, all_held.heads, kept):
+            assert len(some) == min(policy.budget, len(head.position))
+            assert np.isin(some, head.position).all()
+            rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, some)
+            if not stays.all():
+                lowest_kept, highest_gone = rank[stays].min(), rank[~stays].max()
+                excess = 0.0 if highest_gone <= lowest_kept else highest_gone - lowest_kept
+                errors["rank"] = max(errors["rank"], excess / max(1.0, abs(lowest_kept)))
+        note("out", out[0].transpose(0, 1), expected)
+        for got, wanted in zip(heads_of(state, 0), reference.heads):
+            order = np.argsort(wanted.position)
+            assert np.array_equal(got.k, wanted.k[order])
+            assert np.array_equal(got.v, wanted.v[order])
+            note("score", got.score, wanted.score[order])
+            note("H", got.H, wanted.H)
+            note("z", got.z, wanted.z)
+    return errors
+
+
+def test_uninitialised_memory_reads_as_nan_in_these_tests():
+    like = torch.zeros(3)
+    for some in (torch.empty(3), torch.empty_like(like), like.new_empty(3)):
+        assert some.isnan().all()
+    assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    assert error(like / like, like) > FLOAT64
+
+
+REFUSED = Case(Layer(2, 2, 4, 2, 3), (3,), (WINDOW,) * 2, 1.0, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(q=torch.zeros(1, 3, 3, 4)), "q has shape (1, 3, 3, 4); this state wants (1, 4, 3, 4)"),
+        (dict(q=torch.zeros(4, 3, 4)), "q has shape (4, 3, 4)"),
+        (dict(q=torch.zeros(1, 4, 0, 4), k=torch.zeros(1, 2, 0, 4), v=torch.zeros(1, 2, 0, 4)), "with m >= 1 tokens"),
+        (dict(q=torch.zeros(2, 4, 3, 4), k=torch.zeros(2, 2, 3, 4), v=torch.zeros(2, 2, 3, 4)), "wants (1, 4, 3, 4)"),
+        (dict(k=torch.zeros(1, 4, 3, 4)), "k has shape (1, 4, 3, 4); this state wants (1, 2, 3, 4)"),
+        (dict(v=torch.zeros(1, 2, 2, 4)), "v has shape (1, 2, 2, 4); this state wants (1, 2, 3, 4)"),
+        (dict(v=torch.zeros(1, 2, 3, 5)), "v has shape (1, 2, 3, 5)"),
+        (dict(k=torch.zeros(1, 2, 3, 4, dtype=torch.float16)), "q, k, v are torch.float32, torch.float16"),
+        (dict(valid=torch.ones(1, 4, dtype=torch.bool)), "valid has shape (1, 4); this state wants (1, 3)"),
+        (dict(valid=torch.ones(1, 3)), "valid must be bool"),
+    ],
+)
+def test_extend_refuses_what_does_not_fit_and_changes_nothing(change, message):
+    state = allocate(REFUSED, dtype=torch.float32)
+    less_fast.extend(state, *batch(REFUSED, dtype=torch.float32))
+    before = [tensor.clone() for _, tensor in state.tensors()]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        less_fast.extend(state, **dict(zip("qkv", batch(REFUSED, dtype=torch.float32))) | change)
+    assert all(torch.equal(tensor, copy) for (_, tensor), copy in zip(state.tensors(), before))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernels"),
+    [
+        (dict(query_heads=3, kv_heads=2), None),
+        (dict(query_heads=4, kv_heads=2, policy=[less_fast.Window(2)] * 3), None),
+        (dict(query_heads=4, kv_heads=2), (2, 2, 4)),
+        (dict(query_heads=4, kv_heads=2), (4, 4, 4)),
+        (dict(query_heads=4, kv_heads=2), (4, 2, 5)),
+    ],
+    ids=[
+        "heads do not divide",
+        "too many policies",
+        "query heads of kernels",
+        "KV heads of kernels",
+        "their dimension",
+    ],
+)
+def test_allocate_refuses_heads_policies_and_kernels_that_do_not_fit(sizes, kernels):
+    given = dict(policy=less_fast.Window(2), batch=1, head_dim=4) | sizes
+    with pytest.raises(ValueError, match="fit"):
+        less_fast.LayerState.allocate(**given, kernels=kernels and less_fast.LayerKernels(*kernels, rank=2, hidden=3))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 4, 2, 3), (0, 1, 4, 2, 3), (2, 2, 4, 0, 3), (2, 2, 4, 2, 0)])
+def test_kernels_of_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="kernels need sizes of at least 1"):
+        less_fast.LayerKernels(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        (less_fast.Window, dict(recent=0)),
+        (less_fast.Window, dict(recent=2.0)),
+        (less_fast.Window, dict(recent=True)),
+        (less_fast.Lambda, dict(sinks=-1, recent=3)),
+        (less_fast.Lambda, dict(sinks=0, recent=0)),
+        (less_fast.H2O, dict(heavy=3, recent=-1)),
+        (less_fast.H2O, dict(heavy=0, recent=0)),
+        (less_fast.H2O, dict(heavy="3", recent=0)),
+    ],
+)
+def test_policies_refuse_impossible_budgets(policy, fields):
+    with pytest.raises(ValueError, match=f"{policy.__name__} needs .* to be an integer of at least"):
+        policy(**fields)
+
+
+@given(policies(), st.integers(1, 30))
+def test_a_policy_with_another_budget_has_that_budget_or_says_why_not(policy, budget):
+    if policy.name == "Lambda" and budget <= policy.fast.sinks:
+        with pytest.raises(ValueError, match=f"a budget of {budget} leaves no recent tokens"):
+            policy.fast.with_budget(budget)
+    else:
+        other = policy.fast.with_budget(budget)
+        assert (type(other), other.budget) == (type(policy.fast), budget)
+
+
+def test_a_policy_with_its_own_budget_is_itself():
+    for policy in (less_fast.Window(5), less_fast.Lambda(2, 5), less_fast.H2O(4, 3), less_fast.H2O(0, 2)):
+        assert policy.with_budget(policy.budget) == policy
+
+
+def test_h2o_needs_at_least_one_token_and_full_has_no_budget():
+    with pytest.raises(ValueError, match="at least 1 token"):
+        less_fast.H2O(2, 2).with_budget(0)
+    with pytest.raises(ValueError, match="keeps everything"):
+        less_fast.Full().with_budget(3)
