@@ -90,7 +90,7 @@ def low_rank_part(phi, psi, v, e, budget: int) -> tuple[torch.Tensor, torch.Tens
 
 def merge(exact, lse, weighted, mass):
     """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part. Shapes (..., D) and (...)."""
-    per_token = torch.exp(-lse.clamp(-80, 80))
+    per_token = torch.exp(-lse.clamp(-60, 80))  # beyond that float32 overflows, and one part is all of the sum
     return (weighted * per_token[..., None] + exact) / (mass * per_token + 1)[..., None]
 
 

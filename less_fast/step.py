@@ -42,6 +42,8 @@ def extend(
         arrived = state.n[:, None] + torch.arange(q.shape[2], device=q.device)  # (N, m)
     else:
         arrived = (state.n[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)  # (N, m)
+        pads = ~valid[:, None, :, None]
+        k, v = k.masked_fill(pads, 0), v.masked_fill(pads, 0)  # a pad may hold NaN, and 0 * NaN is NaN
     state.n += q.shape[2] if valid is None else valid.sum(1)
     out = torch.empty_like(q)  # (N, Hq, m, D)
     for group in state.groups:

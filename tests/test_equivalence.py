@@ -137,9 +137,9 @@ def padded(draw_case):
 
 
 def with_pads(qkv, valid):
-    """Pads hold numbers large enough to show wherever one leaks."""
+    """Pads hold NaN, which shows wherever one leaks."""
     pads = ~torch.from_numpy(valid)[:, None, :, None]
-    return tuple(x.masked_fill(pads, 1e3) for x in qkv)
+    return tuple(x.masked_fill(pads, torch.nan) for x in qkv)
 
 
 @given(cases(policy=ANY_POLICY))
@@ -406,6 +406,12 @@ def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_row
     assert_close(linear, dense)
     for name, parameter in kernels.named_parameters():
         assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("lse", [-1e4, -90.0, 90.0, 1e4])
+def test_merging_stays_finite_in_float32_and_gives_all_to_the_larger_part(lse):
+    exact, low_rank, mass = torch.tensor([[2.0]]), torch.tensor([[3e4]]), torch.tensor([1e4])
+    assert_close(merge(exact, torch.tensor([lse]), low_rank, mass), [[3.0 if lse < 0 else 2.0]], 1e-6)
 
 
 @given(cases(**EVICTING, chunks=streaming, k3=some_kernels))
