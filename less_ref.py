@@ -64,8 +64,9 @@ class Kernels:
 
 # Policies.
 # A policy is a budget and two functions over the entries of one KV head:
-#   update(score (E,), p (m, G, E)) -> (E,)    p: what each query of the chunk gave each entry, softmax over the visible
-#   rank(position (E,), score (E,), n) -> (E,) the highest ranks are kept; ties keep the lower position
+#   update(score (E,), p (m, G, E), visible (m, E)) -> (E,)    p: what each query of the chunk gave each entry, softmax over
+#                                                              the visible; a policy with `pooled` sees all Hq query heads
+#   rank(position (E,), score (E,), n) -> (E,)                 the highest ranks are kept; ties keep the lower position
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Full:
 
     budget = math.inf
 
-    def update(self, score, p):
+    def update(self, score, p, visible):
         return score
 
     def rank(self, position, score, n):
@@ -91,7 +92,7 @@ class Window:
     def budget(self):
         return self.recent
 
-    def update(self, score, p):
+    def update(self, score, p, visible):
         return score
 
     def rank(self, position, score, n):
@@ -109,7 +110,7 @@ class Lambda:
     def budget(self):
         return self.sinks + self.recent
 
-    def update(self, score, p):
+    def update(self, score, p, visible):
         return score
 
     def rank(self, position, score, n):
@@ -127,11 +128,64 @@ class H2O:
     def budget(self):
         return self.heavy + self.recent
 
-    def update(self, score, p):
+    def update(self, score, p, visible):
         return score + p.sum((0, 1))
 
     def rank(self, position, score, n):
         return np.where(position >= n - self.recent, np.inf, score)
+
+
+@dataclass(frozen=True)
+class DecayedH2O(H2O):
+    """H2O whose scores fade by `decay` with every query, so that old attention counts less (A2SF, Jo and Shin 2024)."""
+
+    decay: float
+
+    def update(self, score, p, visible):
+        for attention in p.sum(1):  # query by query
+            score = self.decay * score + attention
+        return score
+
+
+@dataclass(frozen=True)
+class TOVA:
+    """Keeps what the last query attends to most, by the mean over all query heads of the layer (Oren et al. 2024).
+
+    All KV heads hold the same tokens, so all of them must follow this policy.
+    """
+
+    budget: int
+    pooled = True
+
+    def update(self, score, p, visible):
+        return p[-1].mean(0)
+
+    def rank(self, position, score, n):
+        return score
+
+
+@dataclass(frozen=True)
+class Scissorhands:
+    """Keeps the last `recent` tokens and those that were seldom unimportant (Liu et al. 2023): of the last `history` queries,
+    how many gave the token less than the average, 1 / (visible tokens)? Attention is the mean over the query heads.
+
+    The score is a row of `history` bits, the newest the lowest: was the token below the average? Equal attention is not
+    below, whatever the rounding. A float64 holds up to 52 bits exactly.
+    """
+
+    budget: int
+    recent: int
+    history: int
+
+    def update(self, score, p, visible):
+        for attention, seen in zip(p.mean(1), visible):  # query by query
+            below = seen & (attention * seen.sum() < 1 - 1e-6)
+            score = (2 * score + below) % 2**self.history
+        return score
+
+    def rank(self, position, score, n):
+        below = np.array([bin(int(bits)).count("1") for bits in score])
+        return np.where(position >= n - self.recent, np.inf, -below)
 
 
 # State.
@@ -207,35 +261,42 @@ def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None):
     policies = policy if isinstance(policy, (list, tuple)) else [policy] * Hkv
     if Hq % Hkv or len(policies) != Hkv or v.shape != k.shape or k.shape[1:] != (m, D):
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, {len(policies)} policies")
+    if any(getattr(rule, "pooled", False) for rule in policies) and len(set(policies)) > 1:
+        raise ValueError(f"a policy that pools over the layer must be that of all its KV heads: {policies}")
     G = Hq // Hkv
-    out = np.zeros((m, Hq, D))
-    heads = []
-    for g, (head, rule) in enumerate(zip(state.heads, policies)):
-        # The entries: what is held, then the chunk.
-        arrived = np.arange(state.n, state.n + m)
-        entries = replace(
+    arrived = np.arange(state.n, state.n + m)
+    # The entries of each KV head: what is held, then the chunk.
+    entries = [
+        replace(
             head,
             position=np.append(head.position, arrived),
             k=np.vstack([head.k, k[g]]),
             v=np.vstack([head.v, v[g]]),
             score=np.append(head.score, np.zeros(m)),
         )
-        # 1. attend: query i sees the held entries, chunk tokens up to itself, and the low-rank state before the chunk.
-        p = np.zeros((m, G, len(entries.position)))
+        for g, head in enumerate(state.heads)
+    ]
+    # 1. attend: query i sees the held entries, chunk tokens up to itself, and the low-rank state before the chunk.
+    out = np.zeros((m, Hq, D))
+    visible = [head.position <= arrived[:, None] for head in entries]  # [g] -> (m, E)
+    p = [np.zeros((m, G, len(head.position))) for head in entries]  # [g] -> (m, G, E)
+    for a in range(Hq):
+        g = a // G
         for i in range(m):
-            visible = entries.position <= arrived[i]
-            for a in range(G):
-                query = q[g * G + a, i]
-                logits = scale * entries.k[visible] @ query
-                phi = kernels.phi(query, g * G + a) if kernels else np.zeros(0)
-                out[i, g * G + a] = attend(logits, entries.v[visible], phi, head.H, head.z)
-                p[i, a, visible] = softmax(logits)  # the low-rank mass is left out of the scores
+            seen = visible[g][i]
+            logits = scale * entries[g].k[seen] @ q[a, i]
+            phi = kernels.phi(q[a, i], a) if kernels else np.zeros(0)
+            out[i, a] = attend(logits, entries[g].v[seen], phi, entries[g].H, entries[g].z)
+            p[g][i, a % G, seen] = softmax(logits)  # the low-rank mass is left out of the scores
+    heads = []
+    for g, rule in enumerate(policies):
         # 2. score
-        entries = replace(entries, score=rule.update(entries.score, p))
+        attention = np.concatenate(p, 1) if getattr(rule, "pooled", False) else p[g]
+        scored = replace(entries[g], score=rule.update(entries[g].score, attention, visible[g]))
         # 3. evict
-        kept = choose(entries, rule, state.n + m) if victims is None else ~np.isin(entries.position, victims[g])
+        kept = choose(scored, rule, state.n + m) if victims is None else ~np.isin(scored.position, victims[g])
         # 4. fold
-        heads.append(fold(entries, kept, kernels, g))
+        heads.append(fold(scored, kept, kernels, g))
     return out, State(tuple(heads), state.n + m)
 
 

@@ -5,11 +5,25 @@
 """
 
 from .kernels import LayerKernels, LessKernels
-from .policies import H2O, Full, Lambda, Window
+from .policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, Window
 from .state import LayerState
 from .step import extend
 
-__all__ = ["H2O", "Full", "Lambda", "LayerKernels", "LayerState", "LessCache", "LessKernels", "Window", "extend"]
+__all__ = [
+    "H2O",
+    "TOVA",
+    "DecayedH2O",
+    "Full",
+    "Lambda",
+    "LayerKernels",
+    "LayerState",
+    "LessCache",
+    "LessKernels",
+    "Policy",
+    "Scissorhands",
+    "Window",
+    "extend",
+]
 
 
 def __getattr__(name):  # transformers is imported only by those who use it

@@ -105,18 +105,19 @@ def _contenders(model, policies, kernels, name) -> Iterator[Contender]:
     for policy in policies:
         yield Contender("bare", policy, None, less(policy))
         if kernels is not None:
-            more = policy.with_budget(policy.budget + low_rank_in_tokens(model, kernels.sizes["rank"]))
+            more = policy.with_budget(policy.budget + low_rank_in_tokens(model, policy, kernels.sizes["rank"]))
             yield Contender("baseline+", more, None, less(more))
             yield Contender("less", policy, name, less(policy, kernels))
 
 
-def low_rank_in_tokens(model, rank: int) -> int:
+def low_rank_in_tokens(model, policy, rank: int) -> int:
     """How many more tokens a bare policy may keep to hold at least the bytes of the low-rank state (Baseline+).
 
     The state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's count.
     """
     D, wide = sizes(model)["head_dim"], torch.promote_types(model.dtype, torch.float32).itemsize
-    slot = 2 * D * model.dtype.itemsize + torch.int32.itemsize + wide  # key, value, position, score
+    score = policy.score_dtype.itemsize if policy.score_dtype else wide
+    slot = 2 * D * model.dtype.itemsize + torch.int32.itemsize + score  # key, value, position, score
     return math.ceil(rank * (D + 1) * wide / slot)
 
 

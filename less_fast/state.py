@@ -27,7 +27,7 @@ class Group:
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
     position: torch.Tensor  # (N, H, S) int32, the true position
-    score: torch.Tensor  # (N, H, S) float32 or wider
+    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
 
@@ -74,6 +74,8 @@ class LayerState:
                 f"kernels for {kernels.q1.shape[0]} query heads and {kernels.k1.shape[0]} KV heads of {kernels.k1.shape[1]} "
                 f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
             )
+        if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
+            raise ValueError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
         wide, rank = torch.promote_types(dtype, torch.float32), kernels.rank if kernels else 0
         groups = []
         for rule in dict.fromkeys(policies):  # in order of first appearance
@@ -90,7 +92,7 @@ class LayerState:
                     k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
                     v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
                     position=torch.full(shape, -1, dtype=torch.int32, device=device),
-                    score=torch.zeros(shape, dtype=wide, device=device),
+                    score=torch.zeros(shape, dtype=rule.score_dtype or wide, device=device),
                     H=torch.zeros(batch, len(heads), rank, head_dim, dtype=wide, device=device),
                     z=torch.zeros(batch, len(heads), rank, dtype=wide, device=device),
                 )

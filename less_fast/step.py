@@ -93,7 +93,7 @@ def _attend_and_score(group, entries, q, arrived, scale):
         out, p = attend(q[:, :, :, now], entries.k[:, :, seen], entries.v[:, :, seen], visible, scale, low_rank)
         blocks.append(out)
         if group.policy.scored:
-            entries.score[:, :, seen] = group.policy.update(entries.score[:, :, seen], p)
+            entries.score[:, :, seen] = group.policy.update(entries.score[:, :, seen], p, visible)
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
 
 

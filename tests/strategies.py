@@ -59,14 +59,20 @@ def policies(*names, largest=5):
     two = st.sampled_from([(a, b) for b in range(1, largest + 1) for a in range(largest + 1)] + [(1, 0), (largest, 0)])
     fields = {
         "H2O": two,
+        "DecayedH2O": two.flatmap(lambda both: st.tuples(*map(st.just, both), st.sampled_from([0.5, 0.9, 1.0]))),
+        "TOVA": st.tuples(st.integers(1, 2 * largest)),
+        "Scissorhands": two.flatmap(
+            lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))
+        ),
         "Lambda": two,
         "Window": st.tuples(st.integers(1, 2 * largest)),
         "Full": st.just(()),
     }
-    return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or ("H2O", "Lambda", "Window")])
+    return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or EVICTING_POLICIES])
 
 
-ANY_POLICY = policies("H2O", "Lambda", "Window", "Full")
+EVICTING_POLICIES = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "Lambda", "Window")
+ANY_POLICY = policies(*EVICTING_POLICIES, "Full")
 
 
 PATTERNS = {1: ["a"], 2: ["ab", "aa"], 3: ["aba", "aab", "abb", "abc", "aaa"]}
@@ -76,8 +82,14 @@ PATTERNS = {1: ["a"], 2: ["ab", "aa"], 3: ["aba", "aab", "abb", "abc", "aaa"]}
 def policy_tables(kv_heads, of):
     """A policy for each KV head. The patterns come first, because two policies drawn freely are too often the same."""
     return st.tuples(st.sampled_from(PATTERNS[kv_heads]), of, of, of).map(
-        lambda drawn: tuple(drawn[1 + "abc".index(which)] for which in drawn[0])
+        lambda drawn: one_for_all(tuple(drawn[1 + "abc".index(which)] for which in drawn[0]))
     )
+
+
+def one_for_all(table):
+    """A policy that pools over the layer is that of all its KV heads."""
+    pooled = [policy for policy in table if policy.fast.pooled]
+    return (pooled[0],) * len(table) if pooled else table
 
 
 def chunkings(length):

@@ -61,6 +61,7 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
         (bare["perplexity"] - less["perplexity"]) / (bare["perplexity"] - full["perplexity"])
     )
     assert bare["bytes"] < less["bytes"] <= plus["bytes"] < full["bytes"]
+    assert full["bytes"] == 2 * 4 * 4 * 64 * 256 * 4  # keys and values of 4 layers, 4 heads, 64 numbers, 256 tokens, float32
 
 
 def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of_windows():
@@ -77,11 +78,11 @@ def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of
 
 
 def test_compare_takes_every_policy_and_half_precision(command, story):
-    for policy in ("window", "lambda"):
+    for policy in ("window", "lambda", "decayed-h2o", "tova", "scissorhands"):
         code, out, _ = command("compare", "--text", story, *SMALL, "--json", "--policy", policy, "--dtype", "bfloat16")
         assert code == 0
         rows = json.loads(out)["rows"]
-        assert rows[1]["policy"].lower().startswith(policy)
+        assert rows[1]["policy"].lower().startswith(policy.replace("-", ""))
         assert rows[3]["bytes"] <= rows[2]["bytes"]  # Baseline+ never holds less than LESS
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from less_fast import H2O, LessKernels
 from less_fast.compare import compare
 from less_fast.demo import KERNELS, MODEL, corpus
-from less_fast.text import windows
+from less_fast.text import tokenized, windows
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,9 @@ def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded)
     first, again, other = (windows(tokenizer, texts, 64, 5, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    everything = windows(tokenizer, texts, 64)
+    stream = torch.from_numpy(np.concatenate(tokenized(tokenizer, texts)))
+    assert sorted(everything.tolist()) == sorted(stream[: everything.numel()].view(-1, 64).tolist())
     joined = tokenizer.eos_token.join(texts)
     assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
     with pytest.raises(ValueError, match="give more text"):

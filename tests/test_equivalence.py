@@ -328,11 +328,12 @@ def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(d
     state, qkv = allocate(case, rows, dtype), batch(case, rows, dtype)
     budgets = [policy.budget for policy in case.reference]
     numbers = less_ref.memory(budgets, case.layer.head_dim, case.layer.rank if case.kernels else 0)
-    slots = numbers["bookkeeping"] // 2  # each with a position in int32 and a score
+    # each slot has a position in int32 and a score, of which two policies in one layer may have their own dtype
+    scores = [(policy.budget + 1) * (policy.score_dtype or wide(dtype)).itemsize for policy in case.fast]
     told = {
         "entries": rows * numbers["entries"] * dtype.itemsize,
         "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
-        "bookkeeping": rows * (slots * (4 + wide(dtype).itemsize) + 8),  # 8: the tokens seen
+        "bookkeeping": rows * (numbers["bookkeeping"] // 2 * 4 + sum(scores) + 8),  # 8: the tokens seen
     }
     where = {name: tensor.data_ptr() for name, tensor in state.tensors()}
     for now in [slice(0, 0), *slices(case.chunks)]:
