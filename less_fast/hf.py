@@ -98,12 +98,13 @@ class LessLayer(TaggingLayer):
             self.state.reset()
 
     def reorder_cache(self, beam_idx):
-        self.state.reorder(beam_idx.to(self.state.n.device))
+        if self.state is not None:
+            self.state.reorder(beam_idx.to(self.state.n.device))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats):
-        self.state.reorder(torch.arange(self.batch_size, device=self.state.n.device).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove):
         raise ValueError("a LessCache cannot be cropped (assisted generation, prompt lookup): folded tokens do not return")
