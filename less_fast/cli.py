@@ -46,7 +46,7 @@ KernelsOption = Annotated[
     str, typer.Option("--kernels", help="Folder or hub name of kernels for the model, or none. Embedded model: its own.")
 ]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
-TextOption = Annotated[list[Path], typer.Option("--text", help="Text file; may be repeated.")]
+TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library unless given.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
@@ -129,7 +129,7 @@ def generate(
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="Tokens that each KV head keeps.")] = "51",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
     seed: SeedOption = 0,
