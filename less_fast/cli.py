@@ -28,6 +28,7 @@ from .train import train as train_kernels
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="LESS: text generation in constant memory. Without options each command runs on the embedded model.",
 )
