@@ -6,6 +6,7 @@ import platform
 import sys
 from dataclasses import asdict
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .compare import compare as compare_caches
@@ -76,22 +78,21 @@ def compare(
     if windows < 2:
         raise Bad(f"--windows must be at least 2 for a standard error, not {windows}")
     if policy.value == "full":
-        raise Bad("--policy full evicts nothing, so there is nothing to compare; choose window, lambda or h2o")
+        raise Bad("--policy full evicts nothing, so there is nothing to compare: choose another policy")
     policies = [_budgeted(policy, budget, length) for budget in budgets.split(",")]
     too_large = [rule.budget for rule in policies if rule.budget >= length]
     if too_large:
         raise Bad(f"a budget of {too_large[0]} tokens evicts nothing from windows of {length}: choose a smaller one")
     if picture:
         _check_plot(picture)
-    names = [(file, _read(file)) for file in text]
+    contents = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
     learned, learned_name = _load_kernels(network, model, kernels)
-    texts = [content for _, content in names] or [content for _, content in corpus.documents("test")]
-    chosen = cut_windows(tokenizer, texts, length, windows, seed)
-    source = ", ".join(file.name for file, _ in names) or f"held-out standard library ({corpus.digest('test')})"
+    contents = contents or [content for _, content in corpus.documents("test")]
+    chosen = cut_windows(tokenizer, contents, length, windows, seed)
+    source = ", ".join(file.name for file in text) or f"held-out standard library ({corpus.digest('test')})"
 
-    with errors.status("") as status:
-        status.update("decoding, all caches in turns ...")
+    with errors.status("decoding, all caches in turns ...") as status:
 
         def done(row):
             status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
@@ -182,11 +183,11 @@ def train(
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace kernels that are in the folder already.")] = False,
 ):
-    """Trains kernels for a model by the paper's recipe (all defaults are the paper's)."""
+    """Trains kernels for a model by the paper's recipe; the figures are saved with them."""
     if (out / CONFIG).exists() and not overwrite:
         raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     if policy.value == "full":
-        raise Bad("--policy full evicts nothing, so there is nothing to learn; choose window, lambda or h2o")
+        raise Bad("--policy full evicts nothing, so there is nothing to learn: choose another policy")
     rule = _budgeted(policy, budget, length)
     if rule.budget > length - 2:
         raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
@@ -200,6 +201,7 @@ def train(
             cut_windows(tokenizer, (content for _, content in corpus.documents(split)), length, count, seed)
             for split, count in (("train", sequences), ("validation", validation))
         )
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before the training
     recipe = Recipe(rank=rank, hidden=hidden, epochs=epochs, halve_every=max(1, epochs // 4), seed=seed)
     learned = train_kernels(network, training, held_out, rule, recipe)
     learned.about["model"] = model or "embedded"
@@ -249,7 +251,7 @@ def _load(model: str, device: str, dtype: Dtype):
     try:
         network = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype.value)).to(place).eval()
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Bad(f"no usable model at {where}: {str(error).strip().splitlines()[0]}") from None
     check_model(network)
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
@@ -300,10 +302,12 @@ def _print_table(record, rows):
 
 
 def _versions():
-    from importlib.metadata import version
-
+    try:
+        ours = version("less-kv")
+    except PackageNotFoundError:  # run from a checkout: python -m less_fast
+        ours = "not installed"
     return {
-        "less-kv": version("less-kv"),
+        "less-kv": ours,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import gelu
@@ -122,13 +123,13 @@ class LessKernels(nn.Module):
         Raises FileNotFoundError where there are none, ValueError where the files do not fit together or hold NaN.
         """
         weights, config = _locate(where)
-        stored = json.loads(config.read_text())
         try:
+            stored = json.loads(config.read_text())
             about = stored.pop("about", {})
             kernels = cls(**stored, about=about)
             kernels.load_state_dict(load_file(weights))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"the kernels in {where} do not fit their {CONFIG}: {error}") from error
+        except (RuntimeError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"the kernels in {where} are broken, or do not fit their {CONFIG}: {error}") from error
         broken = [name for name, weight in kernels.named_parameters() if not weight.isfinite().all()]
         if broken:
             raise ValueError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")

@@ -185,6 +185,20 @@ def test_a_model_with_nan_weights_is_refused(command, spoiled):
     assert (code, "holds NaN or infinite weights" in err) == (2, True)
 
 
+def test_a_model_whose_weights_are_cut_off_is_refused(command, spoiled):
+    weights = spoiled / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = command("compare", "--model", spoiled)
+    assert (code, "no usable model" in err) == (2, True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(command, story, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "train_kernels", lambda *_: pytest.fail("training began"))
+    code, _, err = command("train", "--text", story, "--out", tmp_path / "file", "--length", 64, "--sequences", 2)
+    assert (code, "file" in err) == (2, True)
+
+
 def test_kernels_of_another_model_are_refused(command, tmp_path):
     LessKernels(layers=2, query_heads=4, kv_heads=4, head_dim=64, hidden=4).save_pretrained(tmp_path)
     code, _, err = command("compare", "--kernels", tmp_path)

@@ -157,6 +157,14 @@ def test_spoiled_kernel_files_are_refused(trained, tmp_path, spoil, message):
         LessKernels.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_cut_off_kernel_files_are_refused(trained, tmp_path, name):
+    trained[1].save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    with pytest.raises(ValueError, match="are broken, or do not fit their"):
+        LessKernels.from_pretrained(tmp_path)
+
+
 def test_training_without_evictions_or_with_a_broken_model_is_refused():
     model = make_model().float()
     with pytest.raises(ValueError, match="nothing is evicted within 20 tokens"):
