@@ -20,7 +20,7 @@ Where it differs from the authors' public code (hdong920/LESS):
   - scores come from the softmax over the visible tokens; the authors' parallel path and training score with the softmax
     over all causal keys, evicted ones included, which no cache that really evicts can compute;
   - evicted tokens are gone: a tie can never bring one back; a recent budget of 0 evicts;
-  - KV heads may be fewer than query heads, and each may have a budget of its own.
+  - KV heads may be fewer than query heads, and each may have a budget and a rank of its own.
 """
 
 import math
@@ -28,19 +28,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-# Kernels (paper, section 3).
+# Kernels: phi(x, query_head) and psi(x, kv_head) turn x (..., D) into (..., R) features; rank(kv_head) is R.
+
+erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def gelu(x):
     """Exact (erf) GELU, elementwise."""
-    return 0.5 * x * (1.0 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2.0)))
+    return 0.5 * x * (1.0 + erf(x / math.sqrt(2.0)).astype(float))
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The learned kernels of one layer: phi has weights for each query head, psi for each KV head.
+    """The learned kernels of one layer (paper, section 3): phi has weights for each query head, psi for each KV head.
 
-    q1 (Hq, D, h), q2 (Hq, h, R), k1 (Hkv, D, h), k2 (Hkv, h, R), k3 (Hkv, R, R)
+    q1 (Hq, D, h), q2 (Hq, h, R), k1 (Hkv, D, h), k2 (Hkv, h, R), k3 (Hkv, R, R); ranks: None, or how many of the R features
+    each KV head has, the first ones.
     """
 
     q1: np.ndarray
@@ -48,42 +51,114 @@ class Kernels:
     k1: np.ndarray
     k2: np.ndarray
     k3: np.ndarray
+    ranks: tuple | None = None
 
-    @property
-    def rank(self):
-        return self.k3.shape[-1]
+    def rank(self, kv_head):
+        return self.ranks[kv_head] if self.ranks else self.k3.shape[-1]
 
     def phi(self, q, query_head):
         """q (..., D) -> (..., R), non-negative."""
-        return np.abs(gelu(gelu(q @ self.q1[query_head]) @ self.q2[query_head]))
+        R = self.rank(query_head * len(self.k1) // len(self.q1))
+        return np.abs(gelu(gelu(q @ self.q1[query_head]) @ self.q2[query_head, :, :R]))
 
     def psi(self, k, kv_head):
         """k (..., D) -> (..., R), non-negative."""
-        return np.abs(gelu(gelu(k @ self.k1[kv_head]) @ self.k2[kv_head]) @ self.k3[kv_head])
+        R = self.rank(kv_head)
+        return np.abs(gelu(gelu(k @ self.k1[kv_head]) @ self.k2[kv_head, :, :R]) @ self.k3[kv_head, :R, :R])
 
 
-# Policies.
-# A policy is a budget and two functions over the entries of one KV head:
-#   update(score (E,), p (m, G, E), visible (m, E)) -> (E,)    p: what each query of the chunk gave each entry, softmax over
-#                                                              the visible; a policy with `pooled` sees all Hq query heads
-#   rank(position (E,), score (E,), n) -> (E,)                 the highest ranks are kept; ties keep the lower position
+# Control kernels: nothing learned, the same for all heads. The paper compares with the first.
 
 
 @dataclass(frozen=True)
-class Full:
-    """Keeps everything."""
+class Performer:
+    """Positive random features (Choromanski et al. 2020): phi(q).psi(k) is e^(scale q.k) in expectation over w (R, D)."""
 
-    budget = math.inf
+    w: np.ndarray
+    scale: float
+
+    def rank(self, kv_head):
+        return len(self.w)
+
+    def phi(self, x, head):
+        """x (..., D) -> (..., R), positive. An exponent, at most |w|^2 / 2, is cut at 40: float32 holds products of e^40."""
+        x = x * math.sqrt(self.scale)
+        exponent = x @ self.w.T - (x**2).sum(-1, keepdims=True) / 2
+        return np.exp(np.minimum(exponent, 40)) / math.sqrt(len(self.w))
+
+    psi = phi
+
+
+@dataclass(frozen=True)
+class Fourier:
+    """Random Fourier features (Peng et al. 2021): of queries and keys of unit length, phi(q).psi(k) is e^(q.k) in expectation
+    over w (R / 2, D). The features are signed, so phi.z may be negative: then there is no virtual token."""
+
+    w: np.ndarray
+
+    def rank(self, kv_head):
+        return 2 * len(self.w)
+
+    def phi(self, x, head):
+        """x (..., D) -> (..., R)."""
+        angle = x / np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), 1e-30) @ self.w.T
+        return np.concatenate([np.cos(angle), np.sin(angle)], -1) * math.sqrt(math.e / len(self.w))
+
+    psi = phi
+
+
+@dataclass(frozen=True)
+class Elu:
+    """phi(x) = psi(x) = elu(x) + 1 (Katharopoulos et al. 2020): as many features as head_dim."""
+
+    head_dim: int
+
+    def rank(self, kv_head):
+        return self.head_dim
+
+    def phi(self, x, head):
+        """x (..., D) -> (..., D), positive."""
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    psi = phi
+
+
+# Policies.
+
+
+class Policy:
+    """A budget and two functions over the E entries of one KV head; a score is a number for each, or a row of numbers.
+
+    update(score, p (m, G, E), visible (m, E)) -> score    p: what each query of the chunk gave each entry, softmax over the
+                                                           visible; a policy that is `pooled` sees all Hq query heads
+    rank(position (E,), score, n) -> (E,)                  the `budget` highest are kept; ties keep the lower position, and
+                                                           -inf goes even where there is room
+
+    A few say more: settle(position, score, n) -> score, once at the end of a chunk, before the ranks; `score_shape`, the
+    shape of an entry's row of numbers, all 0 at first; `kinds`, that the first of them is the token's kind.
+    """
+
+    score_shape, pooled, kinds = (), False, False
 
     def update(self, score, p, visible):
         return score
+
+    def settle(self, position, score, n):
+        return score
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Keeps everything."""
+
+    budget = math.inf
 
     def rank(self, position, score, n):
         return position
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Policy):
     """Keeps the last `recent` tokens (local attention: Child et al. 2019, Parmar et al. 2018)."""
 
     recent: int
@@ -92,15 +167,12 @@ class Window:
     def budget(self):
         return self.recent
 
-    def update(self, score, p, visible):
-        return score
-
     def rank(self, position, score, n):
         return position
 
 
 @dataclass(frozen=True)
-class Lambda:
+class Lambda(Policy):
     """Keeps the first `sinks` and the last `recent` tokens (LM-Infinite, Han et al. 2023; StreamingLLM, Xiao et al. 2023)."""
 
     sinks: int
@@ -110,15 +182,12 @@ class Lambda:
     def budget(self):
         return self.sinks + self.recent
 
-    def update(self, score, p, visible):
-        return score
-
     def rank(self, position, score, n):
         return np.where(position < self.sinks, np.inf, position)
 
 
 @dataclass(frozen=True)
-class H2O:
+class H2O(Policy):
     """Keeps the last `recent` tokens and the `heavy` ones with the most accumulated attention (Zhang et al. 2023)."""
 
     heavy: int
@@ -148,7 +217,7 @@ class DecayedH2O(H2O):
 
 
 @dataclass(frozen=True)
-class TOVA:
+class TOVA(Policy):
     """Keeps what the last query attends to most, by the mean over all query heads of the layer (Oren et al. 2024).
 
     All KV heads hold the same tokens, so all of them must follow this policy.
@@ -165,7 +234,7 @@ class TOVA:
 
 
 @dataclass(frozen=True)
-class Scissorhands:
+class Scissorhands(Policy):
     """Keeps the last `recent` tokens and those that were seldom unimportant (Liu et al. 2023): of the last `history` queries,
     how many gave the token less than the average, 1 / (visible tokens)? Attention is the mean over the query heads.
 
@@ -188,6 +257,86 @@ class Scissorhands:
         return np.where(position >= n - self.recent, np.inf, -below)
 
 
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Keeps the last `window` tokens and those to which the last `window` queries attend most, all together; a token counts as
+    much as the best of its neighbours within `reach` positions (Li et al. 2024: max pooling with a kernel of 2 reach + 1).
+
+    The paper chooses once, at the end of the prompt, and keeps all that is generated; here the window moves on.
+    The score of a token is what each of the last `window` queries gave it.
+    """
+
+    budget: int
+    window: int
+    reach: int
+
+    @property
+    def score_shape(self):
+        return (self.window,)
+
+    def update(self, score, p, visible):
+        return np.concatenate([score, p.sum(1).T], 1)[:, -self.window :]
+
+    def rank(self, position, score, n):
+        recent = position >= n - self.window
+        votes = np.where(recent, 0, score.sum(1))
+        best = [votes[abs(position - p) <= self.reach].max() for p in position]
+        return np.where(recent, np.inf, best)
+
+
+@dataclass(frozen=True)
+class FastGen(Policy):
+    """Each head keeps the least that recovers its attention (Ge et al. 2023): 1 special tokens, 2 and punctuation, 3 and the
+    `frequent` others with the most accumulated attention, 4 and the last `local`, or 5 everything.
+
+    It chooses when the budget is first exceeded, with a prompt at its end: the first of these sets that got at least
+    `recovery` of all attention so far. (A token that was local counts with what it got while it was.) Until then nothing is
+    evicted; from then on all else goes, and what does not fit the budget: the least attended, special tokens after them.
+    A token's kind is 0, 1 for punctuation or 2 for special. Its score: the kind, the attention it got, the part of that
+    which it got while local, how many queries it has seen, and its head's choice, 0 before.
+    """
+
+    budget: int
+    frequent: int
+    local: int
+    recovery: float
+    score_shape, kinds = (5,), True
+
+    def update(self, score, p, visible):
+        kind, attention, near, age, choice = score.T
+        ages = age + visible.cumsum(0)  # (m, E)
+        attention = attention + p.sum((0, 1))
+        near = near + (p.sum(1) * (ages <= self.local)).sum(0)
+        return np.stack([kind, attention, near, ages[-1], choice], 1)
+
+    def settle(self, position, score, n):
+        _, attention, near, _, choice = score.T
+        chosen = choice.max()  # tokens that came since have 0
+        if n > self.budget and not chosen:
+            for chosen in (1, 2, 3, 4, 5):
+                member = self.members(position, score, n, chosen)
+                recovered = attention[member].sum() + near[~member].sum() * (chosen == 4)
+                if recovered >= (self.recovery - 1e-6) * attention.sum():  # equal is enough, whatever the rounding
+                    break
+        return np.column_stack([score[:, :4], np.full(len(score), chosen)])
+
+    def members(self, position, score, n, choice):
+        kind, attention = score[:, 0], score[:, 1]
+        member = (kind == 2) | (choice >= 2) & (kind == 1) | (choice >= 4) & (position >= n - self.local)
+        if choice >= 3:
+            others = np.flatnonzero(~member)
+            most = np.lexsort((position[others], -attention[others]))  # of equals the lower position first
+            member[others[most[: self.frequent]]] = True
+        return member | (choice == 5)
+
+    def rank(self, position, score, n):
+        kind, attention, _, _, (choice, *_) = score.T
+        rank = np.where(kind == 2, np.finfo(float).max, attention)
+        rank[(choice >= 4) & (position >= n - self.local)] = np.inf
+        rank[~self.members(position, score, n, choice) & (choice > 0)] = -np.inf
+        return rank
+
+
 # State.
 
 
@@ -198,7 +347,7 @@ class Head:
     position: np.ndarray  # (E,) true token positions
     k: np.ndarray  # (E, D)
     v: np.ndarray  # (E, D)
-    score: np.ndarray  # (E,)
+    score: np.ndarray  # (E,) or (E, ...), whatever the policy keeps
     H: np.ndarray  # (R, D)
     z: np.ndarray  # (R,)
 
@@ -211,11 +360,10 @@ class State:
     n: int = 0
 
 
-def empty_state(kv_heads, head_dim, rank=0):
-    """The state before the first token. rank 0: the bare policy."""
-    none = np.zeros((0, head_dim))
-    head = Head(np.zeros(0, int), none, none, np.zeros(0), np.zeros((rank, head_dim)), np.zeros(rank))
-    return State((head,) * kv_heads)
+def empty_state(kv_heads, head_dim, kernels=None):
+    """The state before the first token. kernels None: the bare policy, whose low-rank state has no features."""
+    none, ranks = np.zeros((0, head_dim)), [kernels.rank(g) if kernels else 0 for g in range(kv_heads)]
+    return State(tuple(Head(np.zeros(0, int), none, none, np.zeros(0), np.zeros((R, head_dim)), np.zeros(R)) for R in ranks))
 
 
 # Attend: the paper's equation 3 as it is written, and in stable form.
@@ -232,7 +380,7 @@ def attend_literal(logits, v, phi, H, z):
 def attend(logits, v, phi, H, z):
     """The same, stably: attention over the E visible tokens plus one virtual token.
 
-    The virtual token's logit is log(phi.z) and its value phi H / (phi.z); with phi.z = 0 there is none.
+    The virtual token's logit is log(phi.z) and its value phi H / (phi.z); where phi.z is not positive there is none.
     """
     mass = phi @ z
     if mass > 0:
@@ -249,50 +397,61 @@ def softmax(logits):
 # Extend: attend, score, evict and fold.
 
 
-def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None):
+LARGEST = 1e12  # a token with larger numbers is broken
+
+
+def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None, kinds=None):
     """The one verb of LESS: m >= 1 new tokens enter; attend, score, evict, fold. Returns (out (m, Hq, D), new state).
 
     q (Hq, m, D); k, v (Hkv, m, D); policy: one, or a list with one for each KV head; kernels None: the bare policy;
     scale: 1/sqrt(D) unless given; victims: None, or for each KV head the positions to evict instead of the policy's choice
-    (a test replays another implementation's choice at a near-tie).
+    (a test replays another implementation's choice at a near-tie); kinds (m,): of the tokens, for policies that ask.
+
+    A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace: it is not seen, scored, kept,
+    folded or counted, and its own output is NaN.
     """
     (Hq, m, D), Hkv = q.shape, k.shape[0]
     scale = D**-0.5 if scale is None else scale
     policies = policy if isinstance(policy, (list, tuple)) else [policy] * Hkv
     if Hq % Hkv or len(policies) != Hkv or v.shape != k.shape or k.shape[1:] != (m, D):
         raise ValueError(f"shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, {len(policies)} policies")
-    if any(getattr(rule, "pooled", False) for rule in policies) and len(set(policies)) > 1:
+    if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
         raise ValueError(f"a policy that pools over the layer must be that of all its KV heads: {policies}")
+    if any(rule.kinds for rule in policies) and np.shape(kinds) != (m,):
+        raise ValueError(f"{policies} need the kinds of the {m} tokens")
+    sound = np.all([(abs(x) <= LARGEST).all((0, 2)) for x in (q, k, v)], 0)  # (m,)
+    if not sound.all():
+        out = np.full((m, Hq, D), np.nan)
+        if sound.any():
+            rest = (policy, kernels, scale, victims, None if kinds is None else kinds[sound])
+            out[sound], state = extend(state, q[:, sound], k[:, sound], v[:, sound], *rest)
+        return out, state
     G = Hq // Hkv
     arrived = np.arange(state.n, state.n + m)
-    # The entries of each KV head: what is held, then the chunk.
-    entries = [
-        replace(
-            head,
-            position=np.append(head.position, arrived),
-            k=np.vstack([head.k, k[g]]),
-            v=np.vstack([head.v, v[g]]),
-            score=np.append(head.score, np.zeros(m)),
-        )
-        for g, head in enumerate(state.heads)
-    ]
+    entries = []  # of each KV head: what is held, then the chunk
+    for g, (head, rule) in enumerate(zip(state.heads, policies)):
+        score = np.concatenate([head.score.reshape(-1, *rule.score_shape), np.zeros((m, *rule.score_shape))])
+        if rule.kinds:
+            score[-m:, 0] = kinds
+        slots = np.append(head.position, arrived), np.vstack([head.k, k[g]]), np.vstack([head.v, v[g]]), score
+        entries.append(Head(*slots, head.H, head.z))
     # 1. attend: query i sees the held entries, chunk tokens up to itself, and the low-rank state before the chunk.
     out = np.zeros((m, Hq, D))
     visible = [head.position <= arrived[:, None] for head in entries]  # [g] -> (m, E)
     p = [np.zeros((m, G, len(head.position))) for head in entries]  # [g] -> (m, G, E)
     for a in range(Hq):
         g = a // G
+        phi = kernels.phi(q[a], a) if kernels else np.zeros((m, 0))  # (m, R)
         for i in range(m):
             seen = visible[g][i]
             logits = scale * entries[g].k[seen] @ q[a, i]
-            phi = kernels.phi(q[a, i], a) if kernels else np.zeros(0)
-            out[i, a] = attend(logits, entries[g].v[seen], phi, entries[g].H, entries[g].z)
+            out[i, a] = attend(logits, entries[g].v[seen], phi[i], entries[g].H, entries[g].z)
             p[g][i, a % G, seen] = softmax(logits)  # the low-rank mass is left out of the scores
     heads = []
     for g, rule in enumerate(policies):
         # 2. score
-        attention = np.concatenate(p, 1) if getattr(rule, "pooled", False) else p[g]
-        scored = replace(entries[g], score=rule.update(entries[g].score, attention, visible[g]))
+        score = rule.update(entries[g].score, np.concatenate(p, 1) if rule.pooled else p[g], visible[g])
+        scored = replace(entries[g], score=rule.settle(entries[g].position, score, state.n + m))
         # 3. evict
         kept = choose(scored, rule, state.n + m) if victims is None else ~np.isin(scored.position, victims[g])
         # 4. fold
@@ -306,7 +465,7 @@ def choose(entries, policy, n):
     order = np.lexsort((entries.position, -rank))  # by rank, descending; then by position, ascending
     kept = np.zeros(len(order), bool)
     kept[order[: min(policy.budget, len(order))]] = True
-    return kept
+    return kept & (rank > -np.inf)
 
 
 def fold(entries, kept, kernels, kv_head):
@@ -329,34 +488,35 @@ class Trace:
 
     out: np.ndarray  # (T, Hq, D)
     kept: list = field(default_factory=list)  # [c][g] -> (E,)
-    score: list = field(default_factory=list)  # [c][g] -> (E,)
-    H: list = field(default_factory=list)  # [c] -> (Hkv, R, D)
-    z: list = field(default_factory=list)  # [c] -> (Hkv, R)
+    score: list = field(default_factory=list)  # [c][g] -> (E,) or (E, ...)
+    H: list = field(default_factory=list)  # [c][g] -> (R, D)
+    z: list = field(default_factory=list)  # [c][g] -> (R,)
 
 
-def run(q, k, v, policy, kernels=None, chunks=None, scale=None):
+def run(q, k, v, policy, kernels=None, chunks=None, scale=None, kinds=None):
     """Applies `extend` to a whole sequence, chunk by chunk.
 
     q (Hq, T, D); k, v (Hkv, T, D); policy: one, or a list with one for each KV head; kernels None: the bare policy;
-    chunks: lengths that sum to T, one token at a time (streaming) unless given. Different chunkings are different
-    computations. Returns a Trace.
+    chunks: lengths that sum to T, one token at a time (streaming) unless given, and different chunkings are different
+    computations; kinds (T,): of the tokens, for policies that ask. Returns a Trace.
     """
     T = q.shape[1]
     chunks = [1] * T if chunks is None else list(chunks)
     if sum(chunks) != T or min(chunks, default=1) < 1:
         raise ValueError(f"chunks must be at least 1 each and sum to {T} tokens: {chunks}")
-    state = empty_state(k.shape[0], k.shape[2], kernels.rank if kernels else 0)
+    state = empty_state(k.shape[0], k.shape[2], kernels)
     trace = Trace(np.zeros((T, q.shape[0], q.shape[2])))
     start = 0
     for m in chunks:
         now = slice(start, start + m)
-        trace.out[now], state = extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale)
+        kind = None if kinds is None else kinds[now]
+        trace.out[now], state = extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, kinds=kind)
         start += m
         order = [np.argsort(head.position) for head in state.heads]
         trace.kept.append([head.position[o] for head, o in zip(state.heads, order)])
         trace.score.append([head.score[o] for head, o in zip(state.heads, order)])
-        trace.H.append(np.stack([head.H for head in state.heads]))
-        trace.z.append(np.stack([head.z for head in state.heads]))
+        trace.H.append([head.H for head in state.heads])
+        trace.z.append([head.z for head in state.heads])
     return trace
 
 
@@ -390,6 +550,7 @@ def parallel(q, k, v, e, kernels=None, scale=None):
             folded = i > e[g]
             logits = scale * k[g, exact] @ q[a, i]
             low_rank = kernels.psi(k[g, folded], g) @ kernels.phi(q[a, i], a) if kernels else np.zeros(folded.sum())
+            low_rank *= low_rank.sum() > 0
             largest = logits.max()
             weight = np.append(np.exp(logits - largest), low_rank * math.exp(-largest))
             out[i, a] = weight @ np.vstack([v[g, exact], v[g, folded]]) / weight.sum()
@@ -414,17 +575,16 @@ def training_loss(out, full, projection, e):
 # Memory.
 
 
-def memory(budgets, head_dim, rank=0):
-    """Numbers held by one layer and sequence, as a dict; budgets: one for each KV head.
+def memory(policies, head_dim, kernels=None):
+    """Numbers held by one layer and sequence, as a dict; policies: one for each KV head.
 
-    entries: (B + 1) * 2D keys and values (one slot is scratch); low_rank: R * (D + 1); bookkeeping: a position and a
-    score for each slot. A bare policy (rank 0) has no low_rank part.
+    entries: (B + 1) * 2D keys and values (one slot is scratch); low_rank: R * (D + 1), none without kernels; bookkeeping: a
+    position and a score for each slot.
     """
-    slots = sum(budget + 1 for budget in budgets)
     return {
-        "entries": slots * 2 * head_dim,
-        "low_rank": len(budgets) * rank * (head_dim + 1),
-        "bookkeeping": slots * 2,
+        "entries": sum((rule.budget + 1) * 2 * head_dim for rule in policies),
+        "low_rank": sum(kernels.rank(g) * (head_dim + 1) for g in range(len(policies))) if kernels else 0,
+        "bookkeeping": sum((rule.budget + 1) * (1 + math.prod(rule.score_shape)) for rule in policies),
     }
 
 

@@ -5,14 +5,16 @@
 """
 
 from .kernels import LayerKernels, LessKernels
-from .policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, Window
+from .policies import H2O, TOVA, DecayedH2O, FastGen, Full, Lambda, Policy, Scissorhands, SnapKV, Window
 from .state import LayerState
 from .step import extend
+from .text import token_kinds
 
 __all__ = [
     "H2O",
     "TOVA",
     "DecayedH2O",
+    "FastGen",
     "Full",
     "Lambda",
     "LayerKernels",
@@ -21,8 +23,10 @@ __all__ = [
     "LessKernels",
     "Policy",
     "Scissorhands",
+    "SnapKV",
     "Window",
     "extend",
+    "token_kinds",
 ]
 
 

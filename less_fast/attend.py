@@ -16,7 +16,7 @@ def attend(
     q (N, H, G, m, D): G query heads for each of H KV heads; k, v (N, H, S, D); visible (N, H, m, S) bool;
     low_rank: None, or phi (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R).
     Returns out (N, H, G, m, D) and p (N, H, G, m, S), the softmax over the visible tokens alone.
-    A query that sees no token (a pad) gets zeros in both.
+    A query that sees no token (a pad) gets zeros in both; where phi.z is not positive there is no virtual token.
     """
     N, H, G, m, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -31,7 +31,7 @@ def attend(
     out = (p.view(N, H, G * m, -1) @ v).view(N, H, G, m, D)
     if low_rank is not None:
         phi, state, norm = low_rank
-        mass = torch.einsum("nhgmr,nhr->nhgm", phi, norm)[..., None]  # (N, H, G, m, 1)
+        mass = torch.einsum("nhgmr,nhr->nhgm", phi, norm)[..., None].clamp_(min=0)  # (N, H, G, m, 1)
         mean = torch.einsum("nhgmr,nhrd->nhgmd", phi, state) / mass.masked_fill(mass == 0, 1)
         share = torch.sigmoid(mass.log() - largest - total.log())  # the virtual token's part of the attention
         out = torch.lerp(out, mean, share).masked_fill(~sees, 0)

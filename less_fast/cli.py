@@ -22,8 +22,9 @@ from .compare import compare as compare_caches
 from .compare import held_bytes, plot
 from .demo import KERNELS, MODEL, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
-from .kernels import CONFIG, LessKernels
+from .kernels import CONFIG, FAMILIES, LessKernels
 from .policies import POLICIES
+from .text import token_kinds
 from .text import windows as cut_windows
 from .train import Recipe
 from .train import train as train_kernels
@@ -46,7 +47,12 @@ Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")
 
 ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one unless given.")]
 KernelsOption = Annotated[
-    str, typer.Option("--kernels", help="Folder or hub name of kernels for the model, or none. Embedded model: its own.")
+    str,
+    typer.Option(
+        "--kernels",
+        help="Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
+        "Embedded model: its own unless given.",
+    ),
 ]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library unless given.")]
@@ -87,7 +93,7 @@ def compare(
         _check_plot(picture)
     contents = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
-    learned, learned_name = _load_kernels(network, model, kernels)
+    learned, learned_name = _load_kernels(network, model, kernels, seed)
     contents = contents or [content for _, content in corpus.documents("test")]
     chosen = cut_windows(tokenizer, contents, length, windows, seed)
     source = ", ".join(file.name for file in text) or f"held-out standard library ({corpus.digest('test')})"
@@ -97,7 +103,8 @@ def compare(
         def done(row):
             status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
 
-        rows = compare_caches(network, chosen, policies, learned, learned_name, done)
+        kinds = token_kinds(tokenizer) if policies[0].kinds else None
+        rows = compare_caches(network, chosen, policies, learned, learned_name, done, kinds)
     if learned is None:
         errors.print("No kernels for this model, so no LESS: train some with `less-kv train`.")
     record = {
@@ -142,8 +149,8 @@ def generate(
         raise Bad("the prompt is empty")
     rule = _budgeted(policy, budget, None)
     network, tokenizer = _load(model, device, dtype)
-    learned, _ = _load_kernels(network, model, kernels)
-    cache = LessCache.for_model(network, rule, learned)
+    learned, _ = _load_kernels(network, model, kernels, seed)
+    cache = LessCache.for_model(network, rule, learned, token_kinds=token_kinds(tokenizer) if rule.kinds else None)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -159,10 +166,10 @@ def generate(
     shape, seen = sizes(network), cache.get_seq_length()
     full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
     kept = min(rule.budget or seen, seen)
-    folded = f"{seen - kept} folded into {learned.sizes['rank']} features" if learned else f"{seen - kept} forgotten"
+    others = f"folded into {learned.layers[0].rank} features" if learned else "forgotten"
     errors.print(
-        f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {kept}, {folded}; "
-        f"{held_bytes(cache):,} bytes held, a full cache would hold {full:,}"
+        f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {'at most ' * rule.selective}{kept}, the others "
+        f"are {others}; {held_bytes(cache):,} bytes held, a full cache would hold {full:,}"
     )
 
 
@@ -188,6 +195,8 @@ def train(
         raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     if policy.value == "full":
         raise Bad("--policy full evicts nothing, so there is nothing to learn: choose another policy")
+    if POLICIES[policy.value].selective:
+        raise Bad(f"training needs a policy that evicts one token at a time, and {policy.value} does not: train with h2o, say")
     rule = _budgeted(policy, budget, length)
     if rule.budget > length - 2:
         raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
@@ -260,10 +269,13 @@ def _load(model: str, device: str, dtype: Dtype):
     return network, tokenizer
 
 
-def _load_kernels(network, model: str, kernels: str) -> tuple[LessKernels | None, str | None]:
+def _load_kernels(network, model: str, kernels: str, seed: int) -> tuple[LessKernels | None, str | None]:
     """The kernels that fit the model, and what to call them; None and None for the bare policy."""
     if kernels == "none" or (model and not kernels):
         return None, None
+    if kernels in FAMILIES and kernels != "paper" and not Path(kernels).exists():
+        torch.manual_seed(seed)
+        return LessKernels(**sizes(network), family=kernels).requires_grad_(False).to(network.device), kernels
     learned = LessKernels.from_pretrained(kernels or KERNELS)
     check_kernels(network, learned)
     return learned.to(network.device), kernels or "embedded"

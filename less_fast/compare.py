@@ -45,16 +45,23 @@ class Contender:
 
 
 def compare(
-    model, windows: torch.Tensor, policies: list, kernels: LessKernels | None, name: str | None, progress=lambda row: None
+    model,
+    windows: torch.Tensor,
+    policies: list,
+    kernels: LessKernels | None,
+    name: str | None,
+    progress=lambda row: None,
+    token_kinds: torch.Tensor | None = None,
 ) -> list[Row]:
     """Measures the full cache, and for each policy the bare policy, Baseline+ and (with kernels) LESS.
 
     windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
     DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
+    token_kinds: for policies that ask, as `LessCache.for_model` takes them.
     Raises ValueError where the model's output is not finite.
     """
-    contenders = list(_contenders(model, policies, kernels, name))
+    contenders = list(_contenders(model, policies, kernels, name, token_kinds))
     speeds = decode(model, windows[:DECODED_ROWS], contenders)
     rows, losses = [], {}
     for contender, (held, speed) in zip(contenders, speeds):
@@ -96,29 +103,37 @@ def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor)
     return share(full.mean(), bare.mean(), other.mean()).item(), stderr.item()
 
 
-def _contenders(model, policies, kernels, name) -> Iterator[Contender]:
+def _contenders(model, policies, kernels, name, token_kinds) -> Iterator[Contender]:
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     def less(policy, kernels=None):
-        return lambda chunk: LessCache.for_model(model, policy, kernels, chunk=chunk)
+        return lambda chunk: LessCache.for_model(model, policy, kernels, chunk=chunk, token_kinds=token_kinds)
 
     for policy in policies:
         yield Contender("bare", policy, None, less(policy))
         if kernels is not None:
-            more = policy.with_budget(policy.budget + low_rank_in_tokens(model, policy, kernels.sizes["rank"]))
+            more = baseline_plus(model, policy, kernels)
             yield Contender("baseline+", more, None, less(more))
             yield Contender("less", policy, name, less(policy, kernels))
 
 
-def low_rank_in_tokens(model, policy, rank: int) -> int:
-    """How many more tokens a bare policy may keep to hold at least the bytes of the low-rank state (Baseline+).
+def baseline_plus(model, policy, kernels: LessKernels):
+    """The policy with the smallest budget that holds at least the bytes of the low-rank state beside `policy` (Baseline+).
 
-    The state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's count.
+    The state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
     """
-    D, wide = sizes(model)["head_dim"], torch.promote_types(model.dtype, torch.float32).itemsize
-    score = policy.score_dtype.itemsize if policy.score_dtype else wide
-    slot = 2 * D * model.dtype.itemsize + torch.int32.itemsize + score  # key, value, position, score
-    return math.ceil(rank * (D + 1) * wide / slot)
+    shape, wide = sizes(model), torch.promote_types(model.dtype, torch.float32).itemsize
+    low_rank = sum(sum(layer.ranks) for layer in kernels.layers) * (shape["head_dim"] + 1) * wide
+    heads = shape["layers"] * shape["kv_heads"]
+
+    def entries(rule):  # for each slot: key, value, position and score
+        score = math.prod(rule.score_shape) * (rule.score_dtype.itemsize if rule.score_dtype else wide)
+        return heads * (rule.budget + 1) * (2 * shape["head_dim"] * model.dtype.itemsize + torch.int32.itemsize + score)
+
+    more = policy
+    while entries(more) < entries(policy) + low_rank:
+        more = policy.with_budget(more.budget + 1)
+    return more
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .kernels import LayerKernels, LessKernels
+from .kernels import Features, LessKernels
 from .state import LayerState
 from .step import extend
 
@@ -57,32 +57,33 @@ class TaggingLayer(CacheLayerMixin):
 class LessLayer(TaggingLayer):
     """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come."""
 
-    def __init__(self, policy, query_heads: int, kernels: LayerKernels | None, chunk: int | None):
+    def __init__(self, policy, query_heads: int, kernels: Features | None, chunk: int | None):
         super().__init__()
         self.policy, self.query_heads, self.kernels, self.chunk = policy, query_heads, kernels, chunk
         self.state: LayerState | None = None
+        self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
         self.seen = 0  # columns seen, pads included: what transformers calls the sequence length
 
     def lazy_initialization(self, key_states, value_states):
         N, kv_heads, _, head_dim = key_states.shape
         if self.kernels is not None:
-            wide = torch.promote_types(key_states.dtype, torch.float32)
-            if (self.kernels.q1.device, self.kernels.q1.dtype) != (key_states.device, wide):
-                self.kernels = copy.deepcopy(self.kernels).to(key_states.device, wide)
+            wanted = key_states.device, torch.promote_types(key_states.dtype, torch.float32)
+            if any((weight.device, weight.dtype) != wanted for weight in self.kernels.state_dict().values()):
+                self.kernels = copy.deepcopy(self.kernels).to(*wanted)
         self.state = LayerState.allocate(
             self.policy, N, self.query_heads, kv_heads, head_dim, self.kernels, key_states.dtype, key_states.device
         )
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def attend(self, module, query, key, value, valid, scaling):
-        step = self.chunk or query.shape[2]
-        out = [
-            extend(self.state, q, k, v, None if valid is None else valid[:, start : start + step], scaling)
-            for start, (q, k, v) in zip(
-                range(0, query.shape[2], step), zip(*(x.split(step, 2) for x in (query, key, value)))
-            )
-        ]
-        self.seen += query.shape[2]
+        m, step, kinds, self.kinds = query.shape[2], self.chunk or query.shape[2], self.kinds, None
+        out = []
+        for start in range(0, m, step):
+            now = slice(start, start + step)
+            q, k, v = (x[:, :, now] for x in (query, key, value))
+            mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
+            out.append(extend(self.state, q, k, v, mask, scaling, kind))
+        self.seen += m
         return torch.cat(out, 2)
 
     @property
@@ -118,6 +119,8 @@ class LessLayer(TaggingLayer):
 class LessCache(Cache):
     """A cache in constant memory for `model.generate(..., past_key_values=cache)`. Make one with `LessCache.for_model`."""
 
+    token_kinds: torch.Tensor | None = None
+
     @classmethod
     def for_model(
         cls,
@@ -126,6 +129,7 @@ class LessCache(Cache):
         kernels: LessKernels | None = None,
         budgets: Sequence[Sequence[int]] | None = None,
         chunk: int | None = None,
+        token_kinds: torch.Tensor | None = None,
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
@@ -135,6 +139,8 @@ class LessCache(Cache):
         budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way.
         chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
+        token_kinds: (vocabulary,) integers, the kind of each token id, for policies that ask (FastGen): `token_kinds(tokenizer)`.
+            The cache then reads the input ids of every forward pass through a hook on the model.
         Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         config = check_model(model)
@@ -148,13 +154,20 @@ class LessCache(Cache):
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
             policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
+        if policy.kinds and (token_kinds is None or token_kinds.ndim != 1):
+            raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
         use_less_attention(model)
-        return cls(
+        cache = cls(
             layers=[
                 LessLayer(rule, config.num_attention_heads, kernels.layers[index] if kernels else None, chunk)
                 for index, rule in enumerate(policies)
             ]
         )
+        if policy.kinds:
+            unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
+            cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
+            _tell_token_kinds(model.base_model)
+        return cache
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if any(layer.unread for layer in self.layers):
@@ -168,6 +181,22 @@ class LessCache(Cache):
         """Bytes held over all layers, measured from the tensors: entries, low_rank, bookkeeping."""
         parts = [layer.state.memory() for layer in self.layers if layer.state]
         return {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
+
+
+def _tell_token_kinds(decoder) -> None:
+    """Lets every forward pass of the decoder tell its LessCache, where that asks, of what kind the input ids are."""
+    if any(hook is _token_kinds_hook for hook in decoder._forward_pre_hooks.values()):
+        return
+    decoder.register_forward_pre_hook(_token_kinds_hook, with_kwargs=True)
+
+
+def _token_kinds_hook(decoder, args, kwargs):
+    cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
+    if isinstance(cache, LessCache) and cache.token_kinds is not None:
+        if ids is None:
+            raise ValueError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
+        for layer in cache.layers:
+            layer.kinds = cache.token_kinds[ids]
 
 
 class RecordingLayer(TaggingLayer):

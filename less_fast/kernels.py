@@ -1,50 +1,92 @@
-"""The learned kernels phi and psi (paper, section 3), for one layer and for a whole model, and their files."""
+"""The kernels phi and psi, for one layer and for a whole model, and their files: the paper's learned ones (section 3), and
+three untrained families that it, or the field, compares with."""
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import gelu
+from torch.nn.functional import elu, gelu
 
 WEIGHTS, CONFIG = "kernels.safetensors", "config.json"
 
 
-class LayerKernels(nn.Module):
-    """phi and psi of one layer: two-layer networks with weights per query head (phi) and per KV head (psi).
+class Features(nn.Module):
+    """What every family of kernels says: phi and psi of one layer, and the rank of each of its KV heads.
+
+    ranks: how many features each KV head has. Where they differ, the features of the others are padded with exact zeros up to
+    `rank`, the largest, until `of_heads` takes heads of equal rank apart.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int]):
+        super().__init__()
+        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
+        self.ranks = [rank] * kv_heads if isinstance(rank, int) else list(rank)
+        if min(query_heads, kv_heads, head_dim) < 1 or query_heads % kv_heads:
+            raise ValueError(
+                f"kernels need sizes of at least 1 and query heads that are a multiple of the KV heads, "
+                f"not {query_heads=}, {kv_heads=}, {head_dim=}"
+            )
+        if len(self.ranks) != kv_heads or min(self.ranks) < 1:
+            raise ValueError(f"kernels need a rank of at least 1, or one for each of {kv_heads} KV heads, not {rank}")
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks)
+
+    def phi(self, q: torch.Tensor) -> torch.Tensor:
+        """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), in float32 or wider."""
+        raise NotImplementedError
+
+    def psi(self, k: torch.Tensor) -> torch.Tensor:
+        """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider."""
+        raise NotImplementedError
+
+    def of_heads(self, kv_heads: list[int]) -> "Features":
+        """The kernels of some KV heads of equal rank, and of the query heads that read them."""
+        raise NotImplementedError
+
+
+class LayerKernels(Features):
+    """The paper's: two-layer networks with weights per query head (phi) and per KV head (psi), non-negative.
 
         phi(q) = | gelu(gelu(q Q1) Q2) |        psi(k) = | gelu(gelu(k K1) K2) K3 |        exact GELU
 
     K3 starts at 1e-4 times the identity, so that training starts from the bare policy.
     """
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int = 512):
-        super().__init__()
-        if min(query_heads, kv_heads, head_dim, rank, hidden) < 1 or query_heads % kv_heads:
-            raise ValueError(
-                f"kernels need sizes of at least 1 and query heads that are a multiple of the KV heads, "
-                f"not {query_heads=}, {kv_heads=}, {head_dim=}, {rank=}, {hidden=}"
-            )
+    def __init__(
+        self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 512
+    ):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        if hidden < 1:
+            raise ValueError(f"kernels need a hidden width of at least 1, not {hidden}")
+        R = self.rank
         self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
-        self.q2 = nn.Parameter(torch.randn(query_heads, hidden, rank) * hidden**-0.5)  # (Hq, h, R)
+        self.q2 = nn.Parameter(torch.randn(query_heads, hidden, R) * hidden**-0.5)  # (Hq, h, R)
         self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
-        self.k2 = nn.Parameter(torch.randn(kv_heads, hidden, rank) * hidden**-0.5)  # (Hkv, h, R)
-        self.k3 = nn.Parameter(torch.eye(rank).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
+        self.k2 = nn.Parameter(torch.randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.eye(R).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
         self.dropout = 0.0  # on the first hidden layer, in train mode
+        with torch.no_grad():  # a feature that starts at zero stays there, because its gradient is zero too
+            for head, rank in enumerate(self.ranks):
+                self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
+                self.k2[head, :, rank:] = 0
+                self.k3[head, rank:, rank:] = 0
 
     @property
-    def rank(self) -> int:
-        return self.k3.shape[-1]
+    def _group(self):
+        return self.query_heads // self.kv_heads
 
-    def phi(self, q: torch.Tensor) -> torch.Tensor:
-        """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), non-negative, in the kernels' dtype."""
+    def phi(self, q):
         return self._two_layers(q, self.q1, self.q2).abs()
 
-    def psi(self, k: torch.Tensor) -> torch.Tensor:
-        """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), non-negative, in the kernels' dtype."""
+    def psi(self, k):
         return _per_head(self._two_layers(k, self.k1, self.k2), self.k3).abs()
 
     def _two_layers(self, x, first, second):
@@ -53,18 +95,93 @@ class LayerKernels(nn.Module):
             hidden = hidden * _dropout_mask(hidden, self.dropout)
         return gelu(_per_head(hidden, second))
 
-    def of_heads(self, kv_heads: list[int]) -> "LayerKernels":
-        """The kernels of some KV heads and of the query heads that read them: itself for all heads, else a copy."""
-        count, group = self.k1.shape[0], self.q1.shape[0] // self.k1.shape[0]
-        if kv_heads == list(range(count)):
+    def of_heads(self, kv_heads):
+        """Itself for all heads of one rank, else a copy of their weights."""
+        ranks = [self.ranks[head] for head in kv_heads]
+        if kv_heads == list(range(self.kv_heads)) and min(ranks) == self.rank:
             return self
-        query_heads = [head * group + a for head in kv_heads for a in range(group)]
-        _, head_dim, hidden = self.q1.shape
-        part = LayerKernels(len(query_heads), len(kv_heads), head_dim, self.rank, hidden).to(self.q1)
+        query_heads = [head * self._group + a for head in kv_heads for a in range(self._group)]
+        part = LayerKernels(len(query_heads), len(kv_heads), self.head_dim, ranks, self.q1.shape[2]).to(self.q1)
         with torch.no_grad():
             for name, weight in part.named_parameters():
-                weight.copy_(getattr(self, name)[query_heads if name.startswith("q") else kv_heads])
+                theirs = getattr(self, name)[query_heads if name.startswith("q") else kv_heads]
+                weight.copy_(theirs[tuple(slice(size) for size in weight.shape)])
         return part
+
+
+class Control(Features):
+    """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
+        if not isinstance(rank, int):
+            raise ValueError(f"{type(self).__name__} has one rank for all heads, not {rank}")
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+
+    def psi(self, k):
+        return self.phi(k)
+
+    def of_heads(self, kv_heads):
+        return self
+
+
+class Performer(Control):
+    """Positive random features of the softmax (Choromanski et al. 2020): phi(q).psi(k) is e^(scale q.k) in expectation.
+
+        phi(x) = exp(w.x' - |x'|^2 / 2) / sqrt(R),  x' = sqrt(scale) x,  scale = 1 / sqrt(head_dim)
+
+    with R directions w, orthogonal in blocks of head_dim and as long as normal vectors. The exponent, at most |w|^2 / 2, is
+    cut at 40, so that products stay within float32.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        self.register_buffer("w", _directions(rank, head_dim))  # (R, D)
+
+    def phi(self, q):
+        x = q.to(self.w.dtype) * self.head_dim**-0.25
+        exponent = x @ self.w.T - x.square().sum(-1, keepdim=True) / 2
+        return exponent.clamp(max=40).exp() * self.rank**-0.5
+
+
+class Fourier(Control):
+    """Random Fourier features (Peng et al. 2021): of q and k of unit length, phi(q).psi(k) is e^(q.k) in expectation.
+
+        phi(x) = sqrt(2 e / R) [cos(w.x / |x|), sin(w.x / |x|)]    with R / 2 directions w
+
+    The features are signed, so phi.z may turn out negative: such a query does without its low-rank part.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        if rank % 2:
+            raise ValueError(f"random Fourier features come in pairs: the rank must be even, not {rank}")
+        self.register_buffer("w", _directions(rank // 2, head_dim))  # (R / 2, D)
+
+    def phi(self, q):
+        x = q.to(self.w.dtype)
+        angle = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30) @ self.w.T
+        return torch.cat([angle.cos(), angle.sin()], -1) * math.sqrt(2 * math.e / self.rank)
+
+
+class Elu(Control):
+    """phi(x) = psi(x) = elu(x) + 1 (Katharopoulos et al. 2020): as many features as head_dim, whatever rank is asked for."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | None = None, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, head_dim)
+
+    def phi(self, q):
+        x = q.to(torch.promote_types(q.dtype, torch.float32))
+        return elu(x) + 1
+
+
+FAMILIES = {"paper": LayerKernels, "performer": Performer, "fourier": Fourier, "elu": Elu}
+"""Every family by the name that files and the command line use."""
+
+
+def _directions(count, head_dim):
+    """(count, head_dim): random directions, orthogonal in blocks of head_dim, as long as normal vectors are."""
+    blocks = [torch.linalg.qr(torch.randn(head_dim, head_dim))[0] for _ in range(-(-count // head_dim))]
+    return torch.cat(blocks)[:count] * torch.randn(count, head_dim).norm(dim=1, keepdim=True)
 
 
 def _per_head(x, weight):
@@ -82,9 +199,10 @@ def _dropout_mask(x, rate):
 
 
 class LessKernels(nn.Module):
-    """The kernels of all attention layers of a model: `kernels.layers[i]` is a LayerKernels.
+    """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
 
-    about: what is known of them (the model's fingerprint, how they were trained); stored in config.json beside the weights.
+    rank: features of each KV head, or a table (layers x KV heads) of them; family: a name in FAMILIES; about: what is known of
+    them (the model's fingerprint, how they were trained), stored in config.json beside the weights.
     """
 
     def __init__(
@@ -93,18 +211,21 @@ class LessKernels(nn.Module):
         query_heads: int,
         kv_heads: int,
         head_dim: int,
-        rank: int = 8,
+        rank: int | Sequence[Sequence[int]] = 8,
         hidden: int = 512,
         about: dict | None = None,
+        family: str = "paper",
     ):
         super().__init__()
-        self.sizes = dict(
-            layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rank=rank, hidden=hidden
-        )
+        self.sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
+        self.sizes |= dict(rank=rank, hidden=hidden, family=family)
         self.about = about or {}
-        self.layers = nn.ModuleList(
-            LayerKernels(query_heads, kv_heads, head_dim, rank, hidden) for _ in range(layers)
-        )
+        if family not in FAMILIES:
+            raise ValueError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
+        table = [rank] * layers if isinstance(rank, int) else rank
+        if len(table) != layers:
+            raise ValueError(f"the ranks of {len(table)} layers do not fit {layers} layers")
+        self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, some, hidden) for some in table)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes kernels.safetensors and config.json into `folder`; each is written aside and then renamed."""

@@ -14,11 +14,17 @@ TOKENS_AT_ONCE = 128  # the low-rank part runs in blocks of this many tokens
 
 
 def eviction_times(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy,
+    scale: float | None = None,
+    kinds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """e (N, Hkv, T) int64 of streaming with `policy` (one, or one for each KV head); T where a token is never evicted.
 
-    q (N, Hq, T, D); k, v (N, Hkv, T, D). It streams the bare policy through `extend`: kernels never change what is kept.
+    q (N, Hq, T, D); k, v (N, Hkv, T, D); kinds (N, T) for policies that ask. It streams the bare policy through `extend`:
+    kernels never change what is kept.
     """
     (N, Hq, T, D), Hkv = q.shape, k.shape[1]
     state = LayerState.allocate(policy, N, Hq, Hkv, D, dtype=q.dtype, device=q.device)
@@ -26,7 +32,8 @@ def eviction_times(
     last_held = torch.full((N, Hkv, T + 1), -1, device=q.device)  # column T takes the empty slots
     for step in range(T):
         now = slice(step, step + 1)
-        extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=scale)
+        kind = None if kinds is None else kinds[:, now]
+        extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=scale, kinds=kind)
         for group in state.groups:
             slots = group.position.long().masked_fill(group.position < 0, T)  # (N, H, S)
             held = last_held[:, group.kv_heads].scatter(2, slots, step)
@@ -89,7 +96,9 @@ def low_rank_part(phi, psi, v, e, budget: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def merge(exact, lse, weighted, mass):
-    """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part. Shapes (..., D) and (...)."""
+    """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part, where their mass is positive.
+    Shapes (..., D) and (...)."""
+    weighted, mass = weighted * (mass > 0)[..., None], mass.clamp(min=0)
     per_token = torch.exp(-lse.clamp(-60, 80))  # beyond that float32 overflows, and one part is all of the sum
     return (weighted * per_token[..., None] + exact) / (mass * per_token + 1)[..., None]
 

@@ -10,9 +10,16 @@ shape (N rows, H KV heads, G query heads for each, S slots):
         The lowest is evicted; ties evict the newer. n counts the tokens seen, these included. Slots without an entry have
         position -1; their rank is ignored.
 
-Beside them: `scored` (False: update does nothing and is not called), `pooled` (True: scores are pooled over the layer, so
-all its KV heads must follow the policy, and H is all of them), `score_dtype` (None: float32 or wider), and
-`with_budget(b)`, the same policy for b entries. Policy, below, has them all for a policy of your own.
+Beside them, for a policy that needs more, with what they are in Policy, the base class:
+
+    scored = True         False: update does nothing and is not called
+    pooled = False        True: scores are pooled over the layer; all its KV heads must follow the policy, and H is all of them
+    score_dtype = None    None: float32 or wider
+    score_shape = ()      the shape of one slot's score; (C,) makes the scores (N, H, S, C). They start at 0
+    kinds = False         True: tokens come with a kind, an integer that becomes the first number of their score
+    selective = False     True: what ranks -inf goes even where there is room, so several may go at once
+    settle(position, score, n) -> score    called once at the end of a chunk, before rank
+    with_budget(b)        the same policy for b entries
 """
 
 from dataclasses import dataclass, replace
@@ -38,8 +45,14 @@ class Policy:
     scored: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
     score_dtype: ClassVar[torch.dtype | None] = None
+    score_shape: ClassVar[tuple[int, ...]] = ()
+    kinds: ClassVar[bool] = False
+    selective: ClassVar[bool] = False
 
     def update(self, score, p, visible):
+        return score
+
+    def settle(self, position, score, n):
         return score
 
     def with_budget(self, budget: int) -> "Policy":
@@ -208,6 +221,136 @@ class Scissorhands(Policy):
         return (-_ones(score)).masked_fill(position >= n - self.recent, torch.iinfo(score.dtype).max)
 
 
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Keeps the last `window` tokens and those to which the last `window` queries attend most, all together; a token counts as
+    much as the best of its neighbours within `reach` positions (Li et al. 2024: max pooling with a kernel of 2 reach + 1).
+
+    The paper chooses once, at the end of the prompt, and keeps all that is generated; here the window moves on. Each slot
+    holds `window` numbers as its score: what each of the last queries gave it.
+    """
+
+    budget: int
+    window: int
+    reach: int
+
+    def __post_init__(self):
+        _need(self, budget=1, window=1, reach=0)
+        if self.window > self.budget:
+            raise ValueError(f"SnapKV needs its window within the budget, not {self}")
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return (self.window,)
+
+    def update(self, score, p, visible):
+        real = visible.any(-1)[:, 0]  # (N, m)
+        votes = torch.cat([score, p.sum(2).mT.to(score.dtype)], -1)  # (N, H, S, window + m)
+        real = torch.cat([real.new_ones(len(real), self.window), real], 1)  # (N, window + m)
+        last = real.long().argsort(stable=True)[:, -self.window :]  # (N, window), pads come first
+        return votes.gather(3, last[:, None, None].expand(score.shape))
+
+    def rank(self, position, score, n):
+        recent = position >= n - self.window
+        place = position.argsort(-1)  # (N, H, S)
+        where = position.gather(2, place)
+        votes = score.sum(-1).masked_fill(recent | (position < 0), 0).gather(2, place)
+        best = votes
+        for apart in range(1, min(self.reach, position.shape[2] - 1) + 1):
+            near = where[..., apart:] - where[..., :-apart] <= self.reach
+            after = torch.nn.functional.pad(votes[..., apart:] * near, (0, apart))
+            before = torch.nn.functional.pad(votes[..., :-apart] * near, (apart, 0))
+            best = best.maximum(after).maximum(before)
+        return torch.zeros_like(best).scatter(2, place, best).masked_fill(recent, torch.inf)
+
+    def with_budget(self, budget: int) -> "SnapKV":
+        """The same share of the window, rounded down, and at least one token."""
+        return replace(self, budget=budget, window=max(1, budget * self.window // self.budget))
+
+
+@dataclass(frozen=True)
+class FastGen(Policy):
+    """Each head keeps the least that recovers its attention (Ge et al. 2023): 1 special tokens, 2 and punctuation, 3 and the
+    `frequent` others with the most accumulated attention, 4 and the last `local`, or 5 everything.
+
+    A head chooses when the budget is first exceeded, with a prompt at its end: the first of these sets that got at least
+    `recovery` of all attention so far. (A token that was local counts with what it got while it was.) Until then nothing is
+    evicted; from then on all else goes, and what does not fit the budget: the least attended, special tokens after them. So
+    heads hold different numbers of tokens in tensors of the same shape, `budget` at most.
+
+    Tokens come with a kind: 0, 1 for punctuation or 2 for special, which `token_kinds(tokenizer)` tells of each token id. A
+    cache is given that table, `LessCache.for_model(..., token_kinds=table)`, and reads the input ids of every forward pass;
+    `extend` takes the kinds themselves, `kinds=...`. Each slot holds five numbers as its score: the kind, the attention it
+    got, the part of that which it got while local, how many queries it has seen, and its head's choice, 0 before.
+    """
+
+    budget: int
+    frequent: int
+    local: int
+    recovery: float
+    score_shape: ClassVar[tuple[int, ...]] = (5,)
+    kinds: ClassVar[bool] = True
+    selective: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _need(self, budget=1, frequent=0, local=0)
+        if self.frequent + self.local > self.budget or not 0 < self.recovery <= 1:
+            raise ValueError(f"FastGen needs frequent + local within the budget and a recovery above 0, at most 1, not {self}")
+
+    def update(self, score, p, visible):
+        kind, attention, near, age, choice = score.unbind(-1)
+        ages = age[:, :, None] + visible.cumsum(2)  # (N, H, m, S)
+        p = p.sum(2)  # (N, H, m, S)
+        attention = attention + p.sum(2)
+        near = near + (p * (ages <= self.local)).sum(2)
+        return torch.stack([kind, attention, near, ages[:, :, -1], choice], -1)
+
+    def settle(self, position, score, n):
+        held = (position >= 0).to(score.dtype)
+        _, attention, near, _, choice = (score * held[..., None]).unbind(-1)
+        choice = choice.amax(-1, keepdim=True)  # (N, H, 1), tokens that came since have 0
+        chooses = (choice == 0) & (n > self.budget)
+        if chooses.any():
+            first = torch.full_like(choice, 5)
+            for candidate in (4, 3, 2, 1):
+                member = self._members(position, score, n, torch.full_like(choice, candidate))
+                recovered = torch.where(member, attention, near if candidate == 4 else 0).sum(-1, keepdim=True)
+                enough = recovered >= (self.recovery - 1e-6) * attention.sum(-1, keepdim=True)
+                first = first.masked_fill(enough, candidate)
+            choice = torch.where(chooses, first, choice)
+        return torch.cat([score[..., :4], choice[..., None].expand(*position.shape, 1)], -1)
+
+    def _members(self, position, score, n, choice):
+        """What a head with that choice (N, H, 1) keeps: (N, H, S) bool."""
+        kind, attention = score[..., 0], score[..., 1]
+        local = position >= n - self.local
+        member = (kind == 2) | (choice >= 2) & (kind == 1) | (choice >= 4) & local
+        others = (position >= 0) & ~member
+        order = best_first(attention.masked_fill(~others, -torch.inf), position)
+        most = torch.zeros_like(member).scatter(2, order[..., : self.frequent], True)
+        return member | (choice >= 3) & others & most | (choice == 5)
+
+    def rank(self, position, score, n):
+        kind, attention, choice = score[..., 0], score[..., 1], score[..., :1, 4]  # choice: the same in all slots
+        rank = attention.masked_fill(kind == 2, torch.finfo(score.dtype).max)
+        rank = rank.masked_fill((choice >= 4) & (position >= n - self.local), torch.inf)
+        return rank.masked_fill(~self._members(position, score, n, choice) & (choice > 0), -torch.inf)
+
+    def with_budget(self, budget: int) -> "FastGen":
+        """The same shares of frequent and local tokens, rounded down."""
+        share = {name: budget * getattr(self, name) // self.budget for name in ("frequent", "local")}
+        return replace(self, budget=budget, **share)
+
+
+def best_first(rank, position):
+    """Slots by rank, the highest first; of equals the lower position first, and slots without an entry (position -1) last.
+
+    rank, position (N, H, S) -> (N, H, S)
+    """
+    order = position.masked_fill(position < 0, torch.iinfo(position.dtype).max).argsort(-1)
+    return order.gather(2, rank.gather(2, order).sort(dim=-1, descending=True, stable=True).indices)
+
+
 def _later(real):
     """For each query, how many real ones come after it: real (..., m) bool -> (..., m)."""
     return real.sum(-1, keepdim=True) - real.cumsum(-1)
@@ -229,5 +372,7 @@ POLICIES = {
     "decayed-h2o": DecayedH2O(16, 16, 0.99),
     "tova": TOVA(32),
     "scissorhands": Scissorhands(32, 16, 32),
+    "snapkv": SnapKV(32, 8, 3),
+    "fastgen": FastGen(32, 8, 8, 0.9),
 }
 """Every policy by the name that the command line uses; `with_budget` turns the example into the one wanted."""

@@ -1,7 +1,7 @@
 """LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
 
-The KV heads lie in groups of equal policy (hence equal budget): with a uniform budget there is one group, and with a
-budget table no head pays for another's budget. Only `step.py` changes what is in the tensors while tokens arrive.
+The KV heads lie in groups of equal policy (hence equal budget) and equal rank: with a uniform budget there is one group, and
+with a budget table no head pays for another's budget. Only `step.py` changes what is in the tensors while tokens arrive.
 """
 
 import os
@@ -13,21 +13,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .kernels import LayerKernels
+from .kernels import Features
 
 
 @dataclass
 class Group:
-    """KV heads that share a policy. S = budget + 1 slots, one of them scratch; an empty slot has position -1."""
+    """KV heads that share a policy and a rank. S = budget + 1 slots, one of them scratch; an empty slot has position -1."""
 
     policy: object
-    kernels: LayerKernels | None  # of these heads alone
+    kernels: Features | None  # of these heads alone
     kv_heads: torch.Tensor | slice  # which of the layer's KV heads
     query_heads: torch.Tensor | slice  # which of its query heads
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
     position: torch.Tensor  # (N, H, S) int32, the true position
-    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says
+    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, (N, H, S, C) too
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
 
@@ -49,14 +49,14 @@ class LayerState:
         query_heads: int,
         kv_heads: int,
         head_dim: int,
-        kernels: LayerKernels | None = None,
+        kernels: Features | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "LayerState":
         """An empty state.
 
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
-        kernels: the layer's LayerKernels, or None for the bare policy.
+        kernels: the layer's kernels (LayerKernels or another family), or None for the bare policy.
         dtype: of keys and values; scores and the low-rank state are float32, or float64 where dtype is.
         Raises ValueError where the numbers of heads, policies and kernels do not fit each other.
         """
@@ -66,20 +66,21 @@ class LayerState:
                 f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "
                 f"a multiple of KV heads, and policies one, or one for each KV head"
             )
-        if kernels is not None and (kernels.q1.shape[:2], kernels.k1.shape[:2]) != (
-            (query_heads, head_dim),
-            (kv_heads, head_dim),
-        ):
+        sizes = query_heads, kv_heads, head_dim
+        if kernels is not None and (kernels.query_heads, kernels.kv_heads, kernels.head_dim) != sizes:
             raise ValueError(
-                f"kernels for {kernels.q1.shape[0]} query heads and {kernels.k1.shape[0]} KV heads of {kernels.k1.shape[1]} "
+                f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
                 f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
             )
         if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
             raise ValueError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
-        wide, rank = torch.promote_types(dtype, torch.float32), kernels.rank if kernels else 0
+        ranks = kernels.ranks if kernels else [0] * kv_heads
+        if policies[0].pooled and len(set(ranks)) > 1:
+            raise ValueError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {ranks}")
+        wide, both = torch.promote_types(dtype, torch.float32), list(zip(policies, ranks))
         groups = []
-        for rule in dict.fromkeys(policies):  # in order of first appearance
-            heads = [g for g, other in enumerate(policies) if other == rule]
+        for rule, rank in dict.fromkeys(both):  # in order of first appearance
+            heads = [g for g in range(kv_heads) if both[g] == (rule, rank)]
             readers = [g * (query_heads // kv_heads) + a for g in heads for a in range(query_heads // kv_heads)]
             every = len(heads) == kv_heads
             shape = (batch, len(heads), 0 if rule.budget is None else rule.budget + 1)
@@ -92,7 +93,7 @@ class LayerState:
                     k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
                     v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
                     position=torch.full(shape, -1, dtype=torch.int32, device=device),
-                    score=torch.zeros(shape, dtype=rule.score_dtype or wide, device=device),
+                    score=torch.zeros(*shape, *rule.score_shape, dtype=rule.score_dtype or wide, device=device),
                     H=torch.zeros(batch, len(heads), rank, head_dim, dtype=wide, device=device),
                     z=torch.zeros(batch, len(heads), rank, dtype=wide, device=device),
                 )
@@ -151,8 +152,10 @@ class LayerState:
     def _identity(self):
         group, heads = self.groups[0], torch.arange(self.kv_heads, device=self.n.device)
         return {
-            "policies": "; ".join(f"{group.policy} on KV heads {heads[group.kv_heads].tolist()}" for group in self.groups),
+            "groups": "; ".join(
+                f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}"
+                for group in self.groups
+            ),
             "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
-            "rank": str(group.z.shape[-1]),
             "dtype": f"{group.k.dtype}, {group.H.dtype}",
         }

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 
 from .attend import attend
+from .policies import best_first
 from .state import Group, LayerState
 
 QUERIES_AT_ONCE = 128  # a chunk is attended in blocks of this many queries: memory linear in its length
 ENTRIES_AT_ONCE = 1024  # and folded in blocks of this many entries
+LARGEST = 1e12  # a token with larger numbers is broken: their products would leave float32
 
 
 class Entries(NamedTuple):
@@ -17,7 +19,7 @@ class Entries(NamedTuple):
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
     position: torch.Tensor  # (N, H, S), -1 where there is none
-    score: torch.Tensor  # (N, H, S)
+    score: torch.Tensor  # (N, H, S) or (N, H, S, C), as the policy says
 
 
 @torch.no_grad()
@@ -28,52 +30,58 @@ def extend(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     scale: float | None = None,
+    kinds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """m >= 1 new tokens enter a layer; returns their attention output (N, Hq, m, D) and changes `state` in place.
 
     q (N, Hq, m, D), rotated and not scaled; k, v (N, Hkv, m, D) in the state's dtype;
     valid (N, m) bool: False for pads, anywhere in the row; pads are not seen, scored, kept, folded or counted, and their
-    output is zero; scale: 1/sqrt(D) unless given.
-    Raises ValueError where shapes or dtypes do not fit the state.
+    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask.
+    A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace, like a pad, but its own output is
+    NaN: what is broken shows where it is broken, and the state stays sound.
+    Raises ValueError where shapes or dtypes do not fit the state, or kinds are missing.
     """
-    _check(state, q, k, v, valid)
+    _check(state, q, k, v, valid, kinds)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if valid is None:
-        arrived = state.n[:, None] + torch.arange(q.shape[2], device=q.device)  # (N, m)
-    else:
-        arrived = (state.n[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)  # (N, m)
-        pads = ~valid[:, None, :, None]
-        k, v = k.masked_fill(pads, 0), v.masked_fill(pads, 0)  # a pad may hold NaN, and 0 * NaN is NaN
-    state.n += q.shape[2] if valid is None else valid.sum(1)
+    sound = _sound(q) & _sound(k) & _sound(v)  # (N, m)
+    real = sound if valid is None else sound & valid
+    arrived = (state.n[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)  # (N, m)
+    nothing = ~real[:, None, :, None]
+    k, v = k.masked_fill(nothing, 0), v.masked_fill(nothing, 0)  # it may hold NaN, and 0 * NaN is NaN
+    state.n += real.sum(1)
     out = torch.empty_like(q)  # (N, Hq, m, D)
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
-        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived)
+        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds)
         out[:, group.query_heads] = _attend_and_score(group, entries, queries, arrived, scale).flatten(1, 2).to(q.dtype)
         _evict(group, entries, state.n[:, None, None])
-    return out
+    broken = ~sound if valid is None else ~sound & valid
+    return out.masked_fill_(broken[:, None, :, None], torch.nan)
 
 
-def _enter(group: Group, k, v, arrived) -> Entries:
-    """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries.
+def _sound(x):
+    """x (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
+    return x.abs().amax((1, 3)).double() <= LARGEST
 
-    k, v (N, H, m, D); arrived (N, m).
+
+def _enter(group: Group, k, v, arrived, kinds) -> Entries:
+    """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries, and so is every
+    chunk where several entries may go at once.
+
+    k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
     """
     position = arrived[:, None].expand(k.shape[:3]).to(group.position.dtype)  # (N, H, m)
-    if k.shape[2] == 1 and group.policy.budget is not None:
+    score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
+    if group.policy.kinds:
+        score[..., 0] = kinds[:, None]
+    new = Entries(k, v, position, score)
+    if k.shape[2] == 1 and group.policy.budget is not None and not group.policy.selective:
         scratch = group.position.argmin(-1, keepdim=True)  # (N, H, 1), an empty slot: position -1
-        row = scratch[..., None].expand(-1, -1, 1, k.shape[-1])
-        group.k.scatter_(2, row, k)
-        group.v.scatter_(2, row, v)
-        group.position.scatter_(2, scratch, position)
-        group.score.scatter_(2, scratch, 0)
+        for name, token in new._asdict().items():
+            held = getattr(group, name)
+            held.scatter_(2, _index(scratch, held), token)
         return Entries(group.k, group.v, group.position, group.score)
-    return Entries(
-        torch.cat([group.k, k], 2),
-        torch.cat([group.v, v], 2),
-        torch.cat([group.position, position], 2),
-        torch.cat([group.score, torch.zeros_like(position, dtype=group.score.dtype)], 2),
-    )
+    return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
 
 def _attend_and_score(group, entries, q, arrived, scale):
@@ -99,30 +107,46 @@ def _attend_and_score(group, entries, q, arrived, scale):
 
 def _evict(group, entries, n):
     """Keeps the `budget` entries of highest rank (ties: the lower position) and folds the others. n (N, 1, 1)."""
-    budget = group.policy.budget
-    if budget is None:
+    if group.policy.budget is None:
         group.k, group.v, group.position, group.score = entries
         return
-    held = entries.position >= 0  # (N, H, S)
+    settled = group.policy.settle(entries.position, entries.score, n)
+    if settled is not entries.score:
+        entries.score.copy_(settled)
     rank = group.policy.rank(entries.position, entries.score, n)
-    if entries.k is group.k:  # one token came, in place: at most one entry goes
-        lowest = rank.masked_fill(~held, _highest(rank)).amin(-1, keepdim=True)
-        newest = entries.position.masked_fill((rank != lowest) | ~held, -1)
-        victim = newest.argmax(-1, keepdim=True)  # (N, H, 1)
-        goes = held.sum(-1, keepdim=True) > budget  # (N, H, 1)
-        _fold(group, entries, victim, goes)
-        group.position.scatter_(2, victim, newest.gather(2, victim).masked_fill_(goes, -1))
-        return
-    last = torch.iinfo(entries.position.dtype).max
-    order = entries.position.masked_fill(~held, last).argsort(-1)  # by position, empty slots last; then, stably, by rank
-    ranks = rank.masked_fill(~held, -_highest(rank)).gather(2, order)
-    order = order.gather(2, ranks.sort(dim=-1, descending=True, stable=True).indices)
-    kept, dropped = order[:, :, :budget], order[:, :, budget:]
-    _fold(group, entries, dropped, held.gather(2, dropped))
-    group.k[:, :, :budget] = _take(entries.k, kept)
-    group.v[:, :, :budget] = _take(entries.v, kept)
-    group.position[:, :, :budget] = entries.position.gather(2, kept)
-    group.score[:, :, :budget] = entries.score.gather(2, kept)
+    if entries.k is group.k:
+        _evict_in_place(group, entries, rank)
+    else:
+        _keep_the_best(group, entries, rank)
+
+
+def _evict_in_place(group, entries, rank):
+    """One token came into the scratch slot: the lowest goes if there are more than the budget. rank (N, H, S)."""
+    held = entries.position >= 0  # (N, H, S)
+    lowest = rank.masked_fill(~held, _highest(rank)).amin(-1, keepdim=True)
+    newest = entries.position.masked_fill((rank != lowest) | ~held, -1)
+    victim = newest.argmax(-1, keepdim=True)  # (N, H, 1)
+    goes = held.sum(-1, keepdim=True) > group.policy.budget  # (N, H, 1)
+    _fold(group, entries, victim, goes)
+    group.position.scatter_(2, victim, newest.gather(2, victim).masked_fill_(goes, -1))
+
+
+def _keep_the_best(group, entries, rank):
+    """The entries were laid out anew: the best go back into the group's slots. rank (N, H, S)."""
+    budget, held = group.policy.budget, entries.position >= 0  # (N, H, S)
+    order = best_first(rank.masked_fill(~held, -_highest(rank)), entries.position)  # (N, H, S)
+    goes = held.gather(2, order)
+    if group.policy.selective:
+        goes[:, :, :budget] &= rank.gather(2, order[:, :, :budget]) == -torch.inf
+        first = goes.long().argsort(dim=-1, descending=True, stable=True)[:, :, : int(goes.sum(-1).max())]
+        _fold(group, entries, order.gather(2, first), goes.gather(2, first))
+    else:
+        goes[:, :, :budget] = False
+        _fold(group, entries, order[:, :, budget:], goes[:, :, budget:])
+    kept = order[:, :, :budget]
+    for name in Entries._fields:
+        getattr(group, name)[:, :, :budget] = _take(getattr(entries, name), kept)
+    group.position[:, :, :budget].masked_fill_(goes[:, :, :budget], -1)
     group.position[:, :, budget] = -1
 
 
@@ -137,15 +161,20 @@ def _fold(group, entries, slots, goes):
 
 
 def _take(x, slots):
-    """x (N, H, S, D) at slots (N, H, s) -> (N, H, s, D)."""
-    return x.gather(2, slots[..., None].expand(*slots.shape, x.shape[-1]))
+    """x (N, H, S, ...) at slots (N, H, s) -> (N, H, s, ...)."""
+    return x.gather(2, _index(slots, x))
+
+
+def _index(slots, x):
+    """slots (N, H, s) as gather and scatter want it for x (N, H, S, ...): (N, H, s, ...)."""
+    return slots.view(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
 
 
 def _highest(rank):
     return torch.inf if rank.is_floating_point() else torch.iinfo(rank.dtype).max
 
 
-def _check(state, q, k, v, valid):
+def _check(state, q, k, v, valid, kinds):
     kept = state.groups[0].k
     N, D = kept.shape[0], kept.shape[-1]
     m = q.shape[2] if q.ndim == 4 else 0
@@ -154,6 +183,7 @@ def _check(state, q, k, v, valid):
         "k": (k.shape, (N, state.kv_heads, m, D)),
         "v": (v.shape, (N, state.kv_heads, m, D)),
         "valid": ((N, m) if valid is None else valid.shape, (N, m)),
+        "kinds": ((N, m) if kinds is None else kinds.shape, (N, m)),
     }
     for name, (shape, wanted) in fits.items():
         if m < 1 or tuple(shape) != wanted:
@@ -162,3 +192,6 @@ def _check(state, q, k, v, valid):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}")
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"valid must be bool (True for tokens, False for pads), not {valid.dtype}")
+    asks = [group.policy for group in state.groups if group.policy.kinds]
+    if asks and kinds is None:
+        raise ValueError(f"{asks[0]} needs the kinds of the tokens: give extend kinds, or LessCache.for_model token_kinds")

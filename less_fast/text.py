@@ -1,5 +1,6 @@
-"""Token windows out of texts: what training and measuring read."""
+"""Texts as tokens: windows for training and measuring, and the kinds of a tokenizer's tokens."""
 
+import string
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,3 +30,15 @@ def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [np.array([*ids, *end], dtype=np.int64) for ids in encoded]
+
+
+def token_kinds(tokenizer) -> torch.Tensor:
+    """The kind of each token id, as FastGen wants it: 2 special, 1 nothing but punctuation (and spaces), 0 all others.
+
+    Returns int64 (vocabulary,).
+    """
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    punctuation = [bool(text.strip()) and set(text.strip()) <= set(string.punctuation) for text in texts]
+    kinds = torch.tensor(punctuation, dtype=torch.int64)
+    kinds[[index for index in tokenizer.all_special_ids if index is not None]] = 2
+    return kinds

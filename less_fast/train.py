@@ -60,6 +60,8 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
     check_model(model)
     model.eval()
     T = windows.shape[1]
+    if policy.selective:
+        raise ValueError(f"training needs a policy that evicts one token at a time, and {policy} does not")
     if policy.budget is None or policy.budget > T - 2:
         raise ValueError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
     about = {

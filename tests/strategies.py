@@ -4,7 +4,7 @@ Whatever both paths need comes twice, for the reference and for the fast path. A
 hypothesis shrinks sizes and not thousands of numbers, and two policy scores are never equal by accident.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,20 +21,24 @@ class Layer:
     head_dim: int
     rank: int
     hidden: int
+    ranks: tuple | None = None  # one for each KV head, where they differ; `rank` is the largest
 
     @property
     def query_heads(self):
         return self.kv_heads * self.group
 
 
-def layers():
-    return st.builds(
-        Layer,
-        st.integers(1, 3),
-        st.integers(1, 3),
-        head_dim=st.integers(1, 6),
-        rank=st.integers(1, 4),
-        hidden=st.integers(1, 6),
+@st.composite
+def layers(draw):
+    kv_heads, rank = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    ranks = draw(st.none() | st.tuples(*[st.integers(1, rank)] * kv_heads))
+    return Layer(
+        kv_heads=kv_heads,
+        group=draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(1, 6)),
+        rank=max(ranks) if ranks else rank,
+        hidden=draw(st.integers(1, 6)),
+        ranks=ranks,
     )
 
 
@@ -64,6 +68,12 @@ def policies(*names, largest=5):
         "Scissorhands": two.flatmap(
             lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))
         ),
+        "SnapKV": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(1, sum(both)), st.integers(0, 3))),
+        "FastGen": two.flatmap(
+            lambda both: st.tuples(
+                *(st.integers(sum(both), sum(both) + 3), *map(st.just, both), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
+            )
+        ),
         "Lambda": two,
         "Window": st.tuples(st.integers(1, 2 * largest)),
         "Full": st.just(()),
@@ -71,7 +81,8 @@ def policies(*names, largest=5):
     return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or EVICTING_POLICIES])
 
 
-EVICTING_POLICIES = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "Lambda", "Window")
+ONE_AT_A_TIME = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Lambda", "Window")
+EVICTING_POLICIES = (*ONE_AT_A_TIME, "FastGen")
 ANY_POLICY = policies(*EVICTING_POLICIES, "Full")
 
 
@@ -105,24 +116,40 @@ def slices(chunks):
     return [slice(end - m, end) for end, m in zip(ends, chunks)]
 
 
-def reference_kernels(layer, seed, k3=1.0):
-    """Random kernels whose low-rank part weighs about as much as the exact part; k3 scales the third matrix."""
+def reference_kernels(layer, seed, family=1.0):
+    """Random kernels: the name of a control, or the scale of the learned kernels' third matrix; with 1 their low-rank part
+    weighs about as much as the exact part."""
     rng = np.random.default_rng([seed, 1])
     Hq, Hkv, D, R, h = layer.query_heads, layer.kv_heads, layer.head_dim, layer.rank, layer.hidden
+    if family == "performer":
+        return less_ref.Performer(rng.normal(size=(R, D)), D**-0.5)
+    if family == "fourier":
+        return less_ref.Fourier(rng.normal(size=(R, D)))
+    if family == "elu":
+        return less_ref.Elu(D)
     sizes = dict(q1=(Hq, D, h), q2=(Hq, h, R), k1=(Hkv, D, h), k2=(Hkv, h, R), k3=(Hkv, R, R))
     weights = {name: rng.normal(size=size) * size[1] ** -0.5 for name, size in sizes.items()}
-    return less_ref.Kernels(**weights | {"k3": weights["k3"] * k3})
+    return less_ref.Kernels(**weights | {"k3": weights["k3"] * family}, ranks=layer.ranks)
 
 
-def fast_kernels(reference, dtype=torch.float64):
-    """The same kernels for the fast path; None stays None."""
+def fast_kernels(reference, layer=None, dtype=torch.float64):
+    """The same kernels for the fast path; None stays None. The controls know no heads, so they need the layer."""
     if reference is None:
         return None
-    Hq, D, h = reference.q1.shape
-    kernels = less_fast.LayerKernels(Hq, reference.k1.shape[0], D, reference.rank, h).to(dtype)
+    if not isinstance(reference, less_ref.Kernels):
+        family = getattr(less_fast.kernels, type(reference).__name__)
+        kernels = family(layer.query_heads, layer.kv_heads, layer.head_dim, reference.rank(0))
+        if kernels.state_dict():
+            kernels.w = torch.from_numpy(reference.w)
+        return kernels.to(dtype)
+    (Hq, D, h), Hkv, R = reference.q1.shape, reference.k1.shape[0], reference.k3.shape[-1]
+    kernels = less_fast.LayerKernels(Hq, Hkv, D, reference.ranks or R, h).to(dtype)
     with torch.no_grad():
         for name, weight in kernels.named_parameters():
             weight.copy_(torch.from_numpy(getattr(reference, name)))
+        for g, rank in enumerate(kernels.ranks):  # the reference does not look at these
+            kernels.q2[g * Hq // Hkv : (g + 1) * Hq // Hkv, :, rank:] = 0
+            kernels.k2[g, :, rank:], kernels.k3[g, rank:], kernels.k3[g, :, rank:] = 0, 0, 0
     return kernels.requires_grad_(False)
 
 
@@ -133,7 +160,7 @@ class Case:
     layer: Layer
     chunks: tuple
     policies: tuple  # one for each KV head
-    k3: float | None  # scale of the kernels' third matrix; 0: the low-rank part is exactly zero; None: the bare policy
+    k3: float | str | None  # scale of the kernels' third matrix (0: no low-rank part), a control kernel, or the bare policy
     scale: float | None
     seed: int
 
@@ -159,25 +186,29 @@ class Case:
         heads = self.layer.query_heads, self.layer.kv_heads, self.layer.kv_heads
         return tuple(rng.normal(size=(h, self.length, self.layer.head_dim)) for h in heads)
 
+    def kinds(self, *more):
+        """(T,): the kinds of the tokens of that sequence."""
+        return np.random.default_rng([self.seed, 3, *more]).choice(3, self.length, p=[0.6, 0.25, 0.15])
+
     def run(self, **instead):
         """The reference on this case."""
-        q, k, v = self.qkv()
-        given = dict(q=q, k=k, v=v, policy=self.reference, kernels=self.kernels, chunks=self.chunks, scale=self.scale)
-        return less_ref.run(**given | instead)
+        given = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks)
+        return less_ref.run(**given | dict(scale=self.scale, kinds=self.kinds()) | instead)
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
-KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None])
+KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "performer", "fourier", "elu"])
 
 
 @st.composite
 def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS):
     """`chunks`: a function from the length to a strategy; `policy`: a strategy for single policies."""
     layer = draw(layers())
+    table = draw(policy_tables(layer.kv_heads, policy))
     return Case(
-        layer=layer,
+        layer=layer if not table[0].fast.pooled else replace(layer, ranks=None),
         chunks=draw(chunks(draw(length))),
-        policies=draw(policy_tables(layer.kv_heads, policy)),
+        policies=table,
         k3=draw(k3),
         scale=draw(st.sampled_from([None, None, 0.3, 1.7])),
         seed=draw(st.integers(0, 2**16)),

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     ANY_POLICY,
+    ONE_AT_A_TIME,
     Case,
     Layer,
     Policy,
@@ -44,7 +45,7 @@ def wide(dtype):
 
 
 def allocate(case, rows=1, dtype=torch.float64, **instead):
-    layer, kernels = case.layer, fast_kernels(case.kernels, wide(dtype))
+    layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype))
     given = dict(policy=case.fast, kernels=kernels) | instead
     return less_fast.LayerState.allocate(
         batch=rows,
@@ -57,12 +58,17 @@ def allocate(case, rows=1, dtype=torch.float64, **instead):
 
 
 def empty(case):
-    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.layer.rank if case.kernels else 0)
+    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
 
 
 def batch(case, rows=1, dtype=torch.float64):
     """q, k, v of `rows` sequences in one batch, (rows, H, T, D)."""
     return tuple(torch.from_numpy(np.stack(x)).to(dtype) for x in zip(*(case.qkv(row) for row in range(rows))))
+
+
+def kinds_of(case, rows=1):
+    """(rows, T): the kinds of the tokens of those sequences."""
+    return torch.from_numpy(np.stack([case.kinds(row) for row in range(rows)]))
 
 
 def widened(row):
@@ -98,15 +104,28 @@ def assert_same_state(state, row, reference):
             assert np.array_equal(getattr(got, name), getattr(wanted, name)[order])
         for name in ("H", "z"):
             assert_close(getattr(got, name), getattr(wanted, name))
-        assert_close(got.score, wanted.score[order])
+        assert_close(got.score, wanted.score[order].reshape(got.score.shape))
+
+
+def extend(case, state, qkv, now, valid=None, kinds=None):
+    """The fast path's on one chunk of a batch."""
+    kinds = kinds_of(case, len(state.n)) if kinds is None else kinds
+    valid = None if valid is None else torch.from_numpy(valid[:, now])
+    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now])
+
+
+def extend_reference(case, state, row, kinds, victims=None, kernels=None):
+    """The reference's on q, k, v and kinds of one row's chunk."""
+    kernels = case.kernels if kernels is None else kernels
+    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds)
 
 
 def assert_extends_alike(case, state, reference, qkv, chunks):
     """One row, chunk by chunk, in both paths; returns the reference's state at the end."""
     for now in chunks:
-        out = less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        out = extend(case, state, qkv, now)
         row = widened(x[0] for x in at(qkv, now))
-        expected, reference = less_ref.extend(reference, *row, case.reference, case.kernels, case.scale)
+        expected, reference = extend_reference(case, reference, row, case.kinds(0)[now])
         assert_close(out[0].transpose(0, 1), expected)
         assert_same_state(state, 0, reference)
     return reference
@@ -115,14 +134,13 @@ def assert_extends_alike(case, state, reference, qkv, chunks):
 def assert_rows_equal_the_reference_alone(case, state, references, qkv, valid):
     """Every row of a padded batch, chunk by chunk; returns the reference's states at the end."""
     for now in slices(case.chunks):
-        out = less_fast.extend(state, *at(qkv, now), torch.from_numpy(valid[:, now]), case.scale)
+        out = extend(case, state, qkv, now, valid)
         for row, tokens in enumerate(valid[:, now]):
             assert not out[row, :, ~tokens].any()
             if tokens.any():
                 real = widened(x[row][:, tokens] for x in at(qkv, now))
-                expected, references[row] = less_ref.extend(
-                    references[row], *real, case.reference, case.kernels, case.scale
-                )
+                kinds = case.kinds(row)[now][tokens]
+                expected, references[row] = extend_reference(case, references[row], real, kinds)
                 assert_close(out[row][:, tokens].transpose(0, 1), expected)
             assert_same_state(state, row, references[row])
     return references
@@ -177,13 +195,19 @@ def test_a_prompt_longer_than_every_block_equals_the_reference():
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
-@given(cases(k3=st.sampled_from([0.0, 1e-4, 1.0])))
-def test_the_fast_kernels_equal_the_reference_kernels(case):
-    (q, k, _), fast = case.qkv(), fast_kernels(case.kernels)
+@given(cases(k3=st.sampled_from([0.0, 1e-4, 1.0, "performer", "fourier", "elu"])), st.sampled_from([1e-3, 1.0, 10.0]))
+def test_the_fast_kernels_equal_the_reference_kernels(case, size):
+    (q, k, _), reference, fast = case.qkv(), case.kernels, fast_kernels(case.kernels, case.layer)
+    q, k = q * size, k * size
+    phi, psi = fast.phi(torch.from_numpy(q)[None])[0], fast.psi(torch.from_numpy(k)[None])[0]
     for a in range(case.layer.query_heads):
-        assert_close(fast.phi(torch.from_numpy(q)[None])[0, a], case.kernels.phi(q[a], a))
+        R = reference.rank(a // case.layer.group)
+        assert_close(phi[a, :, :R], reference.phi(q[a], a))
+        assert not phi[a, :, R:].any()
     for g in range(case.layer.kv_heads):
-        assert_close(fast.psi(torch.from_numpy(k)[None])[0, g], case.kernels.psi(k[g], g))
+        R = reference.rank(g)
+        assert_close(psi[g, :, :R], reference.psi(k[g], g))
+        assert not psi[g, :, R:].any()
 
 
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
@@ -195,9 +219,9 @@ def test_huge_logits_neither_overflow_nor_vanish(shift, case):
     q[..., -1], k[..., -1] = shift / scale, 1.0
     qkv = tuple(torch.from_numpy(x)[None] for x in (q, k, v))
     assert_extends_alike(case, allocate(case), empty(case), qkv, slices(case.chunks))
-    e = eviction_times(*qkv, case.fast, case.scale)
+    e = eviction_times(*qkv, case.fast, case.scale, kinds_of(case))
     streamed = case.run(q=q, k=k, v=v, chunks=None).out
-    assert_close(parallel(*qkv, e, fast_kernels(case.kernels), case.scale)[0].transpose(0, 1), streamed)
+    assert_close(parallel(*qkv, e, fast_kernels(case.kernels, case.layer), case.scale)[0].transpose(0, 1), streamed)
 
 
 def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once():
@@ -214,16 +238,16 @@ def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once(
 @given(cases(policy=ANY_POLICY), st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(0, 39))
 @example(APART, [3, 1, 1, 0], 2)
 def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
-    qkv, state, references = batch(case, 4), allocate(case, 4), [empty(case)] * 4
+    qkv, state, references, kinds = batch(case, 4), allocate(case, 4), [empty(case)] * 4, kinds_of(case, 4)
     for index, now in enumerate(slices(case.chunks)):
         if index == min(before, len(case.chunks) - 1):
             state.reorder(torch.tensor(order))
             references = [references[row] for row in order]
-            qkv = tuple(x[order].flip(0) for x in qkv)  # from here on each row reads other tokens
-        less_fast.extend(state, *at(qkv, now), scale=case.scale)
+            *qkv, kinds = (x[order].flip(0) for x in (*qkv, kinds))  # from here on each row reads other tokens
+        extend(case, state, qkv, now, kinds=kinds)
         for row, reference in enumerate(references):
             real = widened(x[row] for x in at(qkv, now))
-            references[row] = less_ref.extend(reference, *real, case.reference, case.kernels, case.scale)[1]
+            references[row] = extend_reference(case, reference, real, kinds[row, now].numpy())[1]
             assert_same_state(state, row, references[row])
 
 
@@ -232,7 +256,7 @@ def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
 def test_a_saved_and_loaded_state_goes_on_identically(case, before):
     qkv, state = batch(case, 2), allocate(case, 2)
     for now in slices(case.chunks)[:before]:
-        less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        extend(case, state, qkv, now)
     with tempfile.TemporaryDirectory() as folder:
         state.save(Path(folder) / "state.safetensors")
         loaded = allocate(case, 2)
@@ -240,7 +264,7 @@ def test_a_saved_and_loaded_state_goes_on_identically(case, before):
         assert [path.name for path in Path(folder).iterdir()] == ["state.safetensors"]
     assert_identical(loaded, state)
     for now in slices(case.chunks)[before:]:
-        one, other = (less_fast.extend(some, *at(qkv, now), scale=case.scale) for some in (state, loaded))
+        one, other = (extend(case, some, qkv, now) for some in (state, loaded))
         assert torch.equal(one, other)
         assert_identical(loaded, state)
 
@@ -292,7 +316,7 @@ def test_a_reset_state_is_as_allocated_and_goes_on_so(case):
     state = allocate(case)
     first, other = batch(case), tuple(x[1:] for x in batch(case, 2))
     for now in slices(case.chunks):
-        less_fast.extend(state, *at(other, now))
+        extend(case, state, other, now)
     state.reset()
     assert_identical(state, allocate(case))
     assert_extends_alike(case, state, empty(case), first, slices(case.chunks))
@@ -304,7 +328,7 @@ def test_later_steps_never_change_earlier_outputs_nor_the_inputs(case):
     before = [x.clone() for x in qkv]
     outs, copies = [], []
     for now in slices(case.chunks):
-        outs.append(less_fast.extend(state, *at(qkv, now), scale=case.scale))
+        outs.append(extend(case, state, qkv, now))
         copies.append(outs[-1].clone())
     assert all(torch.equal(out, copy) for out, copy in zip(outs, copies))
     assert all(torch.equal(x, copy) for x, copy in zip(qkv, before))
@@ -326,19 +350,19 @@ def tensors_of(thing):
 @given(case=cases(length=st.integers(12, 30)), rows=st.integers(1, 3))
 def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(dtype, case, rows):
     state, qkv = allocate(case, rows, dtype), batch(case, rows, dtype)
-    budgets = [policy.budget for policy in case.reference]
-    numbers = less_ref.memory(budgets, case.layer.head_dim, case.layer.rank if case.kernels else 0)
-    # each slot has a position in int32 and a score, of which two policies in one layer may have their own dtype
-    scores = [(policy.budget + 1) * (policy.score_dtype or wide(dtype)).itemsize for policy in case.fast]
+    numbers = less_ref.memory(case.reference, case.layer.head_dim, case.kernels)
+    slots = sum(policy.budget + 1 for policy in case.reference)
+    own = sum((policy.budget + 1) * (8 - wide(dtype).itemsize) for policy in case.fast if policy.score_dtype)
     told = {
         "entries": rows * numbers["entries"] * dtype.itemsize,
         "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
-        "bookkeeping": rows * (numbers["bookkeeping"] // 2 * 4 + sum(scores) + 8),  # 8: the tokens seen
+        # positions are int32, scores wide, save those of one policy, which are int64; and 8 for the tokens seen
+        "bookkeeping": rows * (slots * 4 + (numbers["bookkeeping"] - slots) * wide(dtype).itemsize + own + 8),
     }
     where = {name: tensor.data_ptr() for name, tensor in state.tensors()}
     for now in [slice(0, 0), *slices(case.chunks)]:
         if now.stop:
-            less_fast.extend(state, *at(qkv, now), scale=case.scale)
+            extend(case, state, qkv, now)
         assert state.memory() == told
         assert sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(state)) == sum(told.values())
         assert {name: tensor.data_ptr() for name, tensor in state.tensors()} == where
@@ -363,10 +387,10 @@ def as_integers(e, T):
 @example((replace(APART, chunks=(1,) * 13), 2))
 def test_eviction_times_equal_the_references(case_and_rows):
     case, rows = case_and_rows
-    e = eviction_times(*batch(case, rows), case.fast, case.scale)
+    e = eviction_times(*batch(case, rows), case.fast, case.scale, kinds_of(case, rows))
     for row in range(rows):
         q, k, v = case.qkv(row)
-        expected = less_ref.eviction_times(case.run(q=q, k=k, v=v))
+        expected = less_ref.eviction_times(case.run(q=q, k=k, v=v, kinds=case.kinds(row)))
         assert e[row].tolist() == as_integers(expected, case.length).tolist()
 
 
@@ -374,23 +398,23 @@ def test_eviction_times_equal_the_references(case_and_rows):
 def test_the_parallel_form_equals_the_references_streaming(case_and_rows):
     case, rows = case_and_rows
     qkv = batch(case, rows)
-    e = eviction_times(*qkv, case.fast, case.scale)
-    out = parallel(*qkv, e, fast_kernels(case.kernels), case.scale)
+    e = eviction_times(*qkv, case.fast, case.scale, kinds_of(case, rows))
+    out = parallel(*qkv, e, fast_kernels(case.kernels, case.layer), case.scale)
     for row in range(rows):
         q, k, v = case.qkv(row)
-        assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v).out)
+        assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v, kinds=case.kinds(row)).out)
 
 
 @given(
     batch_of(cases(**EVICTING, chunks=streaming, k3=some_kernels), st.integers(1, 2)),
-    policies(largest=4),
+    policies(*ONE_AT_A_TIME, largest=4),
     st.integers(1, 9),
 )
 def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_rows, policy, block):
     case, rows = case_and_rows
     q, k, v = batch(case, rows)
     e, budget = eviction_times(q, k, v, policy.fast, case.scale), policy.fast.budget
-    kernels = fast_kernels(case.kernels).requires_grad_()
+    kernels = fast_kernels(case.kernels, case.layer).requires_grad_()
     weight = torch.from_numpy(np.random.default_rng(case.seed).normal(size=q.shape))[:, :, budget + 1 :]
 
     dense = parallel(q, k, v, e, kernels, case.scale)[:, :, budget + 1 :]
@@ -421,10 +445,10 @@ def test_gradients_of_the_parallel_form_equal_differences_of_the_reference(case)
     q, k, v = case.qkv()
     rng, reference = np.random.default_rng(case.seed), case.kernels
     weight, e = rng.normal(size=(case.length, *q.shape[::2])), less_ref.eviction_times(case.run())
-    direction = {name: rng.normal(size=array.shape) for name, array in vars(reference).items()}
+    direction = {name: rng.normal(size=getattr(reference, name).shape) for name in ("q1", "q2", "k1", "k2", "k3")}
 
     def loss(step):
-        moved = less_ref.Kernels(**{name: array + step * direction[name] for name, array in vars(reference).items()})
+        moved = replace(reference, **{name: getattr(reference, name) + step * way for name, way in direction.items()})
         return (less_ref.parallel(q, k, v, e, moved, case.scale) * weight).sum()
 
     kernels = fast_kernels(reference).requires_grad_()
@@ -443,12 +467,22 @@ def test_lower_precision_stays_within_the_measured_budgets(dtype, case):
         assert measured <= BUDGETS[dtype][what], what
 
 
+def rounded(kernels, dtype):
+    """The reference's kernels with the bits that the fast path's have in that dtype."""
+    weights = {name: x for name, x in vars(kernels or ()).items() if isinstance(x, np.ndarray)} if kernels else {}
+    return kernels and replace(kernels, **{name: torch.tensor(x).to(dtype).double().numpy() for name, x in weights.items()})
+
+
+def room(policy, head, n):
+    """How many of a head's entries the policy keeps."""
+    ranks = policy.rank(head.position, head.score, n)
+    return min(policy.budget, (ranks > -np.inf).sum())
+
+
 def lower_precision_errors(case, dtype):
     """The largest error of each kind over all chunks of a case; rank: by how much a victim outranks what was kept."""
     state, reference, qkv = allocate(case, dtype=dtype), empty(case), batch(case, dtype=dtype)
-    kernels = case.kernels and less_ref.Kernels(
-        **{name: weight.double().numpy() for name, weight in fast_kernels(case.kernels, wide(dtype)).named_parameters()}
-    )
+    kernels = rounded(case.kernels, wide(dtype))
     errors = dict.fromkeys(("out", "score", "H", "z", "rank"), 0.0)
 
     def note(what, actual, expected):
@@ -456,14 +490,14 @@ def lower_precision_errors(case, dtype):
 
     for now in slices(case.chunks):
         row = widened(x[0] for x in at(qkv, now))
-        out = less_fast.extend(state, *at(qkv, now), scale=case.scale)
+        out = extend(case, state, qkv, now)
         kept = positions(state, 0)
-        rest = (*row, case.reference, kernels, case.scale)
-        _, all_held = less_ref.extend(reference, *rest, victims=[()] * case.layer.kv_heads)
+        rest = (case, reference, row, case.kinds(0)[now])
+        _, all_held = extend_reference(*rest, [()] * case.layer.kv_heads, kernels)
         gone = [np.setdiff1d(head.position, some) for head, some in zip(all_held.heads, kept)]
-        expected, reference = less_ref.extend(reference, *rest, victims=gone)
+        expected, reference = extend_reference(*rest, gone, kernels)
         for policy, head, some in zip(case.reference, all_held.heads, kept):
-            assert len(some) == min(policy.budget, len(head.position))
+            assert len(some) == room(policy, head, now.stop)
             assert np.isin(some, head.position).all()
             rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, some)
             if not stays.all():
@@ -541,7 +575,7 @@ def test_allocate_refuses_heads_policies_and_kernels_that_do_not_fit(sizes, kern
 
 @pytest.mark.parametrize("sizes", [(3, 2, 4, 2, 3), (0, 1, 4, 2, 3), (2, 2, 4, 0, 3), (2, 2, 4, 2, 0)])
 def test_kernels_of_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="kernels need sizes of at least 1"):
+    with pytest.raises(ValueError, match=r"kernels need .* of at least 1"):
         less_fast.LayerKernels(*sizes)
 
 

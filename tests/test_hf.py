@@ -158,10 +158,10 @@ def test_a_budget_table_gives_each_head_its_own_budget(model):
             heads = range(2) if isinstance(group.kv_heads, slice) else group.kv_heads.tolist()
             held |= {head: (group.position[0, i] >= 0).sum().item() for i, head in enumerate(heads)}
         assert held == dict(enumerate(row))
-    numbers = [less_ref.memory(row, 8, 3) for row in table]
+    numbers = [less_ref.memory([less_ref.Window(budget) for budget in row], 8) for row in table]
     bytes_held = cache.memory()
     assert bytes_held["entries"] == 2 * 8 * sum(part["entries"] for part in numbers)
-    assert bytes_held["low_rank"] == 2 * 8 * sum(part["low_rank"] for part in numbers)
+    assert bytes_held["low_rank"] == 2 * 8 * 3 * 2 * 3 * (8 + 1)  # rows, bytes, layers, heads, rank, head_dim + 1
 
 
 def test_memory_is_constant_while_the_text_grows(model):

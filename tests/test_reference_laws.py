@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import (
     ANY_POLICY,
     EVICTING_POLICIES,
+    ONE_AT_A_TIME,
     Case,
     Layer,
     Policy,
@@ -63,12 +64,12 @@ def victims(trace, chunks):
         held = after
 
 
-def replayed(q, k, v, policy, kernels, chunks, scale, evicted):
+def replayed(q, k, v, policy, kernels, chunks, scale, kinds, evicted):
     """`less_ref.run` with the victims given: (out, the state after every chunk)."""
-    state = less_ref.empty_state(k.shape[0], k.shape[2], kernels.rank if kernels else 0)
+    state = less_ref.empty_state(k.shape[0], k.shape[2], kernels)
     outs, states = [], []
     for now, gone in zip(slices(chunks), evicted):
-        out, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, victims=gone)
+        out, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, gone, kinds[now])
         outs.append(out)
         states.append(state)
     return np.concatenate(outs), states
@@ -95,8 +96,7 @@ def test_a_first_chunk_attends_densely_whatever_the_policy(case):
 @given(cases(k3=st.just(0.0)))
 def test_with_zero_kernels_less_is_the_bare_policy(case):
     less, bare = case.run(), case.run(kernels=None)
-    assert not np.any(less.H)
-    assert not np.any(less.z)
+    assert not any(state.any() for chunk in (*less.H, *less.z) for state in chunk)
     assert_close(less.out, bare.out)
 
 
@@ -125,11 +125,13 @@ def test_the_low_rank_state_is_the_sum_over_the_evicted_tokens(case):
 
 
 @given(cases(policy=ANY_POLICY))
-def test_the_budget_is_filled_and_never_exceeded(case):
+def test_the_budget_is_never_exceeded_and_filled_by_all_policies_that_do_not_select(case):
     for now, kept in zip(slices(case.chunks), case.run().kept):
-        for policy, positions in zip(case.reference, kept):
-            assert len(np.unique(positions)) == len(positions) == min(policy.budget, now.stop)
+        for policy, positions in zip(case.policies, kept):
+            most = min(policy.reference.budget, now.stop)
+            assert len(np.unique(positions)) == len(positions) <= most
             assert all(0 <= p < now.stop for p in positions)
+            assert policy.fast.selective or len(positions) == most
 
 
 @given(cases())
@@ -145,9 +147,10 @@ def test_an_evicted_token_never_returns(case):
 @given(cases())
 def test_what_is_kept_carries_the_key_and_value_of_its_position(case):
     q, k, v = case.qkv()
-    state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels.rank if case.kernels else 0)
+    state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
     for now in slices(case.chunks):
-        _, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], case.reference, case.kernels, case.scale)
+        rest = (case.reference, case.kernels, case.scale, None, case.kinds()[now])
+        _, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], *rest)
         assert state.n == now.stop
         for g, head in enumerate(state.heads):
             assert np.array_equal(head.k, k[g, head.position])
@@ -251,7 +254,7 @@ def test_where_all_keys_are_equal_h2o_keeps_the_oldest_and_the_recent(case):
 def test_for_the_same_victims_the_output_is_linear_in_the_values(case, a, b):
     (q, k, v), (_, _, w) = case.qkv(), case.qkv(1)
     evicted = list(victims(case.run(), case.chunks))
-    rest = (case.reference, case.kernels, case.chunks, case.scale, evicted)
+    rest = (case.reference, case.kernels, case.chunks, case.scale, case.kinds(), evicted)
     both, of_v, of_w = (replayed(q, k, x, *rest)[0] for x in (a * v + b * w, v, w))
     assert_close(both, a * of_v + b * of_w)
 
@@ -273,9 +276,7 @@ def test_later_tokens_never_change_earlier_outputs_not_even_within_a_chunk(case,
 @given(cases())
 def test_the_order_of_the_slots_is_irrelevant(case):
     q, k, v = case.qkv()
-    plain = mixed = less_ref.empty_state(
-        case.layer.kv_heads, case.layer.head_dim, case.kernels.rank if case.kernels else 0
-    )
+    plain = mixed = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
     for now in slices(case.chunks):
         heads = []
         for head in mixed.heads:
@@ -283,7 +284,7 @@ def test_the_order_of_the_slots_is_irrelevant(case):
             order = np.random.default_rng([case.seed, held]).permutation(held)
             slots = {name: getattr(head, name)[order] for name in ("position", "k", "v", "score")}
             heads.append(replace(head, **slots))
-        rest = (q[:, now], k[:, now], v[:, now], case.reference, case.kernels, case.scale)
+        rest = (q[:, now], k[:, now], v[:, now], case.reference, case.kernels, case.scale, None, case.kinds()[now])
         out, plain = less_ref.extend(plain, *rest)
         out_mixed, mixed = less_ref.extend(replace(mixed, heads=tuple(heads)), *rest)
         assert_close(out_mixed, out)
@@ -297,9 +298,10 @@ def test_kv_heads_do_not_know_of_each_other(case):
     (q, k, v), G, trace = case.qkv(), case.layer.group, case.run()
     for g, policy in enumerate(case.reference):
         readers = slice(g * G, (g + 1) * G)
-        kernels = case.kernels and less_ref.Kernels(
-            **{name: w[readers if name in ("q1", "q2") else slice(g, g + 1)] for name, w in vars(case.kernels).items()}
-        )
+        kernels = case.kernels
+        if isinstance(kernels, less_ref.Kernels):
+            of_head = {name: readers if name in ("q1", "q2") else slice(g, g + 1) for name in vars(kernels)}
+            kernels = replace(kernels, **{name: w[of_head[name]] for name, w in vars(kernels).items() if w is not None})
         alone = case.run(q=q[readers], k=k[g : g + 1], v=v[g : g + 1], policy=policy, kernels=kernels)
         assert np.array_equal(alone.out, trace.out[:, readers])
         assert all(np.array_equal(a[0], b[g]) for a, b in zip(alone.kept, trace.kept))
@@ -309,8 +311,9 @@ def repeated(case):
     """The same layer with a KV head for each query head."""
     _, k, v = case.qkv()
     G, kernels = case.layer.group, case.kernels
-    if kernels:
-        kernels = replace(kernels, **{name: np.repeat(getattr(kernels, name), G, 0) for name in ("k1", "k2", "k3")})
+    if isinstance(kernels, less_ref.Kernels):
+        ranks = kernels.ranks and tuple(np.repeat(kernels.ranks, G))
+        kernels = replace(kernels, ranks=ranks, **{name: np.repeat(getattr(kernels, name), G, 0) for name in ("k1", "k2", "k3")})
     return dict(k=np.repeat(k, G, 0), v=np.repeat(v, G, 0), kernels=kernels)
 
 
@@ -327,7 +330,7 @@ def test_grouped_queries_equal_single_ones_that_evict_the_same_and_their_scores_
     evicted = [[gone for gone in step for _ in range(G)] for step in victims(trace, case.chunks)]
     single = repeated(case)
     out, states = replayed(
-        case.qkv()[0], single["k"], single["v"], policy, single["kernels"], case.chunks, case.scale, evicted
+        case.qkv()[0], single["k"], single["v"], policy, single["kernels"], case.chunks, case.scale, case.kinds(), evicted
     )
     assert_close(out, trace.out)
     for c, state in enumerate(states):
@@ -341,7 +344,7 @@ def test_grouped_queries_equal_single_ones_that_evict_the_same_and_their_scores_
 def test_replaying_the_victims_of_a_run_gives_the_same_run(case):
     trace = case.run()
     out, states = replayed(
-        *case.qkv(), case.reference, case.kernels, case.chunks, case.scale, victims(trace, case.chunks)
+        *case.qkv(), case.reference, case.kernels, case.chunks, case.scale, case.kinds(), victims(trace, case.chunks)
     )
     assert np.array_equal(out, trace.out)
     for c, state in enumerate(states):
@@ -352,7 +355,7 @@ def test_replaying_the_victims_of_a_run_gives_the_same_run(case):
 
 def test_given_victims_go_instead_of_the_policys_choice():
     case = Case(Layer(2, 1, 3, 2, 3), (5,), (Policy("Window", (2,)),) * 2, 1.0, None, 0)
-    _, (state,) = replayed(*case.qkv(), case.reference, case.kernels, case.chunks, None, [[(3, 4), (0,)]])
+    _, (state,) = replayed(*case.qkv(), case.reference, case.kernels, case.chunks, None, case.kinds(), [[(3, 4), (0,)]])
     assert [head.position.tolist() for head in state.heads] == [[0, 1, 2], [1, 2, 3, 4]]
     assert_close(state.heads[0].z, case.kernels.psi(case.qkv()[1][0, 3:], 0).sum(0))
 
@@ -430,20 +433,22 @@ def test_a_training_loss_without_any_eviction_is_refused():
             less_ref.training_loss(out, out, np.eye(2), np.array([e]))
 
 
-@given(cases(length=st.integers(20, 40), policy=policies(largest=5), k3=some_kernels))
+@given(cases(length=st.integers(20, 40), policy=policies(*ONE_AT_A_TIME, largest=5)))
 def test_memory_counts_what_a_full_state_holds_and_one_scratch_slot_for_each_head(case):
     q, k, v = case.qkv()
-    state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.layer.rank)
-    _, state = less_ref.extend(state, q, k, v, case.reference, case.kernels)
-    told = less_ref.memory([policy.budget for policy in case.reference], case.layer.head_dim, case.layer.rank)
+    state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
+    _, state = less_ref.extend(state, q, k, v, case.reference, case.kernels, kinds=case.kinds())
+    told = less_ref.memory(case.reference, case.layer.head_dim, case.kernels)
     scratch = case.layer.kv_heads
     assert told["entries"] == sum(head.k.size + head.v.size for head in state.heads) + scratch * 2 * case.layer.head_dim
     assert told["low_rank"] == sum(head.H.size + head.z.size for head in state.heads)
-    assert told["bookkeeping"] == sum(head.position.size + head.score.size for head in state.heads) + scratch * 2
+    of_scratch = sum(1 + math.prod(policy.score_shape) for policy in case.reference)
+    assert told["bookkeeping"] == sum(head.position.size + head.score.size for head in state.heads) + of_scratch
 
 
 def test_a_bare_policy_holds_no_low_rank_state():
-    assert less_ref.memory([3, 5], head_dim=4) == {"entries": 80, "low_rank": 0, "bookkeeping": 20}
+    policies = [less_ref.Window(3), less_ref.H2O(3, 2)]
+    assert less_ref.memory(policies, head_dim=4) == {"entries": 80, "low_rank": 0, "bookkeeping": 20}
 
 
 def test_the_papers_low_rank_state_weighs_about_four_tokens():
@@ -455,7 +460,7 @@ def test_the_papers_low_rank_state_weighs_about_four_tokens():
 def test_kernel_weights_are_the_sizes_of_the_kernels_arrays(case):
     layer = case.layer
     told = less_ref.kernel_weights(layer.query_heads, layer.kv_heads, layer.head_dim, layer.hidden, layer.rank)
-    assert told == sum(weight.size for weight in vars(case.kernels).values())
+    assert told == sum(getattr(case.kernels, name).size for name in ("q1", "q2", "k1", "k2", "k3"))
 
 
 @pytest.mark.parametrize(
