@@ -4,6 +4,8 @@ Streaming is described by one number for each token and KV head: e, the step at 
 token j exactly iff j <= i <= e_j, and through the low-rank state iff i > e_j.
 """
 
+import math
+
 import torch
 
 from .kernels import LayerKernels
@@ -99,7 +101,8 @@ def merge(exact, lse, weighted, mass):
     """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part, where their mass is positive.
     Shapes (..., D) and (...)."""
     weighted, mass = weighted * (mass > 0)[..., None], mass.clamp(min=0)
-    per_token = torch.exp(-lse.clamp(-60, 80))  # beyond that float32 overflows, and one part is all of the sum
+    most = math.log(torch.finfo(lse.dtype).max) / 1.5  # beyond that products overflow, and one part is all of the sum
+    per_token = torch.exp(-lse.clamp(-most, most))
     return (weighted * per_token[..., None] + exact) / (mass * per_token + 1)[..., None]
 
 
