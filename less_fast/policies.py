@@ -373,6 +373,6 @@ POLICIES = {
     "tova": TOVA(32),
     "scissorhands": Scissorhands(32, 16, 32),
     "snapkv": SnapKV(32, 8, 3),
-    "fastgen": FastGen(32, 8, 8, 0.9),
+    "fastgen": FastGen(32, 8, 8, 0.95),
 }
 """Every policy by the name that the command line uses; `with_budget` turns the example into the one wanted."""
