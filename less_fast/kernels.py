@@ -84,16 +84,17 @@ class LayerKernels(Features):
         return self.query_heads // self.kv_heads
 
     def phi(self, q):
-        return self._two_layers(q, self.q1, self.q2).abs()
+        return _of_rows(self._two_layers(_of_heads(q), self.q1, self.q2).abs(), q)
 
     def psi(self, k):
-        return _per_head(self._two_layers(k, self.k1, self.k2), self.k3).abs()
+        return _of_rows((self._two_layers(_of_heads(k), self.k1, self.k2) @ self.k3).abs(), k)
 
     def _two_layers(self, x, first, second):
-        hidden = gelu(_per_head(x.to(first.dtype), first))  # (N, H, m, h)
+        """x (H, N m, D) -> (H, N m, R): one matrix product for each head, weights never expanded."""
+        hidden = gelu(x.to(first.dtype) @ first)  # (H, N m, h)
         if self.training and self.dropout > 0:
             hidden = hidden * _dropout_mask(hidden, self.dropout)
-        return gelu(_per_head(hidden, second))
+        return gelu(hidden @ second)
 
     def of_heads(self, kv_heads):
         """Itself for all heads of one rank, else a copy of their weights."""
@@ -180,13 +181,19 @@ FAMILIES = {"paper": LayerKernels, "performer": Performer, "fourier": Fourier, "
 
 def _directions(count, head_dim):
     """(count, head_dim): random directions, orthogonal in blocks of head_dim, as long as normal vectors are."""
-    blocks = [torch.linalg.qr(torch.randn(head_dim, head_dim))[0] for _ in range(-(-count // head_dim))]
-    return torch.cat(blocks)[:count] * torch.randn(count, head_dim).norm(dim=1, keepdim=True)
+    q, r = torch.linalg.qr(torch.randn(-(-count // head_dim), head_dim, head_dim))
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # or some directions would come more often than others
+    return q.flatten(0, 1)[:count] * torch.randn(count, head_dim).norm(dim=1, keepdim=True)
 
 
-def _per_head(x, weight):
-    """x (N, H, m, i), weight (H, i, o) -> (N, H, m, o): one matrix product for each head, weights never expanded."""
-    return torch.einsum("nhmi,hio->nhmo", x, weight)
+def _of_heads(x):
+    """(N, H, m, D) -> (H, N m, D): what a head has to multiply."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _of_rows(features, x):
+    """features (H, N m, R) of x (N, H, m, D) -> (N, H, m, R)."""
+    return features.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
 
 
 def _dropout_mask(x, rate):
@@ -251,7 +258,7 @@ class LessKernels(nn.Module):
             kernels.load_state_dict(load_file(weights))
         except (RuntimeError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             raise ValueError(f"the kernels in {where} are broken, or do not fit their {CONFIG}: {error}") from error
-        broken = [name for name, weight in kernels.named_parameters() if not weight.isfinite().all()]
+        broken = [name for name, weight in kernels.state_dict().items() if not weight.isfinite().all()]
         if broken:
             raise ValueError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()

@@ -30,8 +30,9 @@ class Group:
     score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, (N, H, S, C) too
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
+    scratch: torch.Tensor  # (N, H, 1) the empty slot that the next token takes
 
-    TENSORS = ("k", "v", "position", "score", "H", "z")
+    TENSORS = ("k", "v", "position", "score", "H", "z", "scratch")
 
 
 class LayerState:
@@ -40,6 +41,8 @@ class LayerState:
     def __init__(self, groups: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int):
         self.groups, self.n = groups, n
         self.query_heads, self.kv_heads = query_heads, kv_heads
+        if len(groups) > 1:  # where each query head stands when the groups' outputs stand side by side
+            self.place = torch.cat([group.query_heads for group in groups]).argsort()
 
     @classmethod
     def allocate(
@@ -96,6 +99,7 @@ class LayerState:
                     score=torch.zeros(*shape, *rule.score_shape, dtype=rule.score_dtype or wide, device=device),
                     H=torch.zeros(batch, len(heads), rank, head_dim, dtype=wide, device=device),
                     z=torch.zeros(batch, len(heads), rank, dtype=wide, device=device),
+                    scratch=torch.zeros(batch, len(heads), 1, dtype=torch.int64, device=device),
                 )
             )
         return cls(groups, torch.zeros(batch, dtype=torch.int64, device=device), query_heads, kv_heads)

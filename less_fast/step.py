@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .attend import attend
 from .policies import best_first
@@ -43,97 +44,111 @@ def extend(
     """
     _check(state, q, k, v, valid, kinds)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sound = _sound(q) & _sound(k) & _sound(v)  # (N, m)
+    sound = _sound(q, k, v)  # (N, m)
     real = sound if valid is None else sound & valid
-    arrived = (state.n[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)  # (N, m)
+    arrived = torch.where(real, state.n[:, None] + real.cumsum(1) - 1, -1).int()  # (N, m)
     nothing = ~real[:, None, :, None]
-    k, v = k.masked_fill(nothing, 0), v.masked_fill(nothing, 0)  # it may hold NaN, and 0 * NaN is NaN
+    q, k, v = (x.masked_fill(nothing, 0) for x in (q, k, v))  # it may hold NaN, and 0 * NaN is NaN
+    first = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
     state.n += real.sum(1)
-    out = torch.empty_like(q)  # (N, Hq, m, D)
+    outs = []
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
-        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds)
-        out[:, group.query_heads] = _attend_and_score(group, entries, queries, arrived, scale).flatten(1, 2).to(q.dtype)
-        _evict(group, entries, state.n[:, None, None])
+        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first)
+        outs.append(_attend_and_score(group, entries, queries, arrived, real, scale).flatten(1, 2).to(q.dtype))
+        _evict(group, entries, real, state.n)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 1).index_select(1, state.place)  # (N, Hq, m, D)
     broken = ~sound if valid is None else ~sound & valid
     return out.masked_fill_(broken[:, None, :, None], torch.nan)
 
 
-def _sound(x):
-    """x (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
-    return x.abs().amax((1, 3)).double() <= LARGEST
+def _sound(*qkv):
+    """q, k, v (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
+    wide = torch.promote_types(qkv[0].dtype, torch.float32)
+    loudest = [torch.linalg.vector_norm(x, torch.inf, (1, 3), dtype=wide) for x in qkv]
+    return loudest[0].maximum(loudest[1]).maximum(loudest[2]) <= LARGEST
 
 
-def _enter(group: Group, k, v, arrived, kinds) -> Entries:
-    """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries, and so is every
-    chunk where several entries may go at once.
+def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
+    """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries (the first chunk finds
+    none), and so is every chunk where several entries may go at once.
 
     k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
     """
-    position = arrived[:, None].expand(k.shape[:3]).to(group.position.dtype)  # (N, H, m)
+    position = arrived[:, None].expand(k.shape[:3]).contiguous()  # (N, H, m)
     score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.budget is not None and not group.policy.selective:
-        scratch = group.position.argmin(-1, keepdim=True)  # (N, H, 1), an empty slot: position -1
         for name, token in new._asdict().items():
             held = getattr(group, name)
-            held.scatter_(2, _index(scratch, held), token)
+            held.scatter_(2, _index(group.scratch, held), token)
         return Entries(group.k, group.v, group.position, group.score)
+    if first:
+        return new
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
 
-def _attend_and_score(group, entries, q, arrived, scale):
-    """q (N, H, G, m, D), arrived (N, m) -> (N, H, G, m, D); the entries' scores are updated in place."""
+def _attend_and_score(group, entries, q, arrived, real, scale):
+    """q (N, H, G, m, D), arrived and real (N, m) -> (N, H, G, m, D); the entries' scores are updated in place."""
     m = q.shape[3]
     before = entries.position.shape[2] - m  # slots before the chunk
+    if before == 0 and m > 1 and not group.policy.scored and real.all():  # a first chunk that nobody scores
+        heads = q.flatten(1, 2), entries.k, entries.v
+        return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
     blocks = []
     for start in range(0, m, QUERIES_AT_ONCE):
         now = slice(start, start + QUERIES_AT_ONCE)
         seen = slice(0, before + now.stop)  # later tokens of the chunk are invisible to the whole block
-        position = entries.position[:, :, None, seen]  # (N, H, 1, S)
+        position = entries.position[:, : 1 if before == 0 else None, None, seen]  # (N, H, 1, S), a chunk's is that of all heads
         visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
         low_rank = None
         if group.kernels is not None:
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
-        out, p = attend(q[:, :, :, now], entries.k[:, :, seen], entries.v[:, :, seen], visible, scale, low_rank)
+        k, v = entries.k[:, :, seen], entries.v[:, :, seen]
+        out, p = attend(q[:, :, :, now], k, v, visible, real[:, now], scale, low_rank)
         blocks.append(out)
         if group.policy.scored:
+            visible = visible.expand(-1, q.shape[1], -1, -1)
             entries.score[:, :, seen] = group.policy.update(entries.score[:, :, seen], p, visible)
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
 
 
-def _evict(group, entries, n):
-    """Keeps the `budget` entries of highest rank (ties: the lower position) and folds the others. n (N, 1, 1)."""
+def _evict(group, entries, real, n):
+    """Keeps the `budget` entries of highest rank (ties: the lower position) and folds the others. real (N, m), n (N,)."""
     if group.policy.budget is None:
         group.k, group.v, group.position, group.score = entries
         return
-    settled = group.policy.settle(entries.position, entries.score, n)
+    seen = n[:, None, None].int()  # (N, 1, 1)
+    settled = group.policy.settle(entries.position, entries.score, seen)
     if settled is not entries.score:
         entries.score.copy_(settled)
-    rank = group.policy.rank(entries.position, entries.score, n)
+    rank = group.policy.rank(entries.position, entries.score, seen)
     if entries.k is group.k:
-        _evict_in_place(group, entries, rank)
+        _evict_in_place(group, entries, rank, real[:, None], seen)
     else:
         _keep_the_best(group, entries, rank)
+        group.scratch.copy_(seen.clamp(max=group.policy.budget).expand(group.scratch.shape))
 
 
-def _evict_in_place(group, entries, rank):
-    """One token came into the scratch slot: the lowest goes if there are more than the budget. rank (N, H, S)."""
-    held = entries.position >= 0  # (N, H, S)
-    lowest = rank.masked_fill(~held, _highest(rank)).amin(-1, keepdim=True)
-    newest = entries.position.masked_fill((rank != lowest) | ~held, -1)
+def _evict_in_place(group, entries, rank, real, n):
+    """One token came into the scratch slot: if there are more than the budget, the lowest goes, and its slot is the next
+    scratch slot. rank (N, H, S), real and n (N, 1, 1)."""
+    rank = torch.where(entries.position >= 0, rank, _highest(rank))
+    newest = torch.where(rank == rank.amin(-1, keepdim=True), entries.position, -1)
     victim = newest.argmax(-1, keepdim=True)  # (N, H, 1)
-    goes = held.sum(-1, keepdim=True) > group.policy.budget  # (N, H, 1)
-    _fold(group, entries, victim, goes)
-    group.position.scatter_(2, victim, newest.gather(2, victim).masked_fill_(goes, -1))
+    goes = real & (n > group.policy.budget)
+    _fold(group, entries, victim, goes.expand(victim.shape))
+    group.position.scatter_(2, victim, torch.where(goes, -1, newest.gather(2, victim)))
+    group.scratch.copy_(torch.where(goes, victim, torch.where(real, n, group.scratch)))
 
 
 def _keep_the_best(group, entries, rank):
     """The entries were laid out anew: the best go back into the group's slots. rank (N, H, S)."""
-    budget, held = group.policy.budget, entries.position >= 0  # (N, H, S)
+    held = entries.position >= 0  # (N, H, S)
+    budget = min(group.policy.budget, held.shape[2])
     order = best_first(rank.masked_fill(~held, -_highest(rank)), entries.position)  # (N, H, S)
     goes = held.gather(2, order)
     if group.policy.selective:
@@ -147,7 +162,7 @@ def _keep_the_best(group, entries, rank):
     for name in Entries._fields:
         getattr(group, name)[:, :, :budget] = _take(getattr(entries, name), kept)
     group.position[:, :, :budget].masked_fill_(goes[:, :, :budget], -1)
-    group.position[:, :, budget] = -1
+    group.position[:, :, budget:] = -1
 
 
 def _fold(group, entries, slots, goes):
@@ -156,7 +171,8 @@ def _fold(group, entries, slots, goes):
         return
     for some, real in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
         psi = group.kernels.psi(_take(entries.k, some)).to(group.H.dtype) * real[..., None]  # (N, H, s, R)
-        group.H += psi.mT @ _take(entries.v, some).to(group.H.dtype)
+        v = _take(entries.v, some).to(group.H.dtype)  # (N, H, s, D)
+        group.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.flatten(0, 1))
         group.z += psi.sum(2)
 
 

@@ -335,13 +335,13 @@ def test_later_steps_never_change_earlier_outputs_nor_the_inputs(case):
 
 
 def tensors_of(thing):
-    """Every tensor that an object holds in its attributes and lists, less its kernels and its table of heads."""
+    """Every tensor that an object holds in its attributes and lists, less its kernels and its tables of heads."""
     if isinstance(thing, torch.Tensor):
         return [thing]
     if isinstance(thing, list | tuple):
         return [tensor for part in thing for tensor in tensors_of(part)]
     if hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
-        apart = ("kv_heads", "query_heads", "policy")
+        apart = ("kv_heads", "query_heads", "policy", "place")
         return [tensor for name, part in vars(thing).items() if name not in apart for tensor in tensors_of(part)]
     return []
 
@@ -353,6 +353,7 @@ def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(d
     numbers = less_ref.memory(case.reference, case.layer.head_dim, case.kernels)
     slots = sum(policy.budget + 1 for policy in case.reference)
     own = sum((policy.budget + 1) * (8 - wide(dtype).itemsize) for policy in case.fast if policy.score_dtype)
+    own += 8 * case.layer.kv_heads  # which slot the next token takes
     told = {
         "entries": rows * numbers["entries"] * dtype.itemsize,
         "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
