@@ -75,7 +75,7 @@ def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
 
     k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
     """
-    position = arrived[:, None].expand(k.shape[:3]).contiguous()  # (N, H, m)
+    position = arrived[:, None].repeat(1, k.shape[1], 1)  # (N, H, m), in memory of its own: the full policy keeps it
     score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]

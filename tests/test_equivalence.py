@@ -379,6 +379,20 @@ def test_only_the_full_policy_grows_and_only_by_what_it_keeps():
     assert set(np.diff(held)) == {2 * 4 * 8}
 
 
+GROWING = Case(Layer(2, 1, 4, 2, 3, (1, 2)), (5, 1, 2), (Policy("Full", ()),) * 2, 1.0, None, 0)
+"""Two groups of one head each that keep what they are given."""
+
+
+@given(cases(policy=ANY_POLICY))
+@example(GROWING)
+def test_no_two_tensors_of_a_state_share_memory(case):
+    state, qkv = allocate(case), batch(case)
+    for now in slices(case.chunks):
+        extend(case, state, qkv, now)
+        storages = [x.untyped_storage() for x in (*qkv, *(tensor for _, tensor in state.tensors())) if x.numel()]
+        assert len({storage.data_ptr() for storage in storages}) == len(storages)
+
+
 def as_integers(e, T):
     """The reference's eviction times as the fast path writes them: the length stands for never."""
     return np.where(np.isinf(e), T, e).astype(int)
