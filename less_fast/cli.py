@@ -1,4 +1,4 @@
-"""The command `less-kv`: compare, generate, train. Bad input ends in one sentence and exit code 2."""
+"""The command `less-kv`: compare, generate, plan, train. Bad input ends in one sentence and exit code 2."""
 
 import json
 import os
@@ -23,6 +23,8 @@ from .compare import held_bytes, plot
 from .demo import KERNELS, MODEL, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
 from .kernels import CONFIG, FAMILIES, LessKernels
+from .plan import SHAPES, config_of
+from .plan import plan as plan_costs
 from .policies import POLICIES
 from .text import token_kinds
 from .text import windows as cut_windows
@@ -174,6 +176,49 @@ def generate(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one unless given.")
+    ] = "",
+    policy: PolicyOption = PolicyName.h2o,
+    budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
+    rank: Annotated[int, typer.Option(min=0, help="Features of the low-rank state; 0 plans the bare policy.")] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each sequence, prompt and generated.")] = 4096,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights, keys and values.")] = Dtype.float16,
+    memory: Annotated[float, typer.Option(min=0.0, help="Gigabytes (10^9 bytes) on the device; 0: not asked.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+):
+    """What a model costs with the full cache and with LESS, by counting, without running or loading it."""
+    if policy.value == "full":
+        raise Bad("--policy full is the full cache itself: choose another policy")
+    rule = _budgeted(policy, budget, length)
+    try:
+        config = config_of(model or str(MODEL))
+    except (OSError, ValueError) as error:
+        raise Bad(f"no config of a model at {model}: {str(error).strip().splitlines()[0]}") from None
+    costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), int(memory * 1e9) or None)
+    if as_json:
+        print(json.dumps({"model": model or "embedded", "policy": repr(rule), "batch": batch, "length": length} | asdict(costs)))
+        return
+    table = Table(title=f"{model or 'embedded'} in {dtype.value}, {length:,} tokens, batch {batch}, {rule}")
+    for heading in ("", "full cache", "LESS" if rank else "bare policy"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, full, less in [
+        ("weights of the model", costs.weights, costs.weights),
+        ("weights of the kernels", 0, costs.kernels),
+        ("held for each sequence", costs.full, costs.less),
+        ("moved by a decoding step of the batch", costs.full_moved, costs.less_moved),
+    ]:
+        table.add_row(what, _bytes(full), _bytes(less))
+    if memory:
+        table.add_row(f"largest batch in {memory:g} GB", f"{costs.full_batch:,}", f"{costs.less_batch:,}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(f"A step with this cache moves less than with the full one from {costs.break_even:,} tokens on.")
+
+
+@app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the kernels.")] = Path("less-kernels"),
     model: ModelOption = "",
@@ -288,6 +333,13 @@ def _check_plot(picture: Path):
         raise Bad("--plot needs matplotlib: pip install 'less-kv[plot]'") from None
     if picture.suffix.lower() != ".png" or not picture.absolute().parent.is_dir():
         raise Bad(f"--plot writes a .png file into an existing folder, not {picture}")
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} bytes"
 
 
 def _print_table(record, rows):

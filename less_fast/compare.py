@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .hf import LessCache, sizes
 from .kernels import LessKernels
+from .plan import held
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
@@ -64,7 +65,7 @@ def compare(
     contenders = list(_contenders(model, policies, kernels, name, token_kinds))
     speeds = decode(model, windows[:DECODED_ROWS], contenders)
     rows, losses = [], {}
-    for contender, (held, speed) in zip(contenders, speeds):
+    for contender, (size, speed) in zip(contenders, speeds):
         loss = losses[contender.cache] = window_losses(model, windows, contender)  # (W,)
         gains = contender.cache in ("baseline+", "less") and losses["bare"].mean() > losses["full"].mean()
         recovered, recovered_stderr = share_recovered(losses["full"], losses["bare"], loss) if gains else (None, None)
@@ -79,7 +80,7 @@ def compare(
                 stderr=perplexity * (loss.std() / len(loss) ** 0.5).item(),
                 recovered=recovered,
                 recovered_stderr=recovered_stderr,
-                bytes=held,
+                bytes=size,
                 tokens_per_second=speed,
             )
         )
@@ -118,20 +119,13 @@ def _contenders(model, policies, kernels, name, token_kinds) -> Iterator[Contend
 
 
 def baseline_plus(model, policy, kernels: LessKernels):
-    """The policy with the smallest budget that holds at least the bytes of the low-rank state beside `policy` (Baseline+).
+    """The policy with the smallest budget that holds at least as many bytes as LESS with `policy` (Baseline+).
 
-    The state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
+    The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
     """
-    shape, wide = sizes(model), torch.promote_types(model.dtype, torch.float32).itemsize
-    low_rank = sum(sum(layer.ranks) for layer in kernels.layers) * (shape["head_dim"] + 1) * wide
-    heads = shape["layers"] * shape["kv_heads"]
-
-    def entries(rule):  # for each slot: key, value, position and score
-        score = math.prod(rule.score_shape) * (rule.score_dtype.itemsize if rule.score_dtype else wide)
-        return heads * (rule.budget + 1) * (2 * shape["head_dim"] * model.dtype.itemsize + torch.int32.itemsize + score)
-
-    more = policy
-    while entries(more) < entries(policy) + low_rank:
+    shape, more = sizes(model), policy
+    wanted = held(shape, policy, kernels, model.dtype)
+    while held(shape, more, None, model.dtype) < wanted:
         more = policy.with_budget(more.budget + 1)
     return more
 

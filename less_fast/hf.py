@@ -274,7 +274,12 @@ def fingerprint(model) -> list[float]:
 
 def sizes(model) -> dict[str, int]:
     """The sizes that kernels for this model must have."""
-    config = model.config.get_text_config(decoder=True)
+    return sizes_of(model.config)
+
+
+def sizes_of(config) -> dict[str, int]:
+    """The same from a model's config."""
+    config = config.get_text_config(decoder=True)
     return dict(
         layers=config.num_hidden_layers,
         query_heads=config.num_attention_heads,

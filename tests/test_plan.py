@@ -1,0 +1,99 @@
+"""What is planned is what is held: costs by counting, against real models and caches."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import FAMILIES, make_kernels, make_model, tokens
+from typer.testing import CliRunner
+
+from less_fast import LessCache
+from less_fast.cli import Bad, app
+from less_fast.plan import SHAPES, bytes_of, config_of, held, plan
+from less_fast.policies import POLICIES
+
+MB = 10**6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [3, 0])
+def test_planned_bytes_are_those_of_the_model_its_kernels_and_its_cache(family, rank):
+    model = make_model(family)
+    kernels = make_kernels(model) if rank else None
+    cache = LessCache.for_model(model, POLICIES["h2o"].with_budget(9), kernels)
+    with torch.no_grad():
+        model(tokens(1, 12), past_key_values=cache)
+    told = plan(model.config, POLICIES["h2o"].with_budget(9), rank, hidden=5, dtype=torch.float64)
+    assert told.weights == sum(x.numel() * 8 for x in model.parameters())
+    assert told.less == sum(cache.memory().values())
+    assert told.kernels == (bytes_of(kernels) // 2 if rank else 0)  # these are float64, and planned in float32
+    assert told.full == 4096 * 2 * sum(layer.state.kv_heads for layer in cache.layers) * 8 * 8
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])
+def test_every_policys_cache_is_planned_with_its_scores(name):
+    model = make_model().float()
+    kinds = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    cache = LessCache.for_model(model, POLICIES[name], token_kinds=kinds)
+    with torch.no_grad():
+        model(tokens(1, 40), past_key_values=cache)
+    shape = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)
+    assert held(shape, POLICIES[name], None, torch.float32) == sum(cache.memory().values())
+
+
+@given(
+    batch=st.integers(1, 64),
+    length=st.integers(1, 10_000),
+    memory=st.integers(1, 200_000),
+    rank=st.sampled_from([0, 8, 32]),
+    budget=st.integers(1, 2000),
+)
+def test_the_break_even_length_and_the_largest_batches_are_just_that(batch, length, memory, rank, budget):
+    config, policy = FAMILIES["llama"](vocab_size=10, num_hidden_layers=2), POLICIES["window"].with_budget(budget)
+    told = plan(config, policy, rank, batch=batch, length=length, memory=memory * MB)
+    longer = told.full // length * told.break_even
+    step = told.kernels + batch * told.less
+    assert batch * longer > step >= batch * (longer - told.full // length)
+    assert (told.less_moved < told.full_moved) == (length >= told.break_even)
+    fixed = told.weights + told.kernels
+    for fits, weights, each in [(told.full_batch, told.weights, told.full), (told.less_batch, fixed, told.less)]:
+        assert fits >= 0
+        assert weights + (fits + 1) * each > memory * MB
+        assert fits == 0 or weights + fits * each <= memory * MB
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03)])
+def test_the_named_shapes_have_as_many_parameters_as_the_models(name, billions):
+    assert list(SHAPES) == ["llama-2-7b", "llama-2-13b", "llama-3-8b"]
+    told = plan(config_of(name), POLICIES["h2o"], rank=0, dtype=torch.float16)
+    assert round(told.weights / 2 / 1e9, 2) == billions
+
+
+def test_the_command_prints_the_table_and_the_same_as_json():
+    arguments = ["plan", "--model", "llama-2-7b", "--memory", "80", "--batch", "8"]
+    table = CliRunner().invoke(app, arguments)
+    record = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert f"from {record['break_even']:,} tokens on" in table.stdout
+    assert f"{record['less'] / 1e6:.2f} MB" in table.stdout
+    assert f"{record['less_batch']}" in table.stdout
+
+
+def test_the_embedded_model_is_planned_where_no_model_is_named_and_rank_0_is_the_bare_policy():
+    record = json.loads(CliRunner().invoke(app, ["plan", "--rank", "0", "--length", "1024", "--json"]).stdout)
+    assert (record["model"], record["kernels"]) == ("embedded", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "full"], "full is the full cache itself"),
+        (["--model", "."], "no config of a model at ."),
+        (["--budget", "0"], "a budget must be a whole number of tokens"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message):
+    refused = CliRunner().invoke(app, ["plan", *arguments]).exception
+    assert isinstance(refused, Bad)
+    assert message in str(refused)
