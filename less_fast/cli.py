@@ -168,7 +168,8 @@ def generate(
     shape, seen = sizes(network), cache.get_seq_length()
     full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
     kept = min(rule.budget or seen, seen)
-    others = f"folded into {learned.layers[0].rank} features" if learned else "forgotten"
+    ranks = sorted({rank for layer in learned.layers for rank in layer.ranks}) if learned else []
+    others = f"folded into {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} features" if learned else "forgotten"
     errors.print(
         f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {'at most ' * rule.selective}{kept}, the others "
         f"are {others}; {held_bytes(cache):,} bytes held, a full cache would hold {full:,}"

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .kernels import Features, LessKernels
-from .state import LayerState
+from .state import LayerState, check_fit
 from .step import extend
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -154,15 +154,14 @@ class LessCache(Cache):
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
             policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
-        if policy.kinds and (token_kinds is None or token_kinds.ndim != 1):
+        if policy.kinds and not (isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1):
             raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
+        heads = {name: size for name, size in sizes(model).items() if name != "layers"}
+        of_layers = list(zip(policies, kernels.layers if kernels else [None] * layers))
+        for rule, features in of_layers:
+            check_fit(rule, **heads, kernels=features)
         use_less_attention(model)
-        cache = cls(
-            layers=[
-                LessLayer(rule, config.num_attention_heads, kernels.layers[index] if kernels else None, chunk)
-                for index, rule in enumerate(policies)
-            ]
-        )
+        cache = cls(layers=[LessLayer(rule, config.num_attention_heads, features, chunk) for rule, features in of_layers])
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)

@@ -63,23 +63,8 @@ class LayerState:
         dtype: of keys and values; scores and the low-rank state are float32, or float64 where dtype is.
         Raises ValueError where the numbers of heads, policies and kernels do not fit each other.
         """
-        policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
-        if query_heads % kv_heads or len(policies) != kv_heads:
-            raise ValueError(
-                f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "
-                f"a multiple of KV heads, and policies one, or one for each KV head"
-            )
-        sizes = query_heads, kv_heads, head_dim
-        if kernels is not None and (kernels.query_heads, kernels.kv_heads, kernels.head_dim) != sizes:
-            raise ValueError(
-                f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
-                f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
-            )
-        if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
-            raise ValueError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
+        policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
         ranks = kernels.ranks if kernels else [0] * kv_heads
-        if policies[0].pooled and len(set(ranks)) > 1:
-            raise ValueError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {ranks}")
         wide, both = torch.promote_types(dtype, torch.float32), list(zip(policies, ranks))
         groups = []
         for rule, rank in dict.fromkeys(both):  # in order of first appearance
@@ -163,3 +148,23 @@ class LayerState:
             "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
             "dtype": f"{group.k.dtype}, {group.H.dtype}",
         }
+
+
+def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list:
+    """The policy of each KV head of a layer. ValueError where heads, policies and kernels do not fit each other."""
+    policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
+    if query_heads % kv_heads or len(policies) != kv_heads:
+        raise ValueError(
+            f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "
+            f"a multiple of KV heads, and policies one, or one for each KV head"
+        )
+    if kernels is not None and (kernels.query_heads, kernels.kv_heads, kernels.head_dim) != (query_heads, kv_heads, head_dim):
+        raise ValueError(
+            f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
+            f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
+        )
+    if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
+        raise ValueError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
+    if kernels is not None and policies[0].pooled and len(set(kernels.ranks)) > 1:
+        raise ValueError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {kernels.ranks}")
+    return policies

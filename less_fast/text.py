@@ -33,12 +33,15 @@ def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
 
 
 def token_kinds(tokenizer) -> torch.Tensor:
-    """The kind of each token id, as FastGen wants it: 2 special, 1 nothing but punctuation (and spaces), 0 all others.
+    """The kind of each token id, as FastGen wants it: 2 special, 1 nothing but ASCII punctuation (and spaces), 0 all others.
 
-    Returns int64 (vocabulary,).
+    Returns int64, as long as the largest id needs.
     """
-    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    punctuation = [bool(text.strip()) and set(text.strip()) <= set(string.punctuation) for text in texts]
-    kinds = torch.tensor(punctuation, dtype=torch.int64)
-    kinds[[index for index in tokenizer.all_special_ids if index is not None]] = 2
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {*tokenizer.all_special_ids, *added}
+    count = max(*tokenizer.get_vocab().values(), *special) + 1
+    kinds = torch.zeros(count, dtype=torch.int64)
+    for index, text in enumerate(tokenizer.batch_decode([[index] for index in range(count)], clean_up_tokenization_spaces=False)):
+        kinds[index] = bool(text.strip()) and set(text.strip()) <= set(string.punctuation)
+    kinds[list(special)] = 2
     return kinds

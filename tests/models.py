@@ -1,9 +1,10 @@
-"""Small random models of every supported family, kernels for them, and tokens."""
+"""Small random models of every supported family, kernels for them, tokens and their kinds."""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from less_fast import LessKernels
+import less_ref
+from less_fast import LayerKernels, LessKernels
 from less_fast.hf import fingerprint, sizes
 
 SIZES = dict(
@@ -33,13 +34,34 @@ def make_model(family="llama", **changes):
     return model.double()
 
 
-def make_kernels(model, rank=3, hidden=5):
+def make_kernels(model, rank=3, hidden=5, family="paper"):
     torch.manual_seed(1)
-    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, about={"fingerprint": fingerprint(model)})
-    for layer in kernels.layers:
-        torch.nn.init.normal_(layer.k3)
+    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, about={"fingerprint": fingerprint(model)})
+    if family == "paper":
+        for layer in kernels.layers:
+            torch.nn.init.normal_(layer.k3)
     return kernels.double().requires_grad_(False)
 
 
 def tokens(*shape, seed=0):
     return torch.randint(1, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_kinds(seed=0, size=SIZES["vocab_size"]):
+    """A kind for each token id; what is in no table is of kind 0."""
+    share = torch.tensor([0.6, 0.25, 0.15])
+    return torch.multinomial(share, size, replacement=True, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_policy(policy):
+    return getattr(less_ref, type(policy).__name__)(**vars(policy))
+
+
+def reference_kernels(layer):
+    """The kernels of one layer for the reference."""
+    weights = {name: weight.detach().double().numpy() for name, weight in layer.state_dict().items()}
+    if isinstance(layer, LayerKernels):
+        return less_ref.Kernels(**weights, ranks=tuple(layer.ranks))
+    extra = {"Performer": dict(scale=layer.head_dim**-0.5), "Fourier": {}, "Elu": dict(head_dim=layer.head_dim)}
+    name = type(layer).__name__
+    return getattr(less_ref, name)(**weights, **extra[name])

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from models import make_kernels, make_kinds, make_model, tokens
 
-from less_fast import LessKernels, cli
-from less_fast.compare import share_recovered
+from less_fast import LessCache, LessKernels, cli
+from less_fast.compare import baseline_plus, held_bytes, share_recovered
 from less_fast.demo import KERNELS, MODEL, corpus
+from less_fast.policies import POLICIES
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -34,6 +36,8 @@ def story(tmp_path):
 
 
 SMALL = ["--windows", 4, "--length", 256, "--budgets", "4%,20"]
+SMALLEST = ["--windows", 2, "--length", 64, "--budgets", 16, "--json"]
+EVICTING = [name for name in POLICIES if name != "full"]
 
 
 def test_compare_prints_the_table_and_the_same_as_json(command, story):
@@ -77,13 +81,44 @@ def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of
     assert stderrs.mean().item() == pytest.approx(shares.std().item(), rel=0.15)
 
 
-def test_compare_takes_every_policy_and_half_precision(command, story):
-    for policy in ("window", "lambda", "decayed-h2o", "tova", "scissorhands"):
-        code, out, _ = command("compare", "--text", story, *SMALL, "--json", "--policy", policy, "--dtype", "bfloat16")
-        assert code == 0
-        rows = json.loads(out)["rows"]
-        assert rows[1]["policy"].lower().startswith(policy.replace("-", ""))
-        assert rows[3]["bytes"] <= rows[2]["bytes"]  # Baseline+ never holds less than LESS
+@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("budget", [5, 33])
+@pytest.mark.parametrize("ranks", ["one rank", "rank table"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(policy, budget, ranks, dtype):
+    model, rule = make_model().to(dtype), POLICIES[policy].with_budget(budget)
+    table = [[30, 30], [4, 4], [21, 21]] if rule.pooled else [[20, 40], [7, 1], [33, 8]]
+    kernels = make_kernels(model, 4 if ranks == "one rank" else table)  # with 4, Baseline+ of float32 is equal to the byte
+    plus = baseline_plus(model, rule, kernels)
+
+    def held(rule, kernels=None):
+        cache = LessCache.for_model(model, rule, kernels, token_kinds=make_kinds())
+        model(tokens(1, 40), past_key_values=cache)
+        return held_bytes(cache)
+
+    assert held(rule.with_budget(plus.budget - 1)) < held(rule, kernels) <= held(plus)
+    assert plus == rule.with_budget(plus.budget)
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_compare_takes_every_policy_and_half_precision(command, story, policy):
+    code, out, _ = command("compare", "--text", story, *SMALLEST, "--policy", policy, "--dtype", "bfloat16")
+    assert code == 0
+    bare, plus, less = json.loads(out)["rows"][1:]
+    assert {row["policy"].split("(")[0] for row in (bare, plus, less)} == {type(POLICIES[policy]).__name__}
+    assert bare["bytes"] < less["bytes"] <= plus["bytes"]
+    assert bare["budget"] == less["budget"] == 16
+
+
+@pytest.mark.parametrize("family", ["performer", "fourier", "elu"])
+def test_compare_takes_control_kernels_drawn_from_the_seed(command, story, family):
+    def less(seed):
+        code, out, _ = command("compare", "--text", story, *SMALLEST, "--kernels", family, "--seed", seed)
+        *others, row = json.loads(out)["rows"]
+        assert (code, [other["kernels"] for other in others], row["kernels"]) == (0, [None] * 3, family)
+        return row["perplexity"]
+
+    assert less(3) == less(3)
 
 
 def test_compare_draws_a_picture(command, story, tmp_path):
@@ -108,6 +143,13 @@ def test_generate_streams_text_and_says_what_the_cache_holds(command):
     said = " ".join(err.split())
     assert "each KV head keeps 16" in said
     assert "bytes held" in said
+
+
+def test_generate_with_fastgen_keeps_at_most_the_budget_and_folds_into_any_kernels(command):
+    rest = ["--max-new-tokens", 20, "--budget", 16, "--kernels", "elu"]
+    code, _, err = command("generate", "import ", *rest, "--policy", "fastgen")
+    said = " ".join(err.split())
+    assert (code, "each KV head keeps at most 16, the others are folded into 64 features" in said) == (0, True)
 
 
 def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
@@ -163,6 +205,7 @@ def spoiled(tmp_path):
         (["generate", ""], "the prompt is empty"),
         (["generate", "x", "--budget", "5%"], "say it in tokens"),
         (["train", "--budget", "1023"], "evicts nothing"),
+        (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -172,6 +215,13 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sent
     assert out == ""
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["paper", "perform"])
+def test_kernels_that_are_neither_controls_nor_anywhere_are_refused(command, story, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = command("compare", "--text", story, *SMALLEST, "--kernels", name)
+    assert (code, f"no kernels at {name}" in err) == (2, True)
 
 
 def test_a_text_shorter_than_a_window_is_refused(command, tmp_path):

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from less_fast import H2O, LessKernels
+from less_fast import H2O, LessKernels, token_kinds
 from less_fast.compare import compare
 from less_fast.demo import KERNELS, MODEL, corpus
 from less_fast.text import tokenized, windows
@@ -55,6 +56,36 @@ def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded)
     assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
     with pytest.raises(ValueError, match="give more text"):
         windows(tokenizer, ["short"], 64, 1)
+
+
+def test_the_embedded_tokenizers_punctuation_and_special_tokens_are_known(embedded):
+    _, tokenizer = embedded
+    kinds = token_kinds(tokenizer)
+    assert kinds.shape == (len(tokenizer),)
+    assert (kinds == 2).nonzero().flatten().tolist() == [tokenizer.eos_token_id]
+    known = {tokenizer.decode([token]): kind for token, kind in enumerate(kinds.tolist())}
+    for text in ("(", "):", " =", "_", ' """', "',", "####"):
+        assert known[text] == 1, text
+    for text in ("import", " self", "x", "0", "\n", " ", "\n    ", "\t", "'s"):
+        assert known[text] == 0, text
+
+
+def test_every_special_token_is_special_even_one_that_looks_like_punctuation_or_was_added():
+    kinds = {"<unk>": 2, "word": 0, ",": 1, "...": 1, "a,": 0, "7": 0, "__": 2, "</s>": 2, "<s>": 2, "|": 1, "日": 0}
+    model = Tokenizer(models.WordLevel({text: index for index, text in enumerate(kinds)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="__")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names)
+    assert token_kinds(tokenizer).tolist() == [*kinds.values()]
+    tokenizer.add_special_tokens({"sep_token": "<sep>"})
+    tokenizer.add_tokens(["->", "<b>"])
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)  # special, though no name is given to it
+    assert token_kinds(tokenizer).tolist() == [*kinds.values(), 2, 1, 0, 2]
+
+
+def test_a_vocabulary_with_holes_has_a_kind_for_every_id():
+    model = Tokenizer(models.WordLevel({"<unk>": 0, "word": 2, ",": 5}, unk_token="<unk>"))
+    assert token_kinds(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")).tolist() == [2, 0, 0, 0, 0, 1]
 
 
 def test_less_beats_the_bare_policy_and_equal_memory_on_held_out_text(embedded):

@@ -1,14 +1,17 @@
 """LessCache in real transformers models: llama, mistral, qwen2 and qwen3, small and random."""
 
-import numpy as np
 import pytest
 import torch
-from models import FAMILIES, make_kernels, make_model, tokens
+from closeness import assert_close
+from models import FAMILIES, make_kernels, make_kinds, make_model, reference_kernels, reference_policy, tokens
+from test_equivalence import heads_of
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
 import less_ref
-from less_fast import H2O, Full, Lambda, LessCache, Window
+from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Scissorhands, SnapKV, Window
 from less_fast.hf import attention_modules, record_layer
+
+FASTGEN, KINDS = FastGen(11, 2, 2, 0.6), make_kinds(seed=3)  # heads choose differently, and some hold less than the budget
 
 
 @pytest.fixture
@@ -28,54 +31,99 @@ def left_padded(lengths, width):
     return tokens(len(lengths), width) * mask, mask
 
 
+def feed(model, ids, cache, prompt, positions=None):
+    """Logits of a prompt of so many tokens and of the others, which come one at a time."""
+    logits = []
+    with torch.no_grad():
+        for now in [slice(prompt), *(slice(i, i + 1) for i in range(prompt, ids.shape[1]))]:
+            where = None if positions is None else positions[None, now].expand(len(ids), -1)
+            logits.append(model(ids[:, now], position_ids=where, past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+def assert_same_states(cache, others, rows):
+    """Row i of every layer of the cache holds what row rows[i] of cache others[i] holds."""
+    for index, layer in enumerate(cache.layers):
+        for row, (other, its) in enumerate(zip(others, rows, strict=True)):
+            state = other.layers[index].state
+            assert layer.state.n[row] == state.n[its]
+            for got, wanted in zip(heads_of(layer.state, row), heads_of(state, its), strict=True):
+                assert got.position.tolist() == wanted.position.tolist()
+                for name in ("k", "v", "score", "H", "z"):
+                    assert_close(getattr(got, name), getattr(wanted, name))
+
+
+def named(policy):
+    return type(policy).__name__
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}], ids=["greedy", "beams", "sampling"]
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "several beams", "samples"],
 )
-def test_with_room_for_everything_generation_equals_the_full_cache_even_padded(family, options):
+@pytest.mark.parametrize("policy", [H2O(heavy=20, recent=20), FastGen(40, 8, 8, 0.5)], ids=named)
+def test_with_room_for_everything_generation_equals_the_full_cache_even_padded(family, options, policy):
     model = make_model(family)
     ids, mask = left_padded([9, 3, 6], 9)
     set_seed(5)
     wanted = generate(model, ids, mask=mask, **options)
-    cache = LessCache.for_model(model, H2O(heavy=20, recent=20), make_kernels(model))
+    cache = LessCache.for_model(model, policy, make_kernels(model), token_kinds=KINDS)
     set_seed(5)
     assert torch.equal(generate(model, ids, cache, mask, **options), wanted)
 
 
+def assert_the_first_layer_follows_the_reference(model, policy, kernels, chunk=None, budgets=None):
+    """The first layer's inputs do not depend on the cache, so the reference can follow it on the model's own q, k, v."""
+    ids = tokens(1, 21)
+    cache = LessCache.for_model(model, policy, kernels, budgets, chunk, KINDS)
+    feed(model, ids, cache, prompt=17)
+    q, k, v = (x[0].numpy() for x in record_layer(model, ids, 0))
+    policies = [policy] * 2 if budgets is None else [policy.with_budget(budget) for budget in budgets[0]]
+    prompt = [17] if chunk is None else [chunk] * (17 // chunk) + [17 % chunk] * (17 % chunk > 0)
+    rest = reference_kernels(kernels.layers[0]), prompt + [1] * 4
+    trace = less_ref.run(q, k, v, [reference_policy(rule) for rule in policies], *rest, kinds=KINDS[ids[0]].numpy())
+    for g, head in enumerate(heads_of(cache.layers[0].state, 0)):
+        assert head.position.tolist() == trace.kept[-1][g].tolist()
+        for name in ("score", "H", "z"):
+            assert_close(getattr(head, name), getattr(trace, name)[-1][g])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [None, 1, 4])
-def test_the_first_layer_holds_what_the_reference_holds(family, chunk):
-    """The first layer's inputs do not depend on the cache, so the reference can follow it on the model's own q, k, v."""
+@pytest.mark.parametrize("policy", [H2O(3, 2), TOVA(5), Scissorhands(5, 2, 4), SnapKV(5, 2, 1), FASTGEN], ids=named)
+def test_the_first_layer_holds_what_the_reference_holds(family, chunk, policy):
     model = make_model(family)
-    kernels = make_kernels(model)
-    ids = tokens(1, 21)
-    cache = LessCache.for_model(model, H2O(heavy=3, recent=2), kernels, chunk=chunk)
-    with torch.no_grad():
-        model(ids[:, :17], past_key_values=cache)
-        for step in range(17, 21):
-            model(ids[:, step : step + 1], past_key_values=cache)
-    q, k, v = (x[0].numpy() for x in record_layer(model, ids, 0))
-    weights = [getattr(kernels.layers[0], name).numpy() for name in ("q1", "q2", "k1", "k2", "k3")]
-    prompt = [17] if chunk is None else [chunk] * (17 // chunk) + [17 % chunk] * (17 % chunk > 0)
-    trace = less_ref.run(q, k, v, less_ref.H2O(3, 2), less_ref.Kernels(*weights), prompt + [1] * 4)
-    group = cache.layers[0].state.groups[0]
-    for head in range(2):
-        held = group.position[0, head]
-        assert sorted(held[held >= 0].tolist()) == trace.kept[-1][head].tolist()
-    np.testing.assert_allclose(group.H[0].numpy(), trace.H[-1], rtol=1e-9, atol=1e-9)
+    assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model), chunk)
 
 
-def test_a_row_of_a_padded_batch_is_the_row_alone(model):
+@pytest.mark.parametrize("family", ["performer", "fourier", "elu"])
+def test_the_first_layer_folds_through_control_kernels_as_the_reference_does(model, family):
+    assert_the_first_layer_follows_the_reference(model, H2O(3, 2), make_kernels(model, 4, family=family), chunk=4)
+
+
+@pytest.mark.parametrize("policy", [H2O(3, 2), FASTGEN], ids=named)
+@pytest.mark.parametrize("budgets", [None, [[6, 9], [5, 5], [12, 1]]], ids=["one budget", "budget table"])
+def test_heads_with_ranks_and_budgets_of_their_own_follow_the_reference(model, policy, budgets):
+    kernels = make_kernels(model, rank=[[1, 3], [2, 2], [3, 1]])
+    assert_the_first_layer_follows_the_reference(model, policy, kernels, budgets=budgets)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("policy", [H2O(2, 2), FASTGEN], ids=named)
+def test_a_row_of_a_padded_batch_is_the_row_alone(model, policy, chunk):
     kernels = make_kernels(model)
     ids, mask = left_padded([15, 4, 9], 15)
-    together = LessCache.for_model(model, H2O(2, 2), kernels)
+
+    def cache():
+        return LessCache.for_model(model, policy, kernels, chunk=chunk, token_kinds=KINDS)
+
+    together, alone = cache(), [cache() for _ in range(3)]
     out = generate(model, ids, together, mask)
     for row, length in enumerate([15, 4, 9]):
-        alone = LessCache.for_model(model, H2O(2, 2), kernels)
-        assert torch.equal(generate(model, ids[row : row + 1, -length:], alone)[0, length:], out[row, 15:])
-        for a, b in zip(together.layers, alone.layers):
-            assert a.state.n[row] == b.state.n[0]
-            torch.testing.assert_close(a.state.groups[0].H[row], b.state.groups[0].H[0])
+        assert torch.equal(generate(model, ids[row : row + 1, -length:], alone[row])[0, length:], out[row, 15:])
+    assert_same_states(together, alone, [0, 0, 0])
 
 
 def test_right_padded_prompts_give_each_row_its_own_logits(model):
@@ -88,36 +136,29 @@ def test_right_padded_prompts_give_each_row_its_own_logits(model):
     torch.testing.assert_close(both[1, :6], alone[0])
 
 
-def test_a_second_turn_goes_on_where_the_first_ended(model):
-    kernels = make_kernels(model)
-    cache = LessCache.for_model(model, Lambda(1, 4), kernels)
+@pytest.mark.parametrize("policy", [Lambda(1, 4), FASTGEN], ids=named)
+def test_a_second_turn_goes_on_where_the_first_ended(model, policy):
+    cache, replay = (LessCache.for_model(model, policy, make_kernels(model), token_kinds=KINDS) for _ in range(2))
     first = generate(model, tokens(2, 11), cache, new=5)
     assert cache.get_seq_length() == 15  # the last token was generated, not fed
     turn = torch.cat([first, tokens(2, 6, seed=7)], 1)
     second = generate(model, turn, cache, new=4)
-    replay = LessCache.for_model(model, Lambda(1, 4), kernels)
-    with torch.no_grad():
-        model(turn[:, :11], past_key_values=replay)
-        for step in range(11, 15):
-            model(turn[:, step : step + 1], past_key_values=replay)
-        logits = model(turn[:, 15:], past_key_values=replay).logits[:, -1]
-        for step in range(22, 26):
-            assert torch.equal(second[:, step], logits.argmax(-1))
-            logits = model(second[:, step : step + 1], past_key_values=replay).logits[:, -1]
+    feed(model, turn[:, :15], replay, prompt=11)
+    logits = feed(model, second[:, 15:-1], replay, prompt=7)
+    assert torch.equal(second[:, 22:], logits[:, 6:].argmax(-1))
+    assert_same_states(cache, [replay] * 2, [0, 1])
 
 
 def test_chunk_1_is_one_token_at_a_time(model):
     kernels, ids = make_kernels(model), tokens(2, 14)
     once = LessCache.for_model(model, H2O(2, 3), kernels, chunk=1)
     steps = LessCache.for_model(model, H2O(2, 3), kernels)
-    with torch.no_grad():
-        together = model(ids, past_key_values=once).logits
-        single = torch.cat([model(ids[:, i : i + 1], past_key_values=steps).logits for i in range(14)], 1)
-    torch.testing.assert_close(together, single)
+    torch.testing.assert_close(feed(model, ids, once, prompt=14), feed(model, ids, steps, prompt=1))
 
 
-def test_low_rank_state_changes_the_output_and_zero_kernels_do_not(model):
-    ids, kernels = tokens(1, 20), make_kernels(model)
+@pytest.mark.parametrize("family", ["paper", "performer", "fourier", "elu"])
+def test_low_rank_state_changes_the_output_and_zero_kernels_do_not(model, family):
+    ids, kernels = tokens(1, 20), make_kernels(model, 4, family=family)
     silent = make_kernels(model)
     for layer in silent.layers:
         layer.k3.zero_()
@@ -126,6 +167,7 @@ def test_low_rank_state_changes_the_output_and_zero_kernels_do_not(model):
             model(ids, past_key_values=LessCache.for_model(model, Window(4), k, chunk=1)).logits for k in (None, silent, kernels)
         )
     torch.testing.assert_close(bare, none)
+    assert some.isfinite().all()
     assert (bare - some).abs().max() > 1e-3
 
 
@@ -147,21 +189,29 @@ def test_the_models_own_scaling_is_used(model):
     torch.testing.assert_close(got, wanted)
 
 
-def test_a_budget_table_gives_each_head_its_own_budget(model):
-    table = [[3, 9], [5, 5], [12, 1]]
-    cache = LessCache.for_model(model, H2O(1, 1), make_kernels(model), budgets=table)
-    out = generate(model, tokens(2, 15), cache)
-    assert out.shape == (2, 27)
-    for layer, row in zip(cache.layers, table):
-        held = dict.fromkeys(range(2))
-        for group in layer.state.groups:
-            heads = range(2) if isinstance(group.kv_heads, slice) else group.kv_heads.tolist()
-            held |= {head: (group.position[0, i] >= 0).sum().item() for i, head in enumerate(heads)}
-        assert held == dict(enumerate(row))
-    numbers = [less_ref.memory([less_ref.Window(budget) for budget in row], 8) for row in table]
+def test_budget_and_rank_tables_give_each_head_its_own_and_memory_is_what_they_say(model):
+    budgets, ranks = [[3, 9], [5, 5], [12, 1]], [[1, 4], [2, 2], [3, 5]]
+    cache = LessCache.for_model(model, H2O(1, 1), make_kernels(model, rank=ranks), budgets)
+    assert generate(model, tokens(2, 15), cache).shape == (2, 27)
+    heads = [heads_of(layer.state, 0) for layer in cache.layers]
+    assert [[len(head.position) for head in layer] for layer in heads] == budgets
+    assert [[len(head.z) for head in layer] for layer in heads] == ranks
     bytes_held = cache.memory()
+    numbers = [less_ref.memory([less_ref.Window(budget) for budget in row], 8) for row in budgets]
     assert bytes_held["entries"] == 2 * 8 * sum(part["entries"] for part in numbers)
-    assert bytes_held["low_rank"] == 2 * 8 * 3 * 2 * 3 * (8 + 1)  # rows, bytes, layers, heads, rank, head_dim + 1
+    assert bytes_held["low_rank"] == 2 * 8 * sum(map(sum, ranks)) * (8 + 1)  # rows, bytes, features, head_dim + 1
+
+
+def test_heads_of_a_smaller_rank_are_heads_whose_other_features_are_zero(model):
+    table, budgets = [[1, 3], [3, 3], [3, 2]], [[3, 9], [5, 5], [12, 1]]
+    uniform, ranked = make_kernels(model), make_kernels(model, rank=table)
+    for layer, ranks in zip(uniform.layers, table):
+        for head, rank in enumerate(ranks):
+            layer.q2[2 * head : 2 * head + 2, :, rank:] = layer.k2[head, :, rank:] = 0
+    ranked.load_state_dict(uniform.state_dict())
+    a, b = (LessCache.for_model(model, H2O(1, 1), kernels, budgets) for kernels in (uniform, ranked))
+    torch.testing.assert_close(feed(model, tokens(2, 20), a, prompt=14), feed(model, tokens(2, 20), b, prompt=14))
+    assert b.memory()["low_rank"] < a.memory()["low_rank"]
 
 
 def test_memory_is_constant_while_the_text_grows(model):
@@ -181,28 +231,69 @@ def test_a_reset_cache_is_a_new_cache(model):
     assert torch.equal(generate(model, tokens(2, 10), cache), first)
 
 
-def test_two_caches_of_one_model_do_not_meet(model):
-    kernels, ids = make_kernels(model), tokens(1, 12)
-    a, b, alone = (LessCache.for_model(model, H2O(2, 2), kernels) for _ in range(3))
-    other = tokens(1, 12, seed=3)
-    with torch.no_grad():
-        for i in range(12):
-            mixed = model(ids[:, i : i + 1], past_key_values=a).logits
-            model(other[:, i : i + 1], past_key_values=b)
-            assert torch.equal(mixed, model(ids[:, i : i + 1], past_key_values=alone).logits)
+def test_caches_of_one_model_do_not_meet_whatever_their_policies_and_tables(model):
+    """Alone, each on a model of its own; then on one model, in turns."""
+    rules = [(FASTGEN, KINDS), (FASTGEN, make_kinds(seed=4)), (H2O(2, 2), None), (H2O(2, 2), None), (TOVA(4), KINDS)]
+    texts = [tokens(2, 16, seed=seed) for seed in (0, 0, 0, 1, 2)]
+
+    def cache(model, rule):
+        return LessCache.for_model(model, rule[0], make_kernels(model), token_kinds=rule[1])
+
+    alone = [feed(twin, ids, cache(twin, rule), 9) for ids, rule in zip(texts, rules) for twin in [make_model()]]
+    caches = [cache(model, rule) for rule in rules]
+    for now in [slice(9), *(slice(i, i + 1) for i in range(9, 16))]:
+        for ids, wanted, one in zip(texts, alone, caches):
+            assert torch.equal(feed(model, ids[:, now], one, 9), wanted[:, now])
+    assert (alone[0] - alone[1]).abs().max() > 1e-3  # the tables matter
 
 
-def test_repeating_and_selecting_rows_carries_the_state_along(model):
-    cache = LessCache.for_model(model, H2O(2, 2), make_kernels(model))
-    ids = tokens(2, 9)
+def test_a_model_that_served_fastgen_serves_all_others_as_before(model):
+    ids, mask = left_padded([9, 4], 9)
+    wanted = generate(model, ids, mask=mask)
+    for seed in range(3):
+        generate(model, ids, LessCache.for_model(model, FASTGEN, token_kinds=make_kinds(seed)), mask)
+    assert len(model.base_model._forward_pre_hooks) == 1
+    assert torch.equal(generate(model, ids, mask=mask), wanted)
+    assert torch.equal(generate(model, ids, mask=mask, use_cache=False), wanted)
+    assert torch.equal(generate(model, None, mask=mask, inputs_embeds=model.get_input_embeddings()(ids)), wanted[:, 9:])
+
+
+def test_ids_beyond_the_table_are_of_no_kind(model):
+    short, padded = KINDS[:60], torch.cat([KINDS[:60], torch.zeros(37, dtype=torch.long)])
+    caches = [LessCache.for_model(model, FASTGEN, token_kinds=table) for table in (short, padded, KINDS)]
+    short, padded, longer = (feed(model, tokens(2, 20), cache, prompt=14) for cache in caches)
+    assert torch.equal(short, padded)
+    assert not torch.equal(short, longer)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("policy", [H2O(2, 2), FASTGEN, TOVA(4), SnapKV(5, 2, 1)], ids=named)
+def test_a_token_that_is_nan_shows_in_its_own_logits_and_leaves_no_other_trace(model, policy, chunk):
+    ids, broken = tokens(2, 18), torch.zeros(18, dtype=torch.bool)
+    broken[[5, 15]] = True  # in the prompt, and later
+    ids = ids.masked_fill(ids == 13, 14).masked_fill(broken, 13)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([3, 0]))
-        swapped = model(tokens(2, 1), past_key_values=cache).logits
-        straight = LessCache.for_model(model, H2O(2, 2), make_kernels(model))
-        model(ids.flip(0), past_key_values=straight)
-        torch.testing.assert_close(model(tokens(2, 1), past_key_values=straight).logits, swapped)
+        model.get_input_embeddings().weight[13] = torch.nan
+    with_them, without = (
+        LessCache.for_model(model, policy, make_kernels(model), chunk=chunk, token_kinds=KINDS) for _ in range(2)
+    )
+    logits = feed(model, ids, with_them, prompt=12)
+    assert logits[:, broken].isnan().all()
+    there = torch.arange(18)[~broken]
+    assert_close(logits[:, ~broken], feed(model, ids[:, ~broken], without, prompt=11, positions=there))
+    assert_same_states(with_them, [without] * 2, [0, 1])
+
+
+@pytest.mark.parametrize("policy", [H2O(2, 2), FASTGEN], ids=named)
+def test_repeating_and_selecting_rows_carries_the_state_along(model, policy):
+    cache, straight = (LessCache.for_model(model, policy, make_kernels(model), token_kinds=KINDS) for _ in range(2))
+    ids, more, rows = tokens(2, 14), tokens(3, 8, seed=1), [1, 0, 0]
+    feed(model, ids, cache, prompt=9)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    feed(model, ids[rows], straight, prompt=9)
+    torch.testing.assert_close(feed(model, more, cache, prompt=4), feed(model, more, straight, prompt=4))
+    assert_same_states(cache, [straight] * 3, [0, 1, 2])
 
 
 def test_the_policy_full_keeps_everything_and_grows(model):
@@ -213,13 +304,14 @@ def test_the_policy_full_keeps_everything_and_grows(model):
     assert cache.layers[0].state.groups[0].k.shape[2] == cache.get_seq_length()
 
 
-def test_a_half_precision_model_holds_half_precision_entries_and_a_wide_state(model):
+@pytest.mark.parametrize("family", ["paper", "performer", "fourier", "elu"])
+def test_a_half_precision_model_holds_half_precision_entries_and_a_wide_state(model, family):
     model = model.bfloat16()
-    cache = LessCache.for_model(model, H2O(4, 4), make_kernels(model))
-    out = generate(model, tokens(2, 20), cache)
+    cache = LessCache.for_model(model, H2O(4, 4), make_kernels(model, 4, family=family))
+    assert feed(model, tokens(2, 32), cache, prompt=20).isfinite().all()
     group = cache.layers[0].state.groups[0]
     assert (group.k.dtype, group.score.dtype, group.H.dtype, group.z.dtype) == (torch.bfloat16, *[torch.float32] * 3)
-    assert out.shape == (2, 32)
+    assert all(weight.dtype == torch.float32 for weight in group.kernels.state_dict().values())
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -270,6 +362,40 @@ def test_kernels_of_another_model_are_refused(model):
 def test_budget_tables_of_the_wrong_shape_are_refused(model, table):
     with pytest.raises(ValueError, match="must be 3 layers x 2 KV heads"):
         LessCache.for_model(model, H2O(2, 2), budgets=table)
+
+
+@pytest.mark.parametrize("table", [None, KINDS[None], KINDS[0]], ids=["none", "2-D", "a number"])
+@pytest.mark.parametrize("budgets", [None, [[9, 9]] * 3])
+def test_fastgen_without_a_table_of_kinds_is_refused_before_the_model_is_changed(model, table, budgets):
+    with pytest.raises(ValueError, match="needs token_kinds, the kind of each token id"):
+        LessCache.for_model(model, FASTGEN, budgets=budgets, token_kinds=table)
+    assert model.config._attn_implementation != "less"
+    assert not model.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("budgets", "ranks", "message"),
+    [([[4, 4], [4, 5], [4, 4]], 3, "must be that of all its KV heads"), (None, [[3, 3], [3, 3], [1, 3]], "kernels of one rank")],
+)
+def test_tova_needs_one_budget_and_one_rank_in_a_layer_and_says_so_before_the_model_is_changed(model, budgets, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        LessCache.for_model(model, TOVA(4), make_kernels(model, rank=ranks), budgets=budgets)
+    assert model.config._attn_implementation != "less"
+
+
+def test_fastgen_refuses_embeddings_in_place_of_ids(model):
+    cache = LessCache.for_model(model, FASTGEN, token_kinds=KINDS)
+    with pytest.raises(ValueError, match="give the model input_ids, not embeddings"):
+        model(inputs_embeds=model.get_input_embeddings()(tokens(2, 9)), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_the_kinds_of_one_pass_never_serve_another(model):
+    """A cache given by position is not seen by the hook."""
+    cache, ids = LessCache.for_model(model, FASTGEN, token_kinds=KINDS), tokens(2, 1)
+    feed(model, ids, cache, prompt=1)
+    with pytest.raises(ValueError, match="needs the kinds of the tokens"):
+        model.base_model(ids, None, None, cache)
 
 
 def test_calls_that_would_run_wrong_are_refused(model):

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import make_model, tokens
+from models import make_model, reference_kernels, reference_policy, tokens
 from safetensors.torch import load_file, save_file
 
 import less_ref
-from less_fast import H2O, LayerKernels, LessCache, LessKernels, Window
+from less_fast import H2O, FastGen, LayerKernels, LessCache, LessKernels, Window
 from less_fast.hf import attention_modules, record_layer
 from less_fast.kernels import CONFIG, WEIGHTS, _dropout_mask
 from less_fast.train import Recipe, loss, prepare, projected_error, train
@@ -33,11 +33,10 @@ def test_the_loss_is_the_references_training_loss(group):
     torch.nn.init.normal_(kernels.k3)
     projection = torch.randn(Hkv * group * D, 7)
     data = prepare(q, k, v, policy, 0.4)
-    weights = [getattr(kernels, name).detach().double().numpy() for name in ("q1", "q2", "k1", "k2", "k3")]
     wanted = []
     for row in range(2):
         arrays = [x[row].double().numpy() for x in (q, k, v)]
-        trace = less_ref.run(*arrays, less_ref.H2O(3, 2), less_ref.Kernels(*weights), scale=0.4)
+        trace = less_ref.run(*arrays, reference_policy(policy), reference_kernels(kernels), scale=0.4)
         e = less_ref.eviction_times(trace)
         full = less_ref.parallel(*arrays, np.full_like(e, np.inf), scale=0.4)
         wanted.append(less_ref.training_loss(trace.out, full, projection.double().numpy(), e))
@@ -165,10 +164,12 @@ def test_cut_off_kernel_files_are_refused(trained, tmp_path, name):
         LessKernels.from_pretrained(tmp_path)
 
 
-def test_training_without_evictions_or_with_a_broken_model_is_refused():
+def test_training_without_evictions_with_a_selective_policy_or_with_a_broken_model_is_refused():
     model = make_model().float()
     with pytest.raises(ValueError, match="nothing is evicted within 20 tokens"):
         train(model, tokens(2, 20), tokens(2, 20), H2O(10, 9), QUICK)
+    with pytest.raises(ValueError, match="evicts one token at a time, and FastGen"):
+        train(model, tokens(2, 20), tokens(2, 20), FastGen(4, 1, 1, 0.5), QUICK)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="attention of layer 0 is not finite"):
