@@ -291,7 +291,7 @@ class FastGen(Policy):
 
     It chooses when the budget is first exceeded, with a prompt at its end: the first of these sets that got at least
     `recovery` of all attention so far. (A token that was local counts with what it got while it was.) Until then nothing is
-    evicted; from then on all else goes, and what does not fit the budget: the least attended, special tokens after them.
+    evicted; from then on all else goes, and what does not fit the budget: the least attended, then the newest special tokens.
     A token's kind is 0, 1 for punctuation or 2 for special. Its score: the kind, the attention it got, the part of that
     which it got while local, how many queries it has seen, and its head's choice, 0 before.
     """

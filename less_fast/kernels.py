@@ -3,6 +3,7 @@ three untrained families that it, or the field, compares with."""
 
 import json
 import math
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,6 @@ class LayerKernels(Features):
             for head, rank in enumerate(self.ranks):
                 self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
                 self.k2[head, :, rank:] = 0
-                self.k3[head, rank:, rank:] = 0
 
     @property
     def _group(self):
@@ -102,7 +102,9 @@ class LayerKernels(Features):
         if kv_heads == list(range(self.kv_heads)) and min(ranks) == self.rank:
             return self
         query_heads = [head * self._group + a for head in kv_heads for a in range(self._group)]
-        part = LayerKernels(len(query_heads), len(kv_heads), self.head_dim, ranks, self.q1.shape[2]).to(self.q1)
+        with torch.device("meta"):  # where nothing random is drawn
+            part = LayerKernels(len(query_heads), len(kv_heads), self.head_dim, ranks, self.q1.shape[2])
+        part = part.to_empty(device=self.q1.device).to(self.q1.dtype)
         with torch.no_grad():
             for name, weight in part.named_parameters():
                 theirs = getattr(self, name)[query_heads if name.startswith("q") else kv_heads]
@@ -224,6 +226,7 @@ class LessKernels(nn.Module):
         family: str = "paper",
     ):
         super().__init__()
+        rank = _integers(rank)
         self.sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
         self.sizes |= dict(rank=rank, hidden=hidden, family=family)
         self.about = about or {}
@@ -262,6 +265,16 @@ class LessKernels(nn.Module):
         if broken:
             raise ValueError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()
+
+
+def _integers(rank):
+    """A rank, or a table of them, in int and list."""
+    if isinstance(rank, Sequence) and not isinstance(rank, str):
+        return [_integers(row) for row in rank]
+    try:
+        return operator.index(rank)
+    except TypeError:
+        raise ValueError(f"a rank is an integer, or a table (layers x KV heads) of them, not {rank!r}") from None
 
 
 def _locate(where) -> tuple[Path, Path]:

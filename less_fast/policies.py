@@ -275,8 +275,8 @@ class FastGen(Policy):
 
     A head chooses when the budget is first exceeded, with a prompt at its end: the first of these sets that got at least
     `recovery` of all attention so far. (A token that was local counts with what it got while it was.) Until then nothing is
-    evicted; from then on all else goes, and what does not fit the budget: the least attended, special tokens after them. So
-    heads hold different numbers of tokens in tensors of the same shape, `budget` at most.
+    evicted; from then on all else goes, and what does not fit the budget: the least attended, then the newest special tokens,
+    never the local ones. So heads hold different numbers of tokens in tensors of the same shape, `budget` at most.
 
     Tokens come with a kind: 0, 1 for punctuation or 2 for special, which `token_kinds(tokenizer)` tells of each token id. A
     cache is given that table, `LessCache.for_model(..., token_kinds=table)`, and reads the input ids of every forward pass;

@@ -1,17 +1,19 @@
 """What each policy is: its scores recomputed from the history, and a policy of one's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 from closeness import assert_close
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import cases, policies, slices
 from test_reference_laws import history
 
 import less_fast
 import less_ref
+from less_fast import step
 from less_fast.policies import POLICIES, _later, _ones
 
 
@@ -27,6 +29,17 @@ def attention(case, trace, a):
 
 def readers(case, g):
     return range(g * case.layer.group, (g + 1) * case.layer.group)
+
+
+def evictions(case):
+    """For every KV head, chunk by chunk: its policy, what each of the n queries so far gave each token, over the head's
+    query heads (n, T), the positions held before the eviction and after it, and the scores of the latter."""
+    trace = case.run()
+    for g, policy in enumerate(case.reference):
+        p, held = sum(attention(case, trace, a)[1] for a in readers(case, g)), []
+        for now, kept, score in zip(slices(case.chunks), trace.kept, trace.score):
+            yield policy, p[: now.stop], [*held, *range(now.start, now.stop)], kept[g].tolist(), score[g]
+            held = kept[g].tolist()
 
 
 @given(cases(policy=policies("TOVA")))
@@ -55,13 +68,9 @@ def test_scissorhands_counts_how_often_of_the_last_queries_a_token_was_below_the
 
 @given(cases(policy=policies("DecayedH2O")))
 def test_decayed_h2o_weighs_each_querys_attention_by_the_decay_to_its_age(case):
-    trace = case.run()
-    for g, policy in enumerate(case.reference):
-        total = sum(attention(case, trace, a)[1] for a in readers(case, g))
-        for c, now in enumerate(slices(case.chunks)):
-            age = now.stop - 1 - np.arange(now.stop)
-            score = (policy.decay**age)[:, None] * total[: now.stop]
-            assert_close(trace.score[c][g], score.sum(0)[trace.kept[c][g]])
+    for policy, p, _, kept, score in evictions(case):
+        age = np.arange(len(p))[::-1]
+        assert_close(score, policy.decay**age @ p[:, kept])
 
 
 @given(cases(policy=policies("H2O")))
@@ -69,6 +78,113 @@ def test_h2o_that_does_not_decay_is_h2o(case):
     undecayed = [less_ref.DecayedH2O(policy.heavy, policy.recent, 1.0) for policy in case.reference]
     one, other = case.run(), case.run(policy=undecayed)
     assert all(np.array_equal(a, b) for c, d in zip(one.kept, other.kept) for a, b in zip(c, d))
+
+
+@given(cases(policy=policies("SnapKV")))
+def test_snapkv_scores_are_what_each_of_the_last_queries_gave_the_token(case):
+    for policy, p, _, kept, score in evictions(case):
+        before_the_first = np.zeros((policy.window, p.shape[1]))
+        assert_close(score, np.concatenate([before_the_first, p])[-policy.window :, kept].T)
+
+
+@given(cases(policy=policies("SnapKV")))
+def test_snapkv_keeps_its_window_and_of_the_others_those_with_the_best_neighbours(case):
+    for policy, p, held, kept, _ in evictions(case):
+        old = [j for j in held if j < len(p) - policy.window]
+        votes = dict(zip(old, p[-policy.window :].sum(0)[old]))
+        best = {j: max(votes.get(j + far, 0) for far in range(-policy.reach, policy.reach + 1)) for j in old}
+        most = sorted(old, key=lambda j: (-best[j], j))[: policy.budget - policy.window]
+        assert kept == [*sorted(most), *held[len(old) :]]
+
+
+def five_sets(policy, kinds, attention, held, n):
+    """What each of FastGen's choices would keep of what is held."""
+    special = {j for j in held if kinds[j] == 2}
+    marks = special | {j for j in held if kinds[j] == 1}
+    local = {j for j in held if j >= n - policy.local}
+
+    def and_frequent(some):
+        return some | set(sorted(set(held) - some, key=lambda j: (-attention[j], j))[: policy.frequent])
+
+    return special, marks, and_frequent(marks), and_frequent(marks | local), set(held)
+
+
+def while_local(policy, p):
+    """The part of the attention p (n, T) that came while the token was local: its own query, and the next local - 1."""
+    n, T = p.shape
+    return p * (np.arange(n)[:, None] < np.arange(T) + policy.local)
+
+
+@given(cases(policy=policies("FastGen")))
+def test_fastgen_scores_are_kind_attention_its_local_part_and_queries_seen(case):
+    for policy, p, _, kept, score in evictions(case):
+        seen = len(p) - np.arange(p.shape[1])
+        told = np.stack([case.kinds(), p.sum(0), while_local(policy, p).sum(0), seen], 1)
+        assert_close(score[:, :4], told[kept])
+
+
+@given(cases(policy=policies("FastGen")))
+def test_fastgen_holds_all_until_over_budget_and_then_chooses_the_first_set_that_recovers_enough(case):
+    for policy, p, held, kept, score in evictions(case):
+        n, given = len(p), p.sum(0)
+        if n <= policy.budget:
+            choice = 0
+            assert kept == held == list(range(n))
+        elif held == list(range(n)):
+            sets = five_sets(policy, case.kinds(), given, held, n)
+            recovered = [given[list(some)].sum() for some in sets]
+            recovered[3] += while_local(policy, p)[:, list(sets[4] - sets[3])].sum()
+            choice = 1 + np.argmax(np.array(recovered) >= (policy.recovery - 1e-6) * given.sum())
+        assert set(score[:, 4]) == {choice}
+
+
+@given(cases(policy=policies("FastGen")))
+def test_fastgen_keeps_its_set_and_of_that_first_the_local_then_special_then_most_attended(case):
+    for policy, p, held, kept, score in evictions(case):
+        choice, n, kinds, given = int(score[0, 4]), len(p), case.kinds(), p.sum(0)
+        if choice:
+            local = range(n - policy.local if choice >= 4 else n, n)
+            last = sorted(five_sets(policy, kinds, given, held, n)[choice - 1], key=lambda j: (-given[j] * (kinds[j] < 2), j))
+            last.sort(key=lambda j: (j not in local, kinds[j] < 2))
+            assert kept == sorted(last[: policy.budget])
+
+
+@given(cases(policy=policies("FastGen")))
+def test_fastgen_that_must_recover_all_chooses_everything_where_all_is_attended(case):
+    rules, q, kinds = [replace(policy, recovery=1.0) for policy in case.reference], 0 * case.qkv()[0], 0 * case.kinds()
+    trace = case.run(policy=rules, q=q, kinds=kinds)
+    for now, kept, score in zip(slices(case.chunks), trace.kept, trace.score):
+        for policy, positions, scores in zip(rules, kept, score):
+            assert len(positions) == min(policy.budget, now.stop)
+            assert (scores[:, 4] == 5 * (now.stop > policy.budget)).all()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "choices", "kept"),
+    [  # in twelfths, of the first head's 48 it needs 38.4, of the second's 4 it needs 3.2:
+        ([2, 2, 0, 2], (1, 3), ([0, 1, 3], [0, 1, 3])),  # special 25 + 13 + 3 | special 3, and 1 frequent
+        ([2, 1, 0, 2], (2, 3), ([0, 1, 3], [0, 1, 3])),  # special 28, punctuation 13 | marks 3, and 1 frequent
+        ([0, 1, 0, 2], (3, 4), ([0, 1, 3], [0, 1, 3])),  # marks 16, frequent 25 | set 3 has 3, while local 1 more
+        ([0, 0, 1, 0], (4, 4), ([0, 2, 3], [0, 2, 3])),  # set 3 has 32, local 3, while local 6 | 2, local 1, while local 1
+        ([0, 0, 0, 0], (5, 4), ([0, 1, 3], [0, 3])),  # set 4 has 28, while local 6 + 4 | 2, while local 2
+    ],
+)
+def test_fastgen_chooses_as_worked_by_hand_each_head_and_row_for_itself(kinds, choices, kept):
+    """The first KV head spreads its attention, so tokens get 25, 13, 7 and 3 twelfths; with the second all look at themselves."""
+    q, k = torch.ones(1, 2, 4, 1), torch.tensor([[0.0] * 4, [0.0, 1e3, 2e3, 3e3]])[None, ..., None]
+    rule, reference = less_fast.FastGen(3, 1, 1, 0.8), less_ref.FastGen(3, 1, 1, 0.8)
+    trace = less_ref.run(q[0].numpy(), k[0].numpy(), k[0].numpy(), reference, chunks=[4], scale=1.0, kinds=np.array(kinds))
+    assert tuple(score[0, 4] for score in trace.score[0]) == choices
+    assert tuple(held.tolist() for held in trace.kept[0]) == kept
+
+    state = less_fast.LayerState.allocate(rule, 2, 2, 2, 1)
+    q, k = q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1)
+    less_fast.extend(state, q, k, k, scale=1.0, kinds=torch.tensor([[2, 2, 2, 2], kinds]))
+    (group,) = state.groups
+    assert tuple(sorted(held[held >= 0].tolist()) for held in group.position[1]) == kept
+    for _ in range(2):
+        assert group.score[..., 4].amax(-1).tolist() == [[1, 1], list(choices)]
+        less_fast.extend(state, *(x[:, :, :1] for x in (q, k, k)), scale=1.0, kinds=torch.tensor([[1], [1]]))  # they choose once
 
 
 def test_ones_are_counted_in_every_int64_that_a_history_can_be():
@@ -85,6 +201,26 @@ def test_a_policy_that_pools_over_the_layer_is_refused_beside_another():
         less_ref.run(*np.zeros((3, 2, 4, 2)), [less_ref.TOVA(3), less_ref.TOVA(4)])
     with pytest.raises(ValueError, match="pools over the layer"):
         less_fast.LayerState.allocate([less_fast.TOVA(3), less_fast.TOVA(4)], 1, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"pools over the layer, so its KV heads need kernels of one rank, not of \[1, 2\]"):
+        less_fast.LayerState.allocate(less_fast.TOVA(3), 1, 2, 2, 2, kernels=less_fast.LayerKernels(2, 2, 2, [1, 2], 3))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (None, "needs the kinds of the tokens: give extend kinds"),
+        (torch.tensor([[0, 1, 2]]), r"kinds has shape \(1, 3\); this state wants \(1, 4\)"),
+        (torch.tensor([[0, 1, 2, 0]] * 2), r"kinds has shape \(2, 4\); this state wants \(1, 4\)"),
+    ],
+)
+def test_a_policy_that_asks_for_kinds_is_refused_without_one_for_each_token(kinds, message):
+    x = np.zeros((2, 4, 2))
+    with pytest.raises(ValueError, match="need the kinds of the 4 tokens"):
+        less_ref.extend(less_ref.empty_state(2, 2), x, x, x, less_ref.FastGen(3, 1, 1, 0.9), kinds=kinds)
+    state = less_fast.LayerState.allocate(less_fast.FastGen(3, 1, 1, 0.9), 1, 2, 2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        less_fast.extend(state, *[torch.from_numpy(x)[None]] * 3, kinds=kinds)
+    assert state.n == 0
 
 
 @pytest.mark.parametrize(
@@ -97,6 +233,16 @@ def test_a_policy_that_pools_over_the_layer_is_refused_beside_another():
         (less_fast.Scissorhands, dict(budget=4, recent=5, history=8), "recent within the budget"),
         (less_fast.Scissorhands, dict(budget=4, recent=2, history=53), "a history of at most 52"),
         (less_fast.Scissorhands, dict(budget=4, recent=2, history=0), "Scissorhands needs history"),
+        (less_fast.SnapKV, dict(budget=0, window=1, reach=1), "SnapKV needs budget"),
+        (less_fast.SnapKV, dict(budget=4, window=0, reach=1), "SnapKV needs window"),
+        (less_fast.SnapKV, dict(budget=4, window=5, reach=1), "its window within the budget"),
+        (less_fast.SnapKV, dict(budget=4, window=2, reach=-1), "SnapKV needs reach"),
+        (less_fast.FastGen, dict(budget=0, frequent=0, local=0, recovery=0.9), "FastGen needs budget"),
+        (less_fast.FastGen, dict(budget=4, frequent=-1, local=2, recovery=0.9), "FastGen needs frequent"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=-1, recovery=0.9), "FastGen needs local"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=3, recovery=0.9), "frequent \\+ local within the budget"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=0.0), "a recovery above 0, at most 1"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=1.1), "a recovery above 0, at most 1"),
     ],
 )
 def test_impossible_fields_are_refused(policy, fields, message):
@@ -109,6 +255,16 @@ def test_both_paths_know_every_policy_by_the_same_name_and_fields(name):
     policy = POLICIES[name]
     twin = getattr(less_ref, type(policy).__name__)(**vars(policy))
     assert (twin.budget if np.isfinite(twin.budget) else None) == policy.budget
+
+
+@given(policies("Scissorhands", "SnapKV", "FastGen"), st.integers(1, 30))
+def test_with_another_budget_a_policy_keeps_its_shares_to_a_token_and_all_else(policy, budget):
+    before, after = vars(policy.fast), vars(policy.fast.with_budget(budget))
+    for name, value in after.items():
+        if name in ("recent", "window", "frequent", "local"):
+            assert -1 < value - budget * before[name] / before["budget"] <= 0 or (name == "window" and value == 1)
+        else:
+            assert value == (budget if name == "budget" else before[name])
 
 
 @dataclass(frozen=True)
@@ -129,3 +285,72 @@ def test_a_policy_of_ones_own_works_in_every_chunking(chunks):
         less_fast.extend(state, torch.randn(2, 2, m, 4), torch.randn(2, 1, m, 4), torch.randn(2, 1, m, 4))
     held = state.groups[0].position
     assert sorted(held[held >= 0].tolist()) == [6, 6, 8, 8, 10, 10]
+
+
+@dataclass(frozen=True)
+class Forgets(less_fast.Policy):
+    """Tokens of kind 1 go, all at once, when one of kind 2 comes. Beside the kind stands how many queries saw the token."""
+
+    budget: int
+    score_shape, kinds, selective = (2,), True, True
+
+    def update(self, score, p, visible):
+        return score + torch.nn.functional.pad(visible.sum(2)[..., None], (1, 0))
+
+    def rank(self, position, score, n):
+        end = position.masked_fill(score[..., 0] != 2, -1).amax(-1, keepdim=True)
+        return score[..., 1].masked_fill((score[..., 0] == 1) & (position < end), -torch.inf)
+
+
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [4, 8]])
+def test_a_policy_of_ones_own_may_ask_for_kinds_and_let_several_tokens_go_at_once(chunks):
+    kinds = torch.tensor([[0, 1, 1, 2, 1, 0, 1, 1, 2, 0, 1, 0], [1] * 11 + [2]])
+    kept = [[0, 3, 5, 8, 9, 10, 11], [11]]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 12, 4), torch.randn(2, 1, 12, 4), torch.randn(2, 1, 12, 4)
+    kernels = less_fast.kernels.Elu(2, 1, 4)
+    state = less_fast.LayerState.allocate(Forgets(12), 2, 2, 1, 4, kernels)
+    for now in slices(chunks):
+        less_fast.extend(state, q[:, :, now], k[:, :, now], v[:, :, now], kinds=kinds[:, now])
+    (group,) = state.groups
+    for row in range(2):
+        held = group.position[row, 0] >= 0
+        position, score = group.position[row, 0, held], group.score[row, 0, held]
+        assert sorted(position.tolist()) == kept[row]
+        assert score.tolist() == [[kinds[row, j], 12 - j] for j in position.tolist()]
+        gone = [j for j in range(12) if j not in kept[row]]
+        assert_close(group.z[row, 0], kernels.psi(k[row, :, gone])[0].sum(0), 1e-6)  # float32
+
+
+@dataclass(frozen=True)
+class Notes(less_fast.Policy):
+    """Keeps the newest; notes what is called, and counts in the score at how many ends of chunks a token was there."""
+
+    budget: int
+    called: list = field(default_factory=list, compare=False)
+
+    def update(self, score, p, visible):
+        self.called.append("update")
+        return score
+
+    def settle(self, position, score, n):
+        self.called.append(f"settle {n.item()}")
+        return score + 1
+
+    def rank(self, position, score, n):
+        self.called.append("rank")
+        assert score[position == n - 1] == 1
+        return position
+
+
+def test_scores_are_settled_once_at_the_end_of_a_chunk_before_the_ranks(monkeypatch):
+    monkeypatch.setattr(step, "QUERIES_AT_ONCE", 2)
+    rule = Notes(4)
+    state = less_fast.LayerState.allocate(rule, 1, 1, 1, 2)
+    for m in (5, 1, 2):
+        less_fast.extend(state, *torch.zeros(3, 1, 1, m, 2))
+    three, one = ["update"] * 3, ["update"]
+    assert rule.called == [*three, "settle 5", "rank", *one, "settle 6", "rank", *one, "settle 8", "rank"]
+    (group,) = state.groups
+    counted = dict(zip(group.position.flatten().tolist(), group.score.flatten().tolist()))
+    assert [counted[j] for j in (4, 5, 6, 7)] == [3, 2, 1, 1]

@@ -1,0 +1,210 @@
+"""What the kernels are: the controls and what they approximate, ranks that differ over KV heads, files, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from closeness import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import less_ref
+from less_fast import Full, LayerKernels, LayerState, LessKernels, extend
+from less_fast.kernels import FAMILIES, WEIGHTS, Elu, Fourier, Performer, _directions
+
+MANY = 20_000
+
+
+def estimates(kernels, q, k):
+    """phi(q).psi(k) of paired rows (n, D) -> (n,), by the first head."""
+    return (kernels.phi(q[None, None]) * kernels.psi(k[None, None]))[0, 0].sum(-1)
+
+
+@pytest.mark.parametrize("head_dim", [1, 4, 7])
+def test_performer_features_approximate_the_softmax_kernel(head_dim):
+    """To 5 standard errors of independent features: their relative variance is e^|q' + k'|^2 - 1, with q', k' scaled. Those
+    that are orthogonal err less."""
+    torch.manual_seed(head_dim)
+    q, k = torch.randn(2, 50, head_dim).double() / head_dim**0.25
+    estimate = estimates(Performer(1, 1, head_dim, MANY).double(), q, k)
+    together = (q + k).square().sum(-1) / head_dim**0.5
+    error = estimate / (q * k).sum(-1).div(head_dim**0.5).exp() - 1
+    assert (error.abs() <= 5 * ((together.exp() - 1) / MANY).sqrt()).all()
+
+
+@pytest.mark.parametrize("head_dim", [1, 4, 7])
+def test_fourier_features_of_any_length_approximate_the_exponential_of_the_cosine(head_dim):
+    """To 5 standard errors: phi(q).psi(k) is e times the mean of R / 2 cosines, whose variance is at most 1/2."""
+    torch.manual_seed(head_dim)
+    kernels = Fourier(1, 1, head_dim, MANY).double()
+    q, k = torch.randn(2, 50, head_dim).double()
+    unit = torch.nn.functional.normalize(torch.stack([q, k]), dim=-1)
+    estimate = estimates(kernels, *unit)
+    assert ((estimate - unit.prod(0).sum(-1).exp()).abs() <= 5 * torch.e / MANY**0.5).all()
+    assert_close(estimates(kernels, 1e-3 * q, 1e9 * k), estimate)
+
+
+def test_elu_is_x_plus_one_above_zero_and_its_exponential_below_whatever_the_rank():
+    x = torch.tensor([-1e12, -1.0, 0.0, 2.0])
+    kernels = Elu(2, 1, 4, rank=7)
+    assert (kernels.rank, kernels.ranks) == (4, [4])
+    assert_close(kernels.phi(x.expand(1, 2, 1, 4))[0, 1, 0], [0, 1 / np.e, 1, 3], 1e-6)  # float32
+    assert_close(less_ref.Elu(4).psi(x.double().numpy(), 0), [0, 1 / np.e, 1, 3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e12])
+def test_features_of_every_size_are_finite_and_only_fouriers_may_be_negative(family, size):
+    torch.manual_seed(0)
+    kernels, x = FAMILIES[family](2, 2, 4, 6, 3), size * torch.randn(1, 2, 50, 4).sign()
+    for features in (kernels.phi(x), kernels.psi(x)):
+        assert features.shape == (1, 2, 50, kernels.rank)
+        assert features.isfinite().all()
+        assert (features >= 0).all() or family == "fourier"
+        assert (features > 0).all() or family not in ("performer", "elu") or size == 1e12
+
+
+def test_a_performers_exponent_is_cut_where_products_would_leave_float32():
+    w = np.array([[20.0, 0, 0, 0], [8, 0, 0, 0]])  # of x' = w the exponents are |w|^2 / 2 = 200 and 32
+    fast = Performer(1, 1, 4, 2)
+    fast.w = torch.from_numpy(w).float()
+    phi, psi = (of(fast.w[None, None] * 2**0.5)[0, 0].diagonal() for of in (fast.phi, fast.psi))
+    assert_close(phi.log(), [40 - np.log(2) / 2, 32 - np.log(2) / 2], 1e-6)  # float32
+    assert (phi * psi).isfinite().all()
+    assert_close(np.log(np.diag(less_ref.Performer(w, 0.5).phi(w * 2**0.5, 0))), phi.log(), 1e-6)
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**16))
+def test_directions_are_orthogonal_in_blocks_of_head_dim(count, head_dim, seed):
+    torch.manual_seed(seed)
+    w = _directions(count, head_dim)
+    assert w.shape == (count, head_dim)
+    for block in w.split(head_dim):
+        unit = torch.nn.functional.normalize(block, dim=-1)
+        assert_close(unit @ unit.T, np.eye(len(block)), 1e-5)  # float32
+
+
+@given(st.integers(0, 2**16), st.sampled_from([-1.0, 0.0, 1.0]))
+def test_where_phi_z_is_not_positive_there_is_no_virtual_token(seed, sign):
+    """The last of five tokens meets a low-rank state of that sign, in both paths."""
+    torch.manual_seed(seed)
+    kernels = Fourier(1, 1, 4, 6).double()
+    q, k, v = torch.randn(3, 1, 1, 5, 4).double()
+    phi, H, z = kernels.phi(q)[0, 0, -1], torch.randn(6, 4).double(), torch.randn(6).double()
+    z *= sign * (phi @ z).sign()
+    state = LayerState.allocate(Full(), 1, 1, 1, 4, kernels, torch.float64)
+    for now in (slice(4), slice(4, 5)):
+        out = extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=1.0)
+        state.groups[0].H[0, 0], state.groups[0].z[0, 0] = H, z
+    logits, v, *low_rank = (x.numpy() for x in (k[0, 0] @ q[0, 0, -1], v[0, 0], phi, H, z))
+    expected = less_ref.attend_literal(logits, v, *low_rank) if sign > 0 else less_ref.softmax(logits) @ v
+    assert_close(less_ref.attend(logits, v, *low_rank), expected)
+    assert_close(out[0, 0, 0], expected)
+
+
+RANKS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+def trained(ranks, group, seed):
+    """Kernels after three steps of Adam on a random loss, queries and keys, and their features before and after."""
+    torch.manual_seed(seed)
+    Hkv, R = len(ranks), max(ranks)
+    kernels = LayerKernels(Hkv * group, Hkv, 3, ranks, hidden=5).double()
+    adam = torch.optim.Adam(kernels.parameters(), lr=0.1)
+    q, k = torch.randn(2, Hkv * group, 6, 3).double(), torch.randn(2, Hkv, 6, 3).double()
+    before = [(kernels.phi(q), kernels.psi(k))]
+    for _ in range(3):
+        loss = sum((features * torch.randn(*features.shape[:3], R)).sum() for features in (kernels.phi(q), kernels.psi(k)))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return kernels, q, k, [*before, (kernels.phi(q), kernels.psi(k))]
+
+
+@given(RANKS, st.integers(1, 3), st.integers(0, 2**16))
+def test_features_beyond_a_heads_rank_are_exactly_zero_before_and_after_training(ranks, group, seed):
+    *_, both = trained(ranks, group, seed)
+    for phi, psi in both:
+        for features, per_head in ((phi, np.repeat(ranks, group)), (psi, ranks)):
+            for head, rank in enumerate(per_head):
+                assert not features[:, head, :, rank:].any()
+                assert features[:, head, :, :rank].any((0, 1)).all()  # and each of the others is alive
+
+
+@given(RANKS, st.integers(1, 3), st.integers(0, 2**16))
+def test_kernels_of_some_heads_give_the_same_features_without_the_padding(ranks, group, seed):
+    kernels, q, k, (_, (phi, psi)) = trained(ranks, group, seed)
+    for rank in set(ranks):
+        heads = [head for head, own in enumerate(ranks) if own == rank]
+        readers = [head * group + a for head in heads for a in range(group)]
+        part = kernels.of_heads(heads)
+        assert (part is kernels) == (len(heads) == len(ranks))
+        assert (part.query_heads, part.kv_heads, part.ranks) == (len(readers), len(heads), [rank] * len(heads))
+        assert_close(part.phi(q[:, readers]), phi[:, readers, :, :rank])
+        assert_close(part.psi(k[:, heads]), psi[:, heads, :, :rank])
+
+
+SIZES = dict(layers=2, query_heads=4, kv_heads=2, head_dim=4, hidden=3)
+EVERY_KIND = [*((family, 6) for family in FAMILIES), ("paper", [[1, 3], [2, 2]])]
+
+
+@pytest.mark.parametrize(("family", "rank"), EVERY_KIND)
+def test_kernels_of_every_family_and_a_table_of_ranks_come_back_bit_for_bit(family, rank, tmp_path):
+    kernels = LessKernels(**SIZES, rank=rank, family=family, about={"epochs": 3, "error": [0.5, None]})
+    kernels.save_pretrained(tmp_path)
+    again = LessKernels.from_pretrained(tmp_path)
+    assert (again.sizes, again.about) == (kernels.sizes, kernels.about)
+    assert again.sizes == SIZES | dict(rank=rank, family=family)
+    assert [layer.ranks for layer in again.layers] == [layer.ranks for layer in kernels.layers]
+    assert list(again.state_dict()) == list(kernels.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), kernels.state_dict().values()))
+    x = torch.randn(1, 4, 5, 4)
+    assert all(torch.equal(a.phi(x), b.phi(x)) for a, b in zip(again.layers, kernels.layers))
+
+
+@pytest.mark.parametrize("family", ["paper", "performer", "fourier"])
+def test_files_that_hold_nan_are_refused_whatever_the_family(family, tmp_path):
+    LessKernels(**SIZES, rank=6, family=family).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    next(iter(weights.values())).fill_(torch.nan)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="hold NaN or infinite weights"):
+        LessKernels.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(family="gauss"), "no family of kernels is called 'gauss': choose one of paper, performer, fourier, elu"),
+        (dict(rank=0), "kernels need a rank of at least 1, or one for each of 2 KV heads, not 0"),
+        (dict(rank=[[1, 2]]), "the ranks of 1 layers do not fit 2 layers"),
+        (dict(rank=[[1, 2], [3]]), r"one for each of 2 KV heads, not \[3\]"),
+        (dict(rank=[[1, 2], [3, 0]]), r"a rank of at least 1, or one for each of 2 KV heads, not \[3, 0\]"),
+        (dict(rank=[[2, 2], [2, 4]], family="performer"), r"Performer has one rank for all heads, not \[2, 2\]"),
+        (dict(rank=5, family="fourier"), "come in pairs: the rank must be even, not 5"),
+    ],
+)
+def test_families_and_ranks_that_do_not_exist_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        LessKernels(**SIZES | wrong)
+
+
+@given(st.integers(0, 2**16))
+def test_taking_heads_apart_draws_nothing_random(seed):
+    kernels = LayerKernels(2, 2, 3, [1, 2], 4)
+    torch.manual_seed(seed)
+    wanted = torch.rand(3)
+    torch.manual_seed(seed)
+    kernels.of_heads([1])
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("rank", [2.5, None, "8", [[1.5, 2]]])
+def test_a_rank_that_is_no_integer_is_refused(rank):
+    with pytest.raises(ValueError, match="a rank is an integer"):
+        LessKernels(1, 2, 2, 4, rank=rank, hidden=3)
+
+
+def test_a_rank_may_be_any_kind_of_integer_and_table():
+    tables = [LessKernels(1, 2, 2, 4, rank=rank, hidden=3).sizes["rank"] for rank in (np.int64(3), ((np.int64(1), 2),))]
+    assert tables == [3, [[1, 2]]]
