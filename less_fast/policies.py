@@ -136,7 +136,7 @@ class H2O(Policy):
         return self.heavy + self.recent
 
     def update(self, score, p, visible):
-        return score + p.sum((2, 3))
+        return score + _sum(p.flatten(2, 3))
 
     def rank(self, position, score, n):
         return score.masked_fill(position >= n - self.recent, torch.inf)
@@ -164,7 +164,7 @@ class DecayedH2O(H2O):
         real = visible.any(-1)  # (N, H, m)
         fading = self.decay ** _later(real).to(score.dtype)  # (N, H, m)
         faded = self.decay ** real.sum(-1, keepdim=True).to(score.dtype)  # (N, H, 1)
-        return score * faded + (p.sum(2) * fading[..., None]).sum(2)
+        return score * faded + _sum(_sum(p) * fading[..., None])
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class TOVA(Policy):
     def update(self, score, p, visible):
         real = visible.any(-1)[:, 0]  # (N, m)
         newest = real & (_later(real) == 0)  # (N, m), at most one query in each row
-        pooled = (p.mean((1, 2)) * newest[..., None]).sum(1)  # (N, S)
+        mean = _sum(p.flatten(1, 2)[:, None])[:, 0] / (p.shape[1] * p.shape[2])  # (N, m, S)
+        pooled = (mean * newest[..., None]).sum(1)  # (N, S)
         return torch.where(real.any(-1)[:, None, None], pooled[:, None].to(score.dtype), score)
 
     def rank(self, position, score, n):
@@ -245,7 +246,7 @@ class SnapKV(Policy):
 
     def update(self, score, p, visible):
         real = visible.any(-1)[:, 0]  # (N, m)
-        votes = torch.cat([score, p.sum(2).mT.to(score.dtype)], -1)  # (N, H, S, window + m)
+        votes = torch.cat([score, _sum(p).mT.to(score.dtype)], -1)  # (N, H, S, window + m)
         real = torch.cat([real.new_ones(len(real), self.window), real], 1)  # (N, window + m)
         last = real.long().argsort(stable=True)[:, -self.window :]  # (N, window), pads come first
         return votes.gather(3, last[:, None, None].expand(score.shape))
@@ -300,9 +301,9 @@ class FastGen(Policy):
     def update(self, score, p, visible):
         kind, attention, near, age, choice = score.unbind(-1)
         ages = age[:, :, None] + visible.cumsum(2)  # (N, H, m, S)
-        p = p.sum(2)  # (N, H, m, S)
-        attention = attention + p.sum(2)
-        near = near + (p * (ages <= self.local)).sum(2)
+        p = _sum(p)  # (N, H, m, S)
+        attention = attention + _sum(p)
+        near = near + _sum(p * (ages <= self.local))
         return torch.stack([kind, attention, near, ages[:, :, -1], choice], -1)
 
     def settle(self, position, score, n):
@@ -349,6 +350,17 @@ def best_first(rank, position):
     """
     order = position.masked_fill(position < 0, torch.iinfo(position.dtype).max).argsort(-1)
     return order.gather(2, rank.gather(2, order).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def _sum(x):
+    """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
+    others, and would decide ties by where entries lie."""
+    while x.shape[2] > 1:
+        half = x.shape[2] // 2
+        rest = x[:, :, 2 * half :]
+        x = x[:, :, :half] + x[:, :, half : 2 * half]
+        x = torch.cat([x, rest], 2) if rest.shape[2] else x
+    return x.squeeze(2)
 
 
 def _later(real):

@@ -55,3 +55,29 @@ exponential errs as much, relatively. Frozen at about five times the largest err
     bfloat16    out 3.9e-3   score 9.3e-6   rank 2.5e-8
 
 A near-tie may be decided wrongly by as much as its scores err, so rank has the budget of score."""
+
+BUDGETS[torch.float16] = dict(out=2**-11 + 3e-5, score=2.5e-6, H=1.5e-5, z=7.5e-6, rank=2.5e-6)
+"""As the others, of 6,000 random cases: out 4.9e-4, score 4.9e-7, H 2.9e-6, z 1.5e-6, rank 0. The output is rounded by at
+most 2^-11 of the largest."""
+
+LOGITS_OF_1E4 = dict(out=5e-3, score=2e-3, H=2e-5, z=4e-6, rank=2e-3)
+"""Float32, where logits of 1e4 and -1e4 are among the ordinary ones: float32 holds such a logit to 4.9e-4, and how two of them
+share a query's attention errs as much, relatively. Frozen at about five times the largest errors of 6,000 random cases, rank
+(0) as score: out 9.4e-4, score 3.6e-4, H 3.6e-6, z 7.7e-7."""
+
+DRIFT = {
+    1_000: dict(out=2.5e-6, score=5e-6, H=5e-6, z=5e-6),
+    10_000: dict(out=2e-5, score=1.5e-5, H=2e-5, z=1.5e-5),
+    100_000: dict(out=3e-5, score=7e-5, H=5e-5, z=5e-5),
+}
+"""How far float32 may be from float64 after that many single tokens, of which all but 16 are folded, if both evict the same;
+out: the largest error of all outputs so far. Frozen at about five times the largest errors of 11, 11 and 4 random streams of
+H2O, and 6, 6 and none of a window, which has no scores:
+
+      1,000     out 5.3e-7   score 1.1e-6   H 1.0e-6   z 1.1e-6
+     10,000     out 3.6e-6   score 3.1e-6   H 3.8e-6   z 3.4e-6
+    100,000     out 5.8e-6   score 1.4e-5   H 9.9e-6   z 1.1e-5
+
+Each addition rounds by up to half a unit in the last place of the sum, so the relative error of n of them grows like the root
+of n, three times for each decade. Outputs hardly drift, because H and z hold the same features and one divides the other; the
+largest error is that of a query whose phi is small."""
