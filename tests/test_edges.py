@@ -41,7 +41,7 @@ class Edge(Case):
     """A case some of whose tokens are at an edge: `change` gets a random generator, which tokens, and q, k, v to change."""
 
     change: Callable
-    blind: bool  # the learned kernels do not see the last coordinate
+    blind: bool = False  # the learned kernels do not see the last coordinate
 
     def chosen(self, *more):
         """(T,) bool: which tokens of a sequence are at the edge; of some sequences all are."""
@@ -61,8 +61,8 @@ class Edge(Case):
         return kernels
 
 
-def at_the_edge(case, change, blind=False):
-    return Edge(**vars(case), change=change, blind=blind)
+def at_the_edge(case, change, **more):
+    return Edge(**vars(case), change=change, **more)
 
 
 # Broken tokens.
@@ -150,8 +150,8 @@ def as_large_as_can_be(rng, chosen, *qkv):
 
 @given(cases(**SHORT, k3=some_kernels), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_largest_sound_numbers_leave_a_finite_state_and_those_of_float16_finite_outputs_too(case, dtype):
-    largest, (state, qkv) = torch.finfo(dtype).max, (allocate(case, dtype=dtype), batch(at_the_edge(case, as_large_as_can_be)))
-    qkv = tuple(x.clamp(-largest, largest).to(dtype) for x in qkv)
+    state, largest = allocate(case, dtype=dtype), torch.finfo(dtype).max
+    qkv = tuple(x.clamp(-largest, largest).to(dtype) for x in batch(at_the_edge(case, as_large_as_can_be)))
     for now in slices(case.chunks):
         out = extend(case, state, qkv, now)
         assert state.n == now.stop
@@ -178,11 +178,6 @@ def first_ordinary_and_then_all_alike(rng, chosen, q, k, v):
     q[:, q.shape[1] // 2 :] = 0
 
 
-def tied(name, *fields, chunks):
-    """A sum of eight numbers or more: torch adds them in another order in the last slots than in the others."""
-    return Case(Layer(1, 2, 2, 2, 2), chunks, (Policy(name, fields),), 1.0, None, 0)
-
-
 def held_by(state):
     """For each KV head the positions that each row holds."""
     heads = {}
@@ -190,6 +185,15 @@ def held_by(state):
         for index, g in enumerate(torch.arange(state.kv_heads, device=state.n.device)[group.kv_heads].tolist()):
             heads[g] = [sorted(p for p in row if p >= 0) for row in group.position[:, index].tolist()]
     return [heads[g] for g in range(state.kv_heads)]
+
+
+def with_eight_heads(name, *fields, chunks):
+    """torch adds so many numbers in another order in the last slots than in the others."""
+    case = Case(Layer(1, 2, 2, 2, 2), chunks, (Policy(name, fields),), 1.0, None, 9)
+    return example(case=case, rows=1, many=4, dtype=torch.float32)
+
+
+ONE_BY_ONE, IN_TENS = (1,) * 20, (50,) + (10,) * 5
 
 
 @ON_EVERY_DEVICE
@@ -200,9 +204,14 @@ def held_by(state):
     many=st.sampled_from([1, 4]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-@example(case=tied("TOVA", 1, chunks=(20,)), rows=1, many=4, dtype=torch.float32)
-@example(case=tied("H2O", 4, 1, chunks=(1,) * 20), rows=1, many=4, dtype=torch.float32)
-@example(case=tied("SnapKV", 5, 2, 1, chunks=(1,) * 20), rows=1, many=4, dtype=torch.float32)
+@with_eight_heads("TOVA", 1, chunks=(20,))
+@with_eight_heads("H2O", 4, 1, chunks=ONE_BY_ONE)
+@with_eight_heads("H2O", 39, 1, chunks=IN_TENS)
+@with_eight_heads("DecayedH2O", 4, 1, 1.0, chunks=ONE_BY_ONE)
+@with_eight_heads("SnapKV", 5, 2, 1, chunks=ONE_BY_ONE)
+@with_eight_heads("SnapKV", 6, 2, 1, chunks=(1,) * 10 + (5, 5))
+@with_eight_heads("FastGen", 5, 1, 1, 1.0, chunks=ONE_BY_ONE)
+@with_eight_heads("FastGen", 40, 0, 1, 1.0, chunks=IN_TENS)
 def test_ties_are_decided_as_in_the_reference_and_in_all_rows_alike(device, change, case, rows, many, dtype):
     case = at_the_edge(replace(case, layer=replace(case.layer, group=case.layer.group * many)), change)
     if change is first_ordinary_and_then_all_alike:
