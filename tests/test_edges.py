@@ -204,10 +204,10 @@ ONE_BY_ONE, IN_TENS = (1,) * 20, (50,) + (10,) * 5
     many=st.sampled_from([1, 4]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-@with_eight_heads("TOVA", 1, chunks=(20,))
+@with_eight_heads("TOVA", 5, chunks=ONE_BY_ONE)
 @with_eight_heads("H2O", 4, 1, chunks=ONE_BY_ONE)
 @with_eight_heads("H2O", 39, 1, chunks=IN_TENS)
-@with_eight_heads("DecayedH2O", 4, 1, 1.0, chunks=ONE_BY_ONE)
+@with_eight_heads("DecayedH2O", 39, 1, 1.0, chunks=IN_TENS)
 @with_eight_heads("SnapKV", 5, 2, 1, chunks=ONE_BY_ONE)
 @with_eight_heads("SnapKV", 6, 2, 1, chunks=(1,) * 10 + (5, 5))
 @with_eight_heads("FastGen", 5, 1, 1, 1.0, chunks=ONE_BY_ONE)
