@@ -1,4 +1,4 @@
-"""The command `less-kv`: compare, generate, plan, train. Bad input ends in one sentence and exit code 2."""
+"""The command `less-kv`: compare, generate, bench, plan, train. Bad input ends in one sentence and exit code 2."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from . import bench as benchmark
 from .compare import compare as compare_caches
 from .compare import held_bytes, plot
 from .demo import KERNELS, MODEL, corpus
@@ -165,7 +166,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    shape, seen = sizes(network), cache.get_seq_length()
+    shape, seen = sizes(network), int(cache.get_seq_length())
     full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
     kept = min(rule.budget or seen, seen)
     ranks = sorted({rank for layer in learned.layers for rank in layer.ranks}) if learned else []
@@ -176,11 +177,84 @@ def generate(
     )
 
 
+ShapeOption = Annotated[
+    str, typer.Option("--model", help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one unless given.")
+]
+
+
+@app.command()
+def bench(
+    model: ShapeOption = "",
+    policy: PolicyOption = PolicyName.h2o,
+    budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
+    rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
+    length: Annotated[int, typer.Option(min=32, help="Tokens of each sequence before the measured ones.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache, of 8 tokens or one prompt each.")] = 4,
+    compile: Annotated[bool, typer.Option(help="Measure compiled code, too; compiling takes a minute or more.")] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture (needs matplotlib).")] = None,
+):
+    """Speed and memory of full caches, the bare policy and LESS, in turns: attention step, decoding, prefill.
+
+    Weights of named shapes and of the kernels are random, and caches are filled with random tokens: speed does not depend on
+    values.
+    """
+    rule = _budgeted(policy, budget, length)
+    if rule.budget is None or rule.kinds:
+        raise Bad(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")
+    try:
+        batches = [int(number) for number in batch.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise Bad(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
+    if picture:
+        _check_plot(picture)
+    torch.manual_seed(seed)
+    network = _load_shape(model, device, dtype)
+    shape = sizes(network)
+    learned = LessKernels(**shape, rank=rank, hidden=hidden).requires_grad_(False).to(network.device)
+    layer = {name: size for name, size in shape.items() if name != "layers"}
+    rows = []
+    with errors.status("measuring, all caches in turns ...") as status:
+        for many in batches:
+            status.update(f"attention steps and decoding, batch {many} ...")
+            steps = {"bare": (rule, None), "LESS": (rule, learned.layers[0])}
+            rows += benchmark.attention_steps(layer, steps, many, length, rounds, network.dtype, network.device, compile)
+            rows += benchmark.decode(network, rule, learned, many, length, rounds, compile)
+        status.update("prefill ...")
+        rows += benchmark.prefill(network, rule, learned, 1, length, rounds)
+    record = {
+        "rows": [asdict(row) for row in rows],
+        "model": model or "embedded",
+        "policy": repr(rule),
+        "rank": rank,
+        "hidden": hidden,
+        "length": length,
+        "device": torch.cuda.get_device_name(device) if network.device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype.value,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    if picture:
+        aside = picture.with_name(f".new.{picture.name}")
+        benchmark.plot(rows, aside, f"{record['model']} model, {length} tokens, {rule}, {record['device']}")
+        aside.rename(picture)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        _print_bench(record, rows)
+
+
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Option(help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one unless given.")
-    ] = "",
+    model: ShapeOption = "",
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
     rank: Annotated[int, typer.Option(min=0, help="Features of the low-rank state; 0 plans the bare policy.")] = 8,
@@ -295,14 +369,19 @@ def _read(file: Path) -> str:
         raise Bad(f"cannot read {file} as UTF-8 text: {error}") from None
 
 
-def _load(model: str, device: str, dtype: Dtype):
-    """The model, checked for NaN, and its tokenizer."""
-    where = model or str(MODEL)
+def _device(device: str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise Bad(f"no device {device!r} here: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def _load(model: str, device: str, dtype: Dtype):
+    """The model, checked for NaN, and its tokenizer."""
+    where = model or str(MODEL)
+    place = _device(device)
     try:
         network = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype.value)).to(place).eval()
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -313,6 +392,14 @@ def _load(model: str, device: str, dtype: Dtype):
     if broken:
         raise Bad(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
     return network, tokenizer
+
+
+def _load_shape(model: str, device: str, dtype: Dtype):
+    """The model, or one of a named shape with random weights."""
+    if model not in SHAPES:
+        return _load(model, device, dtype)[0]
+    with _device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[model], dtype=getattr(torch, dtype.value)).eval().requires_grad_(False)
 
 
 def _load_kernels(network, model: str, kernels: str, seed: int) -> tuple[LessKernels | None, str | None]:
@@ -364,6 +451,32 @@ def _print_table(record, rows):
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(f"perplexity: {record['chunking']}; tokens/s: decoding in {record['dtype']} on {record['device']}, caches in turns")
+
+
+def _print_bench(record, rows):
+    table = Table(title=f"{record['model']} model, {record['length']} tokens, {record['policy']}, {record['dtype']}")
+    for heading in ("", "cache"):
+        table.add_column(heading)
+    for heading in ("batch", "ms", "quartiles", "tokens/s", "speed", "bytes/sequence", "peak"):
+        table.add_column(heading, justify="right")
+    first = None
+    for row in rows:
+        if first is None or (row.what, row.batch) != (first.what, first.batch):
+            first = row
+            table.add_section()
+        table.add_row(
+            row.what if row is first else "",
+            row.cache,
+            str(row.batch),
+            f"{row.seconds * 1e3:,.2f}",
+            " to ".join(f"{x * 1e3:,.2f}" for x in row.quartiles),
+            f"{row.tokens_per_second:,.0f}",
+            f"{first.seconds / row.seconds:.2f}x",
+            f"{row.bytes:,}",
+            "" if row.peak is None else _bytes(row.peak),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(f"medians, on {record['device']}, {record['threads']} threads; speed: against the first line of each part")
 
 
 def _versions():

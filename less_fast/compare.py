@@ -157,10 +157,10 @@ def decode(model, windows: torch.Tensor, contenders: list[Contender]) -> list[tu
     seconds = [[] for _ in contenders]
     for step in range(DECODED):
         for cache, spent in zip(caches, seconds):
-            _wait(model.device)
+            wait(model.device)
             start = time.perf_counter()
             model(input_ids=ends[:, step : step + 1], past_key_values=cache, use_cache=True)
-            _wait(model.device)
+            wait(model.device)
             spent.append(time.perf_counter() - start)
     return [(held_bytes(cache) // len(windows), len(windows) / median(spent)) for cache, spent in zip(caches, seconds)]
 
@@ -172,7 +172,7 @@ def held_bytes(cache: Cache) -> int:
     return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def _wait(device):
+def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

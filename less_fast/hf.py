@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .kernels import Features, LessKernels
 from .state import LayerState, check_fit
-from .step import extend
+from .step import compiled, extend, traceable
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _NOT_SUPPORTED_IN_ATTENTION = ("position_bias", "softcap", "s_aux", "sliding_window", "output_attentions")
@@ -57,12 +57,14 @@ class TaggingLayer(CacheLayerMixin):
 class LessLayer(TaggingLayer):
     """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come."""
 
-    def __init__(self, policy, query_heads: int, kernels: Features | None, chunk: int | None):
+    def __init__(self, policies: list, query_heads: int, kernels: Features | None, chunk: int | None, compile: bool):
         super().__init__()
-        self.policy, self.query_heads, self.kernels, self.chunk = policy, query_heads, kernels, chunk
+        self.policies, self.query_heads, self.kernels, self.chunk = policies, query_heads, kernels, chunk
+        self.is_compileable = all(traceable(policy) for policy in policies)
+        self.compile, self.step = compile, extend
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
-        self.seen = 0  # columns seen, pads included: what transformers calls the sequence length
+        self.seen: torch.Tensor | int = 0  # columns seen, pads included: what transformers calls the sequence length
 
     def lazy_initialization(self, key_states, value_states):
         N, kv_heads, _, head_dim = key_states.shape
@@ -70,32 +72,41 @@ class LessLayer(TaggingLayer):
             wanted = key_states.device, torch.promote_types(key_states.dtype, torch.float32)
             if any((weight.device, weight.dtype) != wanted for weight in self.kernels.state_dict().values()):
                 self.kernels = copy.deepcopy(self.kernels).to(*wanted)
-        self.state = LayerState.allocate(
-            self.policy, N, self.query_heads, kv_heads, head_dim, self.kernels, key_states.dtype, key_states.device
-        )
+        shape = N, self.query_heads, kv_heads, head_dim
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.state = LayerState.allocate(self.policies, *shape, self.kernels, self.dtype, self.device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)  # as an int, compiled code would depend on it
+        if self.compile:
+            ranks = self.kernels and tuple(self.kernels.ranks)
+            self.step = compiled(tuple(self.policies), *shape, type(self.kernels), ranks, self.dtype, self.device)
+        if self.device.type == "cuda" and self.is_compileable:  # CUDA graphs may only change what stays where it is
+            for tensor in [self.seen, *(tensor for _, tensor in self.state.tensors())]:
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def attend(self, module, query, key, value, valid, scaling):
-        m, step, kinds, self.kinds = query.shape[2], self.chunk or query.shape[2], self.kinds, None
+        m, chunk, kinds, self.kinds = query.shape[2], self.chunk or query.shape[2], self.kinds, None
+        self.seen += m
+        if m == 1:
+            return self.step(self.state, query, key, value, valid, scaling, kinds)
         out = []
-        for start in range(0, m, step):
-            now = slice(start, start + step)
+        for start in range(0, m, chunk):
+            now = slice(start, start + chunk)
             q, k, v = (x[:, :, now] for x in (query, key, value))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
             out.append(extend(self.state, q, k, v, mask, scaling, kind))
-        self.seen += m
         return torch.cat(out, 2)
 
     @property
     def batch_size(self) -> int:
         return self.state.n.shape[0] if self.state else -1
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> torch.Tensor | int:
         return self.seen
 
     def reset(self):
-        self.seen, self.unread = 0, False
+        self.unread = False
         if self.state is not None:
+            self.seen.zero_()
             self.state.reset()
 
     def reorder_cache(self, beam_idx):
@@ -130,6 +141,7 @@ class LessCache(Cache):
         budgets: Sequence[Sequence[int]] | None = None,
         chunk: int | None = None,
         token_kinds: torch.Tensor | None = None,
+        compile: bool = False,
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
@@ -141,6 +153,9 @@ class LessCache(Cache):
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
         token_kinds: (vocabulary,) integers, the kind of each token id, for policies that ask (FastGen): `token_kinds(tokenizer)`.
             The cache then reads the input ids of every forward pass through a hook on the model.
+        compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
+            takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
+            GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
         Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         config = check_model(model)
@@ -149,7 +164,7 @@ class LessCache(Cache):
             check_kernels(model, kernels)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, not {chunk}")
-        policies = [policy] * layers
+        policies = [[policy] * kv_heads] * layers
         if budgets is not None:
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
@@ -160,8 +175,11 @@ class LessCache(Cache):
         of_layers = list(zip(policies, kernels.layers if kernels else [None] * layers))
         for rule, features in of_layers:
             check_fit(rule, **heads, kernels=features)
+        if compile and not traceable(policy):
+            raise ValueError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
         use_less_attention(model)
-        cache = cls(layers=[LessLayer(rule, config.num_attention_heads, features, chunk) for rule, features in of_layers])
+        query_heads = config.num_attention_heads
+        cache = cls(layers=[LessLayer(rules, query_heads, features, chunk, compile) for rules, features in of_layers])
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
@@ -305,35 +323,39 @@ def check_kernels(model, kernels: LessKernels) -> None:
 def less_mask(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **kwargs
 ):
-    """The padding alone (N, q_length) where the mask is causal over just the new tokens, else transformers' own 4D mask.
+    """The padding alone (N, 1, q_length, 1) where the mask is causal over just the new tokens, else transformers' own 4D mask.
 
-    A LessLayer asks for a mask over the new tokens only: what it holds has no pads.
+    A LessLayer asks for a mask over the new tokens only: what it holds has no pads. Masks with four dimensions pass through a
+    model unchanged, so one that was made before a compiled forward pass arrives.
     """
-    if mask_function is not causal_mask_function or kv_length != q_length or kv_offset != q_offset:
+    if mask_function is not causal_mask_function or kv_length != q_length:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
         )
-    if attention_mask is None:
+    if attention_mask is None and q_length > 1:
         return None
-    if attention_mask.shape[-1] < kv_offset + kv_length:
+    if attention_mask is None:  # compiled decoding steps shall see a mask with and without padding
+        return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
+    if attention_mask.shape[-1] < int(kv_offset) + kv_length:
         raise ValueError(
-            f"the attention mask covers {attention_mask.shape[-1]} tokens, but {kv_offset} were seen before these {kv_length}: "
-            f"pass a mask over all of them"
+            f"the attention mask covers {attention_mask.shape[-1]} tokens, but {int(kv_offset)} were seen before these "
+            f"{kv_length}: pass a mask over all of them"
         )
-    return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return attention_mask[:, None, int(kv_offset) : int(kv_offset) + kv_length, None].bool()
 
 
 def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The attention function: LESS for keys that come from a LessLayer, dense attention for all others."""
     layer = getattr(key, "less_layer", None)
     if layer is None:
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if _of_padding(attention_mask, query):
             attention_mask = sdpa_mask(
-                *(query.shape[0], query.shape[2], key.shape[2]), attention_mask=attention_mask, device=query.device
+                *(query.shape[0], query.shape[2], key.shape[2]), attention_mask=attention_mask[:, 0, :, 0], device=query.device
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layer.unread = False
-    if attention_mask is not None and attention_mask.ndim != 2:
+    valid = attention_mask[:, 0, :, 0] if _of_padding(attention_mask, query) else None
+    if valid is None and attention_mask is not None:
         raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
     refused = [name for name in _NOT_SUPPORTED_IN_ATTENTION if kwargs.get(name)]
     if refused:
@@ -342,5 +364,10 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
         raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
     if module.training:
         raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
-    out = layer.attend(module, query, key, value, attention_mask, scaling)
+    out = layer.attend(module, query, key, value, valid, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_padding(mask, query):
+    """Whether it is a mask of `less_mask`'s own, (N, 1, m, 1)."""
+    return mask is not None and mask.dtype == torch.bool and mask.shape == (query.shape[0], 1, query.shape[2], 1)

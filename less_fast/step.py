@@ -1,5 +1,8 @@
 """`extend`: attend, score, evict, fold (SPEC section 2). The only place that changes a LayerState."""
 
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from .attend import attend
 from .policies import best_first
 from .state import Group, LayerState
 
-QUERIES_AT_ONCE = 128  # a chunk is attended in blocks of this many queries: memory linear in its length
+QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries: memory linear in its length
 ENTRIES_AT_ONCE = 1024  # and folded in blocks of this many entries
 LARGEST = 1e12  # a token with larger numbers is broken: their products would leave float32
 
@@ -47,26 +50,62 @@ def extend(
     sound = _sound(q, k, v)  # (N, m)
     real = sound if valid is None else sound & valid
     arrived = torch.where(real, state.n[:, None] + real.cumsum(1) - 1, -1).int()  # (N, m)
-    nothing = ~real[:, None, :, None]
-    q, k, v = (x.masked_fill(nothing, 0) for x in (q, k, v))  # it may hold NaN, and 0 * NaN is NaN
+    plain = _surely(real)
+    if not plain:
+        nothing = ~real[:, None, :, None]
+        q, k, v = (x.masked_fill(nothing, 0) for x in (q, k, v))  # it may hold NaN, and 0 * NaN is NaN
     first = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
     state.n += real.sum(1)
     outs = []
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
         entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first)
-        outs.append(_attend_and_score(group, entries, queries, arrived, real, scale).flatten(1, 2).to(q.dtype))
-        _evict(group, entries, real, state.n)
+        occupied = plain and entries.k is group.k and _surely(state.n > group.policy.budget)  # every slot holds a token
+        outs.append(_attend_and_score(group, entries, queries, arrived, real, scale, plain, occupied).flatten(1, 2).to(q.dtype))
+        _evict(group, entries, real, state.n, occupied)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 1).index_select(1, state.place)  # (N, Hq, m, D)
+    if plain:
+        return out
     broken = ~sound if valid is None else ~sound & valid
     return out.masked_fill_(broken[:, None, :, None], torch.nan)
+
+
+def traceable(policy) -> bool:
+    """Whether a step of one token under the policy has the same shapes as the step before, so that it can be compiled."""
+    return policy.budget is not None and not policy.selective
+
+
+@cache
+def compiled(*kind) -> Callable:
+    """`extend` for one token, compiled whole, for one kind of state: whatever the code may be specialised for.
+
+    torch.compile holds few variants of one piece of code and then gives up, so each kind gets a copy of its own. What it
+    returns raises ValueError where nothing can be compiled, for want of a C++ compiler, say.
+    """
+    code = extend.__wrapped__  # beneath no_grad
+    own = FunctionType(code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__)
+    step = torch.no_grad()(torch.compile(own, fullgraph=True, dynamic=False))
+
+    def run(*given):
+        try:
+            return step(*given)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ValueError(f"torch cannot compile here, so leave compile out: {str(error).splitlines()[0]}") from error
+
+    return run
+
+
+def _surely(condition):
+    """Whether all of a tensor of bools is true, where asking costs nothing: on a CPU, in code that is not compiled. What
+    depends on it is only work that may be left out."""
+    return condition.device.type == "cpu" and not torch.compiler.is_compiling() and bool(condition.all())
 
 
 def _sound(*qkv):
     """q, k, v (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
     wide = torch.promote_types(qkv[0].dtype, torch.float32)
-    loudest = [torch.linalg.vector_norm(x, torch.inf, (1, 3), dtype=wide) for x in qkv]
-    return loudest[0].maximum(loudest[1]).maximum(loudest[2]) <= LARGEST
+    q, k, v = (x.abs().amax((1, 3)) for x in qkv)
+    return q.maximum(k).maximum(v).to(wide) <= LARGEST
 
 
 def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
@@ -75,22 +114,22 @@ def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
 
     k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
     """
-    position = arrived[:, None].repeat(1, k.shape[1], 1)  # (N, H, m), in memory of its own: the full policy keeps it
+    position = arrived[:, None].expand(k.shape[:3]).clone()  # (N, H, m), in memory of its own: the full policy keeps it
     score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.budget is not None and not group.policy.selective:
+        row = _rows(group.scratch, group.k.shape[2])
         for name, token in new._asdict().items():
-            held = getattr(group, name)
-            held.scatter_(2, _index(group.scratch, held), token)
+            getattr(group, name).flatten(0, 2).index_copy_(0, row, token.flatten(0, 2))
         return Entries(group.k, group.v, group.position, group.score)
     if first:
-        return new
+        return Entries(k.contiguous(), v.contiguous(), position, score)
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
 
-def _attend_and_score(group, entries, q, arrived, real, scale):
+def _attend_and_score(group, entries, q, arrived, real, scale, plain, occupied):
     """q (N, H, G, m, D), arrived and real (N, m) -> (N, H, G, m, D); the entries' scores are updated in place."""
     m = q.shape[3]
     before = entries.position.shape[2] - m  # slots before the chunk
@@ -102,13 +141,17 @@ def _attend_and_score(group, entries, q, arrived, real, scale):
         now = slice(start, start + QUERIES_AT_ONCE)
         seen = slice(0, before + now.stop)  # later tokens of the chunk are invisible to the whole block
         position = entries.position[:, : 1 if before == 0 else None, None, seen]  # (N, H, 1, S), a chunk's is that of all heads
-        visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
+        if occupied:
+            visible, clear = real[:, None, None, :].expand(-1, -1, -1, position.shape[3]), position.shape[3]
+        else:
+            visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
+            clear = start if plain and before == 0 else 0
         low_rank = None
-        if group.kernels is not None:
+        if group.kernels is not None and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
         k, v = entries.k[:, :, seen], entries.v[:, :, seen]
-        out, p = attend(q[:, :, :, now], k, v, visible, real[:, now], scale, low_rank)
+        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if plain else real[:, now], scale, low_rank)
         blocks.append(out)
         if group.policy.scored:
             visible = visible.expand(-1, q.shape[1], -1, -1)
@@ -116,7 +159,7 @@ def _attend_and_score(group, entries, q, arrived, real, scale):
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
 
 
-def _evict(group, entries, real, n):
+def _evict(group, entries, real, n, occupied):
     """Keeps the `budget` entries of highest rank (ties: the lower position) and folds the others. real (N, m), n (N,)."""
     if group.policy.budget is None:
         group.k, group.v, group.position, group.score = entries
@@ -127,21 +170,22 @@ def _evict(group, entries, real, n):
         entries.score.copy_(settled)
     rank = group.policy.rank(entries.position, entries.score, seen)
     if entries.k is group.k:
-        _evict_in_place(group, entries, rank, real[:, None], seen)
+        _evict_in_place(group, entries, rank, real[:, None], seen, occupied)
     else:
         _keep_the_best(group, entries, rank)
         group.scratch.copy_(seen.clamp(max=group.policy.budget).expand(group.scratch.shape))
 
 
-def _evict_in_place(group, entries, rank, real, n):
+def _evict_in_place(group, entries, rank, real, n, occupied):
     """One token came into the scratch slot: if there are more than the budget, the lowest goes, and its slot is the next
     scratch slot. rank (N, H, S), real and n (N, 1, 1)."""
-    rank = torch.where(entries.position >= 0, rank, _highest(rank))
-    newest = torch.where(rank == rank.amin(-1, keepdim=True), entries.position, -1)
-    victim = newest.argmax(-1, keepdim=True)  # (N, H, 1)
+    if not occupied:
+        rank = torch.where(entries.position >= 0, rank, _highest(rank))
+    lowest = torch.where(rank == rank.amin(-1, keepdim=True), entries.position, -1)
+    position, victim = lowest.max(-1, keepdim=True)  # (N, H, 1), of those that tie the newest
     goes = real & (n > group.policy.budget)
     _fold(group, entries, victim, goes.expand(victim.shape))
-    group.position.scatter_(2, victim, torch.where(goes, -1, newest.gather(2, victim)))
+    group.position.scatter_(2, victim, torch.where(goes, -1, position))
     group.scratch.copy_(torch.where(goes, victim, torch.where(real, n, group.scratch)))
 
 
@@ -159,8 +203,8 @@ def _keep_the_best(group, entries, rank):
         goes[:, :, :budget] = False
         _fold(group, entries, order[:, :, budget:], goes[:, :, budget:])
     kept = order[:, :, :budget]
-    for name in Entries._fields:
-        getattr(group, name)[:, :, :budget] = _take(getattr(entries, name), kept)
+    for name, best in zip(Entries._fields, _take(entries, kept)):
+        getattr(group, name)[:, :, :budget] = best
     group.position[:, :, :budget].masked_fill_(goes[:, :, :budget], -1)
     group.position[:, :, budget:] = -1
 
@@ -170,20 +214,23 @@ def _fold(group, entries, slots, goes):
     if group.kernels is None:
         return
     for some, real in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
-        psi = group.kernels.psi(_take(entries.k, some)).to(group.H.dtype) * real[..., None]  # (N, H, s, R)
-        v = _take(entries.v, some).to(group.H.dtype)  # (N, H, s, D)
-        group.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.flatten(0, 1))
+        k, v = _take([entries.k, entries.v], some)  # (N, H, s, D)
+        psi = group.kernels.psi(k).to(group.H.dtype) * real[..., None]  # (N, H, s, R)
+        group.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.to(group.H.dtype).flatten(0, 1))
         group.z += psi.sum(2)
 
 
-def _take(x, slots):
-    """x (N, H, S, ...) at slots (N, H, s) -> (N, H, s, ...)."""
-    return x.gather(2, _index(slots, x))
+def _take(tensors, slots):
+    """Of each of the tensors (N, H, S, ...) what is at the slots (N, H, s): (N, H, s, ...)."""
+    rows = _rows(slots, tensors[0].shape[2])
+    return [x.flatten(0, 2).index_select(0, rows).view(*slots.shape, *x.shape[3:]) for x in tensors]
 
 
-def _index(slots, x):
-    """slots (N, H, s) as gather and scatter want it for x (N, H, S, ...): (N, H, s, ...)."""
-    return slots.view(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
+def _rows(slots, S):
+    """slots (N, H, s) -> (N H s,): the same in tensors (N, H, S, ...) that are flattened to (N H S, ...). Whole rows are
+    copied at once that way; gather and scatter_ copy number by number."""
+    N, H, _ = slots.shape
+    return (torch.arange(0, N * H * S, S, device=slots.device)[:, None] + slots.flatten(0, 1)).flatten()
 
 
 def _highest(rank):

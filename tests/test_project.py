@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["kernels", "policies", "state", "attend", "step", "parallel", "hf", "train", "text", "demo", "plan", "compare", "cli"]
+ORDER = ["kernels", "policies", "state", "attend", "step", "parallel", "hf", "train", "text", "demo", "plan", "compare", "bench", "cli"]
 
 
 def imported(file):

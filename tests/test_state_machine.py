@@ -82,7 +82,7 @@ class AnyHistory(RuleBasedStateMachine):
     def forget(self):
         nothing = [set() for _ in range(self.case.layer.kv_heads)]
         self.rows = [Row([], copy.deepcopy(nothing), empty(self.case)) for _ in self.state.n]
-        self.budgets = BUDGETS.get(self.dtype) or dict.fromkeys(("out", "score", "H", "z", "rank"), FLOAT64)
+        self.budgets = BUDGETS.get(self.dtype) or dict.fromkeys(("out", "first", "score", "H", "z", "rank"), FLOAT64)
 
     def random_tokens(self, m, seed):
         """q (N, Hq, m, D), k and v (N, Hkv, m, D), kinds (N, m); the last coordinate is 0 in queries and 1 in keys."""
@@ -173,7 +173,9 @@ class AnyHistory(RuleBasedStateMachine):
         expected, before = less_ref.extend(*given, victims=[()] * len(held), kinds=kinds)
         victims = [sorted(now - earlier) for now, earlier in zip(gone, row.evicted)]
         _, row.reference = less_ref.extend(*given, victims=victims, kinds=kinds)
-        budget = self.budgets["out"] * loss_of_digits(before, qkv[0], self.kernels)  # (Hq, m)
+        first = [before.n == len(kinds) and not policy.fast.scored for policy in self.case.policies]
+        budget = np.where(np.repeat(first, self.case.layer.group), self.budgets["first"], self.budgets["out"])[:, None]  # (Hq, 1)
+        budget = budget * loss_of_digits(before, qkv[0], self.kernels)  # (Hq, m)
         for a, i in np.ndindex(budget.shape):
             self.within(budget[a, i], error(out[a, i], expected[i, a]))
         for g, (policy, head) in enumerate(zip(self.case.reference, held)):
