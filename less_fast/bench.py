@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from .compare import held_bytes, wait
 from .hf import LessCache, sizes
-from .kernels import LessKernels
 from .state import LayerState
 from .step import compiled, extend, traceable
 
@@ -86,15 +85,16 @@ def attention_steps(
 
 @torch.inference_mode()
 def decode(
-    model, policy, kernels: LessKernels | None, batch: int, length: int, rounds: int, compile: bool, only: str | None = None
+    model, policy, contenders: dict, batch: int, length: int, rounds: int, compile: bool, only: str | None = None
 ) -> list[Row]:
     """Tokens generated greedily, one by one, by sequences of `length` tokens: the whole model, end to end.
 
-    only: the name of the one cache to measure, where several would not fit into the memory side by side.
+    contenders: by name LessKernels or None, beside the full caches; only: the name of the one cache to measure, where several
+    would not fit into the memory side by side.
     """
     new = (WARM_UP + rounds) * BURST + 1
     makers = dict(_full_caches(model, batch, length, new, compile))
-    makers |= dict(_less_caches(model, policy, kernels, batch, length, compile))
+    makers |= dict(_less_caches(model, policy, contenders, batch, length, compile))
     caches, steps = {}, {}
     for name, make in makers.items() if only is None else [(only, makers[only])]:
         network, caches[name] = make()
@@ -105,11 +105,11 @@ def decode(
 
 
 @torch.inference_mode()
-def prefill(model, policy, kernels: LessKernels | None, batch: int, length: int, rounds: int) -> list[Row]:
-    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model."""
+def prefill(model, policy, contenders: dict, batch: int, length: int, rounds: int) -> list[Row]:
+    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode."""
     twin, ids = _twin(model, "sdpa"), _tokens(model, batch, length)
     makers = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
-    for name, learned in _kinds(kernels).items():
+    for name, learned in contenders.items():
         makers[name] = (model, partial(LessCache.for_model, model, policy, learned))
     spent, peaks, size = {name: [] for name in makers}, {}, {}
 
@@ -176,7 +176,7 @@ def _full_caches(model, batch, length, new, compile) -> Iterator[tuple[str, Call
         yield "StaticCache, compiled", lambda: static(_compiled_model(twin))
 
 
-def _less_caches(model, policy, kernels, batch, length, compile) -> Iterator[tuple[str, Callable]]:
+def _less_caches(model, policy, contenders, batch, length, compile) -> Iterator[tuple[str, Callable]]:
     def filled(network, learned, step=False):
         cache = LessCache.for_model(model, policy, learned, compile=step)
         ids = _tokens(model, batch, min(length, policy.budget + 1))
@@ -186,15 +186,11 @@ def _less_caches(model, policy, kernels, batch, length, compile) -> Iterator[tup
             layer.seen += length - ids.shape[1]
         return network, cache
 
-    for name, learned in _kinds(kernels).items():
+    for name, learned in contenders.items():
         yield name, partial(filled, model, learned)
         if compile and traceable(policy):
             yield f"{name}, step compiled", partial(filled, model, learned, True)
             yield f"{name}, compiled", lambda learned=learned: filled(_compiled_model(model), learned)
-
-
-def _kinds(kernels):
-    return {"bare": None} | ({"LESS": kernels} if kernels else {})
 
 
 def _next_token(network, cache, ids):

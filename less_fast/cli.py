@@ -142,6 +142,7 @@ def generate(
     budget: Annotated[str, typer.Option(help="Tokens that each KV head keeps.")] = "51",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding step first: for long texts on a CPU.")] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
     seed: SeedOption = 0,
@@ -153,7 +154,8 @@ def generate(
     rule = _budgeted(policy, budget, None)
     network, tokenizer = _load(model, device, dtype)
     learned, _ = _load_kernels(network, model, kernels, seed)
-    cache = LessCache.for_model(network, rule, learned, token_kinds=token_kinds(tokenizer) if rule.kinds else None)
+    kinds = token_kinds(tokenizer) if rule.kinds else None
+    cache = LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -219,6 +221,7 @@ def bench(
     network = _load_shape(model, device, dtype)
     shape = sizes(network)
     learned = LessKernels(**shape, rank=rank, hidden=hidden).requires_grad_(False).to(network.device)
+    contenders = {"bare": None, "LESS": learned}
     layer = {name: size for name, size in shape.items() if name != "layers"}
     rows = []
     with errors.status("measuring, all caches in turns ...") as status:
@@ -226,9 +229,9 @@ def bench(
             status.update(f"attention steps and decoding, batch {many} ...")
             steps = {"bare": (rule, None), "LESS": (rule, learned.layers[0])}
             rows += benchmark.attention_steps(layer, steps, many, length, rounds, network.dtype, network.device, compile)
-            rows += benchmark.decode(network, rule, learned, many, length, rounds, compile)
+            rows += benchmark.decode(network, rule, contenders, many, length, rounds, compile)
         status.update("prefill ...")
-        rows += benchmark.prefill(network, rule, learned, 1, length, rounds)
+        rows += benchmark.prefill(network, rule, contenders, 1, length, rounds)
     record = {
         "rows": [asdict(row) for row in rows],
         "model": model or "embedded",

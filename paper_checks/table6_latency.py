@@ -51,13 +51,13 @@ class Cell:
 def generation(model, cache, policy, kernels, batch, prompt, new, compile) -> float:
     """Seconds to read `batch` prompts and to generate `new` tokens for each."""
     rows = min(batch, ROWS_AT_ONCE)
-    kind = "DynamicCache" if cache == "full" else "bare" if kernels is None else "LESS"
-    reading = next(row.seconds for row in prefill(model, policy, kernels, rows, prompt, 1) if row.cache == kind)
+    kind = "DynamicCache" if cache == "full" else cache
+    reading = next(row.seconds for row in prefill(model, policy, {cache: kernels}, rows, prompt, 1) if row.cache == kind)
     if cache == "full" and compile:
         kind = "StaticCache"
     name = f"{kind}, compiled" if compile else kind
     first, middle, last = (
-        decode(model, policy, kernels, batch, length, 1, compile, only=name)[0].seconds
+        decode(model, policy, {cache: kernels}, batch, length, 1, compile, only=name)[0].seconds
         for length in (prompt, prompt + new // 2, prompt + new)
     )
     if kind == "StaticCache":  # it is allocated at its full length from the start

@@ -158,6 +158,35 @@ def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
     assert once[1] != command("generate", "import ", "--temperature", 1, "--max-new-tokens", 20, "--seed", 4)[1]
 
 
+def test_generate_writes_the_same_text_with_compiled_steps(command):
+    arguments = ["generate", "def f(", "--budget", 12, "--max-new-tokens", 20, "--temperature", 0]
+    assert command(*arguments) == command(*arguments, "--compile")
+
+
+def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(command, tmp_path):
+    small = ["--length", 64, "--rounds", 1, "--batch", "2,1", "--no-compile", "--hidden", 16]
+    code, table, _ = command("bench", *small, "--plot", tmp_path / "speed.png")
+    assert code == 0
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert all(name in table for name in ("attention step", "prefill", "StaticCache", "LESS"))
+    code, out, _ = command("bench", *small, "--json")
+    rows = json.loads(out)["rows"]
+    assert [(row["what"], row["batch"], row["cache"]) for row in rows] == [
+        *((what, batch, cache) for batch in (2, 1) for what, caches in (
+            ("attention step", ("full", "bare", "LESS")),
+            ("decode", ("DynamicCache", "StaticCache", "bare", "LESS")),
+        ) for cache in caches),
+        *(("prefill", 1, cache) for cache in ("DynamicCache", "bare", "LESS")),
+    ]  # fmt: skip
+    assert all(row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] for row in rows)
+
+
+def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
+    monkeypatch.setitem(cli.SHAPES, "llama-2-7b", make_model().config)
+    code, out, _ = command("bench", "--model", "llama-2-7b", "--length", 32, "--rounds", 1, "--no-compile", "--json")
+    assert (code, json.loads(out)["model"]) == (0, "llama-2-7b")
+
+
 def test_train_makes_kernels_that_compare_uses(command, story, tmp_path):
     out = tmp_path / "kernels"
     small = ["--sequences", 6, "--validation", 2, "--length", 128, "--epochs", 1, "--hidden", 8, "--rank", 4]
@@ -204,6 +233,14 @@ def spoiled(tmp_path):
         (["compare", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
         (["generate", ""], "the prompt is empty"),
         (["generate", "x", "--budget", "5%"], "say it in tokens"),
+        (["generate", "x", "--policy", "fastgen", "--compile"], "cannot be compiled"),
+        (["bench", "--policy", "full"], "bench measures policies of fixed shape, and full is none"),
+        (["bench", "--policy", "fastgen"], "bench measures policies of fixed shape, and fastgen is none"),
+        (["bench", "--batch", "1,0"], "--batch takes whole numbers of at least 1"),
+        (["bench", "--batch", "many"], "--batch takes whole numbers of at least 1"),
+        (["bench", "--model", "/no/such/folder"], "no usable model at /no/such/folder"),
+        (["bench", "--model", "llama-2-7b", "--device", "tpu"], "no device 'tpu' here"),
+        (["bench", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
         (["train", "--budget", "1023"], "evicts nothing"),
         (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
     ],
