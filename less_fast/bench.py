@@ -223,16 +223,25 @@ def plot(rows: list[Row], path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     decoding = [row for row in rows if row.what == "decode"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    batches = sorted({row.batch for row in decoding})
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    colours = {"DynamicCache": "gray", "StaticCache": "black", "bare": "tab:red", "LESS": "tab:blue"}
+    dashes = {"": ":", "step compiled": "--", "compiled": "-"}
     for cache in dict.fromkeys(row.cache for row in decoding):
-        line = [row for row in decoding if row.cache == cache]
-        axes.plot([row.batch for row in line], [row.tokens_per_second for row in line], marker="o", label=cache)
-    axes.set(xlabel="sequences decoded together", ylabel="tokens per second", title=title, xscale="log", yscale="log")
-    axes.title.set_size(9)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+        line = sorted((row.batch, row.tokens_per_second) for row in decoding if row.cache == cache)
+        name, _, how = cache.partition(", ")
+        axes.plot(*zip(*line), marker="o", label=cache, color=colours[name], linestyle=dashes[how])
+    axes.set(xlabel="sequences decoded together", ylabel="tokens per second", xscale="log", yscale="log")
+    axes.set_title(title, size=9)
+    axes.set_xticks(batches, batches)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
