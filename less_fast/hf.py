@@ -341,7 +341,7 @@ def less_mask(
             f"the attention mask covers {attention_mask.shape[-1]} tokens, but {int(kv_offset)} were seen before these "
             f"{kv_length}: pass a mask over all of them"
         )
-    return attention_mask[:, None, int(kv_offset) : int(kv_offset) + kv_length, None].bool()
+    return attention_mask[:, None, int(kv_offset) : int(kv_offset) + kv_length, None].bool().contiguous()
 
 
 def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -76,10 +76,10 @@ def test_compiled_steps_equal_the_reference(table, k3):
 @pytest.mark.parametrize("table", ["h2o", "unequal"])
 @pytest.mark.usefixtures("compile_steps")
 def test_compiled_steps_equal_the_reference_in_every_row_of_a_padded_batch(table):
-    @given(SEEDS, padded_batches(sum(CHUNKS)))
-    def check(seed, valid):
+    @given(SEEDS, padded_batches(sum(CHUNKS)), st.sampled_from([torch.nan, 1.0]))
+    def check(seed, valid, fill):
         case, valid = a_case(table, seed), np.resize(valid, (4, valid.shape[1]))
-        qkv = with_pads(batch(case, 4), valid)
+        qkv = with_pads(batch(case, 4), valid, fill)
         assert_rows_equal_the_reference_alone(case, allocate(case, 4), [empty(case)] * 4, qkv, valid)
 
     check()
@@ -163,9 +163,12 @@ def test_generate_compiles_the_whole_model_once_where_it_is_told_to(no_recompile
     def cache():
         return LessCache.for_model(model, policy, kernels)
 
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
     ids, mask = left_padded([9, 4], 9)
     got = generate(model, ids, cache(), mask, compile_config=everywhere)
     assert torch.equal(got, generate(model, ids, cache(), mask, disable_compile=True))
+    assert counters["unique_graphs"] == before + 1
     with no_recompiles():
         for ids, mask in (left_padded([3, 17], 17), (tokens(2, 6), torch.ones(2, 6))):
             got = generate(model, ids, cache(), mask, compile_config=everywhere)

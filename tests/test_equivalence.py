@@ -155,10 +155,10 @@ def padded(draw_case):
     return draw_case.flatmap(lambda case: st.tuples(st.just(case), padded_batches(case.length)))
 
 
-def with_pads(qkv, valid):
-    """Pads hold NaN, which shows wherever one leaks."""
+def with_pads(qkv, valid, fill=torch.nan):
+    """Pads hold NaN, which shows wherever one leaks, or something that looks like a token."""
     pads = ~torch.from_numpy(valid)[:, None, :, None]
-    return tuple(x.masked_fill(pads, torch.nan) for x in qkv)
+    return tuple(x.masked_fill(pads, fill) for x in qkv)
 
 
 @given(cases(policy=ANY_POLICY))
@@ -168,12 +168,12 @@ def test_extend_equals_the_reference_after_every_chunk(case):
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
-@given(padded(cases(policy=ANY_POLICY)))
-@example((APART, np.tri(4, APART.length, 8, dtype=bool)))
-def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid):
+@given(padded(cases(policy=ANY_POLICY)), st.sampled_from([torch.nan, 1.0]))
+@example((APART, np.tri(4, APART.length, 8, dtype=bool)), torch.nan)
+def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid, fill):
     case, valid = case_and_valid
     rows = len(valid)
-    qkv = with_pads(batch(case, rows), valid)
+    qkv = with_pads(batch(case, rows), valid, fill)
     state = allocate(case, rows)
     assert_rows_equal_the_reference_alone(case, state, [empty(case)] * rows, qkv, valid)
     assert state.n.tolist() == valid.sum(1).tolist()
