@@ -67,6 +67,25 @@ class Kernels:
         return np.abs(gelu(gelu(k @ self.k1[kv_head]) @ self.k2[kv_head, :, :R]) @ self.k3[kv_head, :R, :R])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Kernels):
+    """Not the paper's: learned, too, but positive by an exponential, where a narrow hidden layer does, or none (h = 0).
+
+    q0 (Hq, D, R), k0 (Hkv, D, R), and the others as above but for k3 (Hkv, R). Exponents are cut: float32 holds e^80.
+    """
+
+    q0: np.ndarray
+    k0: np.ndarray
+
+    def phi(self, q, query_head):
+        exponent = q @ self.q0[query_head] + gelu(q @ self.q1[query_head]) @ self.q2[query_head]
+        return np.exp(np.minimum(exponent, 40))[..., : self.rank(query_head * len(self.k1) // len(self.q1))]
+
+    def psi(self, k, kv_head):
+        exponent = k @ self.k0[kv_head] + gelu(k @ self.k1[kv_head]) @ self.k2[kv_head] + self.k3[kv_head]
+        return np.exp(np.minimum(exponent, 40))[..., : self.rank(kv_head)]
+
+
 # Control kernels: nothing learned, the same for all heads. The paper compares with the first.
 
 
@@ -81,7 +100,7 @@ class Performer:
         return len(self.w)
 
     def phi(self, x, head):
-        """x (..., D) -> (..., R), positive. An exponent, at most |w|^2 / 2, is cut at 40: float32 holds products of e^40."""
+        """x (..., D) -> (..., R), positive. An exponent, at most |w|^2 / 2, is cut at 40, too."""
         x = x * math.sqrt(self.scale)
         exponent = x @ self.w.T - (x**2).sum(-1, keepdims=True) / 2
         return np.exp(np.minimum(exponent, 40)) / math.sqrt(len(self.w))
@@ -218,10 +237,8 @@ class DecayedH2O(H2O):
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Keeps what the last query attends to most, by the mean over all query heads of the layer (Oren et al. 2024).
-
-    All KV heads hold the same tokens, so all of them must follow this policy.
-    """
+    """Keeps what the last query attends to most, by the mean over all query heads of the layer (Oren et al. 2024): the same
+    tokens in all KV heads, so all of them must follow this policy."""
 
     budget: int
     pooled = True
@@ -262,8 +279,8 @@ class SnapKV(Policy):
     """Keeps the last `window` tokens and those to which the last `window` queries attend most, all together; a token counts as
     much as the best of its neighbours within `reach` positions (Li et al. 2024: max pooling with a kernel of 2 reach + 1).
 
-    The paper chooses once, at the end of the prompt, and keeps all that is generated; here the window moves on.
-    The score of a token is what each of the last `window` queries gave it.
+    The paper chooses once, at the end of the prompt, and keeps all that is generated; here the window moves on. The score is
+    what each of the last `window` queries gave the token.
     """
 
     budget: int
@@ -378,10 +395,8 @@ def attend_literal(logits, v, phi, H, z):
 
 
 def attend(logits, v, phi, H, z):
-    """The same, stably: attention over the E visible tokens plus one virtual token.
-
-    The virtual token's logit is log(phi.z) and its value phi H / (phi.z); where phi.z is not positive there is none.
-    """
+    """The same, stably: attention over the E visible tokens plus one virtual token, whose logit is log(phi.z) and whose value is
+    phi H / (phi.z); where phi.z is not positive there is none."""
     mass = phi @ z
     if mass > 0:
         logits = np.append(logits, math.log(mass))
@@ -395,7 +410,6 @@ def softmax(logits):
 
 
 # Extend: attend, score, evict and fold.
-
 
 LARGEST = 1e12  # a token with larger numbers is broken
 
@@ -524,10 +538,8 @@ def run(q, k, v, policy, kernels=None, chunks=None, scale=None, kinds=None):
 
 
 def eviction_times(trace):
-    """e (Hkv, T) of a streaming run: the step at whose end each token was evicted, infinity while it is kept.
-
-    An evicted token never returns, so this one number for each token and KV head describes the whole run.
-    """
+    """e (Hkv, T) of a streaming run: the step at whose end each token was evicted, infinity while it is kept. An evicted token
+    never returns, so this one number for each token and KV head describes the whole run."""
     steps = len(trace.kept)
     e = np.full((len(trace.kept[0]), steps), np.inf)
     for g in range(e.shape[0]):
@@ -578,22 +590,11 @@ def training_loss(out, full, projection, e):
 def memory(policies, head_dim, kernels=None):
     """Numbers held by one layer and sequence, as a dict; policies: one for each KV head.
 
-    entries: (B + 1) * 2D keys and values (one slot is scratch); low_rank: R * (D + 1), none without kernels; bookkeeping: a
-    position and a score for each slot.
+    entries: (B + 1) * 2D keys and values (one slot is scratch); low_rank: R * (D + 1), none without kernels, or about 4 tokens
+    of 2D at R = 8; bookkeeping: a position and a score for each slot.
     """
     return {
         "entries": sum((rule.budget + 1) * 2 * head_dim for rule in policies),
         "low_rank": sum(kernels.rank(g) * (head_dim + 1) for g in range(len(policies))) if kernels else 0,
         "bookkeeping": sum((rule.budget + 1) * (1 + math.prod(rule.score_shape)) for rule in policies),
     }
-
-
-def token_equivalents(head_dim, rank):
-    """How many cached tokens the low-rank state of a KV head weighs: R (D + 1) / 2D; 4.03 at R = 8, D = 128."""
-    return rank * (head_dim + 1) / (2 * head_dim)
-
-
-def kernel_weights(query_heads, kv_heads, head_dim, hidden, rank):
-    """Weights of one layer's kernels, shared by all sequences: Hq (D h + h R) + Hkv (D h + h R + R^2)."""
-    one = head_dim * hidden + hidden * rank
-    return query_heads * one + kv_heads * (one + rank * rank)

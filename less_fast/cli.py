@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from . import bench as benchmark
 from .compare import compare as compare_caches
 from .compare import held_bytes, plot
-from .demo import KERNELS, MODEL, corpus
+from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
-from .kernels import CONFIG, FAMILIES, LessKernels
+from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
 from .plan import SHAPES, config_of
 from .plan import plan as plan_costs
 from .policies import POLICIES
 from .text import token_kinds
 from .text import windows as cut_windows
-from .train import Recipe
+from .train import RECIPES
 from .train import train as train_kernels
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ class Bad(Exception):
 
 
 PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)
+FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
 
 ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one unless given.")]
@@ -61,13 +62,24 @@ PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library unless given.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
+FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
+HiddenOption = Annotated[
+    int | None, typer.Option("--hidden", min=0, help="Hidden width of the kernels; 32 (paper: 512) unless given.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
 @app.command()
 def compare(
     model: ModelOption = "",
-    kernels: KernelsOption = "",
+    kernels: Annotated[
+        list[str],
+        typer.Option(
+            "--kernels",
+            help="Folder or hub name of kernels for the model, may be repeated; none; or performer, fourier or elu: controls "
+            "without training. Embedded model: its own, exponential and the paper's, unless given.",
+        ),
+    ] = [],
     policy: PolicyOption = PolicyName.h2o,
     budgets: Annotated[
         str, typer.Option(help="What each KV head keeps: tokens, or a share of the length, separated by commas.")
@@ -82,6 +94,8 @@ def compare(
     picture: Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture (needs matplotlib).")] = None,
 ):
     """Full cache, bare policy, Baseline+ and LESS side by side: perplexity, bytes held, tokens per second."""
+    if not kernels and not model:
+        kernels = [str(KERNELS), str(PAPER_KERNELS)]
     if length < 32:
         raise Bad(f"--length must be at least 32 tokens, not {length}")
     if windows < 2:
@@ -96,7 +110,7 @@ def compare(
         _check_plot(picture)
     contents = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
-    learned, learned_name = _load_kernels(network, model, kernels, seed)
+    learned = {_named(some): _load_kernels(network, model, some, seed) for some in kernels if some != "none"}
     contents = contents or [content for _, content in corpus.documents("test")]
     chosen = cut_windows(tokenizer, contents, length, windows, seed)
     source = ", ".join(file.name for file in text) or f"held-out standard library ({corpus.digest('test')})"
@@ -107,8 +121,8 @@ def compare(
             status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
 
         kinds = token_kinds(tokenizer) if policies[0].kinds else None
-        rows = compare_caches(network, chosen, policies, learned, learned_name, done, kinds)
-    if learned is None:
+        rows = compare_caches(network, chosen, policies, learned, done, kinds)
+    if not learned:
         errors.print("No kernels for this model, so no LESS: train some with `less-kv train`.")
     record = {
         "rows": [asdict(row) for row in rows],
@@ -153,7 +167,7 @@ def generate(
         raise Bad("the prompt is empty")
     rule = _budgeted(policy, budget, None)
     network, tokenizer = _load(model, device, dtype)
-    learned, _ = _load_kernels(network, model, kernels, seed)
+    learned = _load_kernels(network, model, kernels, seed)
     kinds = token_kinds(tokenizer) if rule.kinds else None
     cache = LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
@@ -189,8 +203,9 @@ def bench(
     model: ShapeOption = "",
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
+    family: FamilyOption = FamilyName.exponential,
     rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    hidden: HiddenOption = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
     length: Annotated[int, typer.Option(min=32, help="Tokens of each sequence before the measured ones.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache, of 8 tokens or one prompt each.")] = 4,
@@ -220,7 +235,8 @@ def bench(
     torch.manual_seed(seed)
     network = _load_shape(model, device, dtype)
     shape = sizes(network)
-    learned = LessKernels(**shape, rank=rank, hidden=hidden).requires_grad_(False).to(network.device)
+    hidden = RECIPES[family.value].hidden if hidden is None else hidden
+    learned = LessKernels(**shape, rank=rank, hidden=hidden, family=family.value).requires_grad_(False).to(network.device)
     contenders = {"bare": None, "LESS": learned}
     layer = {name: size for name, size in shape.items() if name != "layers"}
     rows = []
@@ -236,6 +252,7 @@ def bench(
         "rows": [asdict(row) for row in rows],
         "model": model or "embedded",
         "policy": repr(rule),
+        "family": family.value,
         "rank": rank,
         "hidden": hidden,
         "length": length,
@@ -306,14 +323,15 @@ def train(
     length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 1024,
     sequences: Annotated[int, typer.Option(min=1, help="Windows to train on.")] = 512,
     validation: Annotated[int, typer.Option(min=1, help="Windows that choose the best epoch.")] = 32,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the windows.")] = 40,
+    family: FamilyOption = FamilyName.exponential,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the windows; 10 (paper: 40) unless given.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    hidden: HiddenOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace kernels that are in the folder already.")] = False,
 ):
-    """Trains kernels for a model by the paper's recipe; the figures are saved with them."""
+    """Trains kernels for a model, each layer alone as in the paper; the figures are saved with them."""
     if (out / CONFIG).exists() and not overwrite:
         raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     if policy.value == "full":
@@ -334,7 +352,11 @@ def train(
             for split, count in (("train", sequences), ("validation", validation))
         )
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before the training
-    recipe = Recipe(rank=rank, hidden=hidden, epochs=epochs, halve_every=max(1, epochs // 4), seed=seed)
+    recipe = replace(RECIPES[family.value], rank=rank, seed=seed)
+    if hidden is not None:
+        recipe = replace(recipe, hidden=hidden)
+    if epochs is not None:
+        recipe = replace(recipe, epochs=epochs, halve_every=recipe.halve_every and max(1, epochs // 4))
     learned = train_kernels(network, training, held_out, rule, recipe)
     learned.about["model"] = model or "embedded"
     learned.about["text"] = ", ".join(file.name for file in text) or f"standard library ({corpus.digest('train')})"
@@ -405,16 +427,21 @@ def _load_shape(model: str, device: str, dtype: Dtype):
         return AutoModelForCausalLM.from_config(SHAPES[model], dtype=getattr(torch, dtype.value)).eval().requires_grad_(False)
 
 
-def _load_kernels(network, model: str, kernels: str, seed: int) -> tuple[LessKernels | None, str | None]:
-    """The kernels that fit the model, and what to call them; None and None for the bare policy."""
+def _named(kernels: str) -> str:
+    """What to call them: the embedded ones by their family."""
+    return {str(KERNELS): "exponential", str(PAPER_KERNELS): "paper"}.get(kernels, kernels)
+
+
+def _load_kernels(network, model: str, kernels: str, seed: int) -> LessKernels | None:
+    """The kernels that fit the model; None for the bare policy."""
     if kernels == "none" or (model and not kernels):
-        return None, None
-    if kernels in FAMILIES and kernels != "paper" and not Path(kernels).exists():
+        return None
+    if issubclass(FAMILIES.get(kernels, Features), Control) and not Path(kernels).exists():
         torch.manual_seed(seed)
-        return LessKernels(**sizes(network), family=kernels).requires_grad_(False).to(network.device), kernels
+        return LessKernels(**sizes(network), family=kernels).requires_grad_(False).to(network.device)
     learned = LessKernels.from_pretrained(kernels or KERNELS)
     check_kernels(network, learned)
-    return learned.to(network.device), kernels or "embedded"
+    return learned.to(network.device)
 
 
 def _check_plot(picture: Path):
@@ -443,7 +470,7 @@ def _print_table(record, rows):
         if row.cache == "bare":
             table.add_section()
         table.add_row(
-            {"less": "LESS", "baseline+": "Baseline+"}.get(row.cache, row.cache),
+            {"less": f"LESS, {row.kernels}", "baseline+": "Baseline+"}.get(row.cache, row.cache),
             row.policy or "",
             "all" if row.budget is None else str(row.budget),
             f"{row.perplexity:.2f}",

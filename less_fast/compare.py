@@ -49,12 +49,11 @@ def compare(
     model,
     windows: torch.Tensor,
     policies: list,
-    kernels: LessKernels | None,
-    name: str | None,
+    kernels: dict[str, LessKernels],
     progress=lambda row: None,
     token_kinds: torch.Tensor | None = None,
 ) -> list[Row]:
-    """Measures the full cache, and for each policy the bare policy, Baseline+ and (with kernels) LESS.
+    """Measures the full cache, and for each policy the bare policy and, for all kernels by name, Baseline+ and LESS.
 
     windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
@@ -62,7 +61,7 @@ def compare(
     token_kinds: for policies that ask, as `LessCache.for_model` takes them.
     Raises ValueError where the model's output is not finite.
     """
-    contenders = list(_contenders(model, policies, kernels, name, token_kinds))
+    contenders = list(_contenders(model, policies, kernels, token_kinds))
     speeds = decode(model, windows[:DECODED_ROWS], contenders)
     rows, losses = [], {}
     for contender, (size, speed) in zip(contenders, speeds):
@@ -104,7 +103,7 @@ def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor)
     return share(full.mean(), bare.mean(), other.mean()).item(), stderr.item()
 
 
-def _contenders(model, policies, kernels, name, token_kinds) -> Iterator[Contender]:
+def _contenders(model, policies, kernels, token_kinds) -> Iterator[Contender]:
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     def less(policy, kernels=None):
@@ -112,10 +111,10 @@ def _contenders(model, policies, kernels, name, token_kinds) -> Iterator[Contend
 
     for policy in policies:
         yield Contender("bare", policy, None, less(policy))
-        if kernels is not None:
-            more = baseline_plus(model, policy, kernels)
+        for more in dict.fromkeys(baseline_plus(model, policy, learned) for learned in kernels.values()):
             yield Contender("baseline+", more, None, less(more))
-            yield Contender("less", policy, name, less(policy, kernels))
+        for name, learned in kernels.items():
+            yield Contender("less", policy, name, less(policy, learned))
 
 
 def baseline_plus(model, policy, kernels: LessKernels):
@@ -187,14 +186,14 @@ def plot(rows: list[Row], path, title: str) -> None:
     full = rows[0]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
-    colours = {"bare": "tab:red", "baseline+": "tab:orange", "less": "tab:blue"}
     names = {"bare": "bare policy", "baseline+": "Baseline+ (equal memory)", "less": "LESS"}
-    for cache in dict.fromkeys(row.cache for row in rows[1:]):
-        line = [row for row in rows if row.cache == cache]
+    for index, (cache, kernels) in enumerate(dict.fromkeys((row.cache, row.kernels) for row in rows[1:])):
+        line = [row for row in rows if (row.cache, row.kernels) == (cache, kernels)]
         held = [row.bytes / 1e6 for row in line]
+        label = names[cache] + (f", {kernels}" if kernels else "")
         axes.errorbar(
             held, [row.perplexity for row in line], [row.stderr for row in line],
-            color=colours[cache], marker="o", capsize=3, label=names[cache],
+            color=f"C{index}", marker="o", capsize=3, label=label,
         )  # fmt: skip
     axes.set(xlabel="MB held for each sequence", ylabel="perplexity (streaming)", title=title)
     axes.grid(alpha=0.3)

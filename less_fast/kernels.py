@@ -53,7 +53,44 @@ class Features(nn.Module):
         raise NotImplementedError
 
 
-class LayerKernels(Features):
+class Learned(Features):
+    """Kernels with weights: those whose names begin with q are of the query heads, those with k of the KV heads."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int], hidden: int, least: int):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        if hidden < least:
+            raise ValueError(f"kernels need a hidden width of at least {least}, not {hidden}")
+        self.hidden = hidden
+        self.dropout = 0.0  # on the hidden layer, in train mode
+
+    @property
+    def _group(self):
+        return self.query_heads // self.kv_heads
+
+    def _hidden_layer(self, x, weight):
+        """x (H, N m, D) -> (H, N m, h): one matrix product for each head, weights never expanded."""
+        hidden = gelu(x @ weight)
+        if self.training and self.dropout > 0:
+            hidden = hidden * _dropout_mask(hidden, self.dropout)
+        return hidden
+
+    def of_heads(self, kv_heads):
+        """Itself for all heads of one rank, else a copy of their weights."""
+        ranks = [self.ranks[head] for head in kv_heads]
+        if kv_heads == list(range(self.kv_heads)) and min(ranks) == self.rank:
+            return self
+        query_heads = [head * self._group + a for head in kv_heads for a in range(self._group)]
+        with torch.device("meta"):  # where nothing random is drawn
+            part = type(self)(len(query_heads), len(kv_heads), self.head_dim, ranks, self.hidden)
+        part = part.to_empty(device=self.q1.device).to(self.q1.dtype)
+        with torch.no_grad():
+            for name, weight in part.named_parameters():
+                theirs = getattr(self, name)[query_heads if name.startswith("q") else kv_heads]
+                weight.copy_(theirs[tuple(slice(size) for size in weight.shape)])
+        return part
+
+
+class LayerKernels(Learned):
     """The paper's: two-layer networks with weights per query head (phi) and per KV head (psi), non-negative.
 
         phi(q) = | gelu(gelu(q Q1) Q2) |        psi(k) = | gelu(gelu(k K1) K2) K3 |        exact GELU
@@ -64,24 +101,17 @@ class LayerKernels(Features):
     def __init__(
         self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 512
     ):
-        super().__init__(query_heads, kv_heads, head_dim, rank)
-        if hidden < 1:
-            raise ValueError(f"kernels need a hidden width of at least 1, not {hidden}")
+        super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=1)
         R = self.rank
         self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
         self.q2 = nn.Parameter(torch.randn(query_heads, hidden, R) * hidden**-0.5)  # (Hq, h, R)
         self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
         self.k2 = nn.Parameter(torch.randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
         self.k3 = nn.Parameter(torch.eye(R).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
-        self.dropout = 0.0  # on the first hidden layer, in train mode
         with torch.no_grad():  # a feature that starts at zero stays there, because its gradient is zero too
             for head, rank in enumerate(self.ranks):
                 self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
                 self.k2[head, :, rank:] = 0
-
-    @property
-    def _group(self):
-        return self.query_heads // self.kv_heads
 
     def phi(self, q):
         return _of_rows(self._two_layers(_of_heads(q), self.q1, self.q2).abs(), q)
@@ -90,26 +120,51 @@ class LayerKernels(Features):
         return _of_rows((self._two_layers(_of_heads(k), self.k1, self.k2) @ self.k3).abs(), k)
 
     def _two_layers(self, x, first, second):
-        """x (H, N m, D) -> (H, N m, R): one matrix product for each head, weights never expanded."""
-        hidden = gelu(x.to(first.dtype) @ first)  # (H, N m, h)
-        if self.training and self.dropout > 0:
-            hidden = hidden * _dropout_mask(hidden, self.dropout)
-        return gelu(hidden @ second)
+        """x (H, N m, D) -> (H, N m, R)."""
+        return gelu(self._hidden_layer(x.to(first.dtype), first) @ second)
 
-    def of_heads(self, kv_heads):
-        """Itself for all heads of one rank, else a copy of their weights."""
-        ranks = [self.ranks[head] for head in kv_heads]
-        if kv_heads == list(range(self.kv_heads)) and min(ranks) == self.rank:
-            return self
-        query_heads = [head * self._group + a for head in kv_heads for a in range(self._group)]
-        with torch.device("meta"):  # where nothing random is drawn
-            part = LayerKernels(len(query_heads), len(kv_heads), self.head_dim, ranks, self.q1.shape[2])
-        part = part.to_empty(device=self.q1.device).to(self.q1.dtype)
-        with torch.no_grad():
-            for name, weight in part.named_parameters():
-                theirs = getattr(self, name)[query_heads if name.startswith("q") else kv_heads]
-                weight.copy_(theirs[tuple(slice(size) for size in weight.shape)])
-        return part
+
+class Exponential(Learned):
+    """A departure from the paper, learned and positive by an exponential instead of an absolute value:
+
+        phi(q) = exp(q Q0 + gelu(q Q1) Q2)        psi(k) = exp(k K0 + gelu(k K1) K2 + b)        exact GELU
+
+    A softmax weight is an exponential of something linear in q and in k, which a rank of 8 then has to sum up; so a narrow
+    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, so that training
+    starts from the bare policy.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 32):
+        super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=0)
+        R = self.rank
+        self.q0 = nn.Parameter(torch.randn(query_heads, head_dim, R) * head_dim**-0.5)  # (Hq, D, R)
+        self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
+        self.q2 = nn.Parameter(torch.zeros(query_heads, hidden, R))  # (Hq, h, R)
+        self.k0 = nn.Parameter(torch.randn(kv_heads, head_dim, R) * head_dim**-0.5)  # (Hkv, D, R)
+        self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
+        self.k2 = nn.Parameter(torch.zeros(kv_heads, hidden, R))  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.full((kv_heads, R), -10.0))  # (Hkv, R), b
+
+    def phi(self, q):
+        return self._padded(_of_rows(self._exponential(_of_heads(q), self.q0, self.q1, self.q2), q))
+
+    def psi(self, k):
+        return self._padded(_of_rows(self._exponential(_of_heads(k), self.k0, self.k1, self.k2, self.k3), k))
+
+    def _exponential(self, x, linear, first, second, bias=None):
+        """x (H, N m, D) -> (H, N m, R)."""
+        x = x.to(linear.dtype)
+        exponent = x @ linear + self._hidden_layer(x, first) @ second
+        if bias is not None:
+            exponent = exponent + bias[:, None]
+        return exponent.clamp(max=40).exp()
+
+    def _padded(self, features):
+        """features (N, H, m, R), with zeros beyond the rank of each head."""
+        if min(self.ranks) == self.rank:
+            return features
+        ranks = torch.tensor(self.ranks, device=features.device).repeat_interleave(features.shape[1] // self.kv_heads)  # (H,)
+        return features * (torch.arange(self.rank, device=features.device) < ranks[:, None])[:, None]
 
 
 class Control(Features):
@@ -177,7 +232,7 @@ class Elu(Control):
         return elu(x) + 1
 
 
-FAMILIES = {"paper": LayerKernels, "performer": Performer, "fourier": Fourier, "elu": Elu}
+FAMILIES = {"paper": LayerKernels, "exponential": Exponential, "performer": Performer, "fourier": Fourier, "elu": Elu}
 """Every family by the name that files and the command line use."""
 
 

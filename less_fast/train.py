@@ -1,4 +1,4 @@
-"""Training of the kernels by the paper's recipe (section 3.2): each layer alone, in the parallel form.
+"""Training of the kernels as in the paper (section 3.2): each layer alone, in the parallel form.
 
 A layer's queries, keys and values are recorded from the model with its full cache. The eviction times, and what the kept
 tokens contribute, do not depend on the kernels and are computed once. The kernels then learn to add what is missing: the
@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from .hf import attention_modules, check_model, fingerprint, record_layer, sizes
-from .kernels import LayerKernels, LessKernels
+from .kernels import FAMILIES, Features, LessKernels
 from .parallel import eviction_times, exact_part, low_rank_part, merge
 
 SEQUENCES_AT_ONCE = 16  # while recording; training itself takes Recipe.batch
@@ -22,16 +22,31 @@ SEQUENCES_AT_ONCE = 16  # while recording; training itself takes Recipe.batch
 
 @dataclass(frozen=True)
 class Recipe:
-    """The paper's recipe: Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer."""
+    """The paper's recipe: Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer.
+
+    halve_every None: the learning rate rises and falls once over the whole training instead (one cycle; Smith and Topin 2017);
+    clip: the largest norm of a step's gradient, None for any.
+    """
 
     rank: int = 8
     hidden: int = 512
     epochs: int = 40
     batch: int = 2
     learning_rate: float = 1e-3
-    halve_every: int = 10
+    halve_every: int | None = 10
     dropout: float = 0.3
     seed: int = 0
+    family: str = "paper"
+    clip: float | None = None
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "exponential": Recipe(
+        family="exponential", hidden=32, epochs=10, learning_rate=1e-2, halve_every=None, dropout=0.0, clip=1.0
+    ),
+}
+"""How each family of learned kernels is trained, unless told otherwise."""
 
 
 @dataclass
@@ -72,7 +87,7 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
         "recipe": asdict(recipe),
         "validation": [],
     }
-    kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about)
+    kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
     started = time.perf_counter()
     progress = tqdm(total=recipe.epochs * len(kernels.layers), unit="epoch")
     for index, module in enumerate(attention_modules(model)):
@@ -103,7 +118,7 @@ def prepare(q, k, v, policy, scale) -> Recorded:
     return Recorded(*(torch.cat(part) for part in zip(*parts)))
 
 
-def loss(kernels: LayerKernels, data: Recorded, projection: torch.Tensor, budget: int) -> torch.Tensor:
+def loss(kernels: Features, data: Recorded, projection: torch.Tensor, budget: int) -> torch.Tensor:
     """The paper's objective on some sequences: a scalar, differentiable in the kernels."""
     weighted, mass = low_rank_part(kernels.phi(data.q), kernels.psi(data.k), data.v, data.e, budget)
     return projected_error(merge(data.exact, data.lse, weighted, mass), data.full, projection)
@@ -114,7 +129,7 @@ def projected_error(out, full, projection):
     return ((out - full).transpose(1, 2).flatten(2) @ projection).square().mean()
 
 
-def train_layer(index, data, validation, projection, budget, recipe, progress) -> tuple[LayerKernels, dict]:
+def train_layer(index, data, validation, projection, budget, recipe, progress) -> tuple[Features, dict]:
     """The kernels of the best epoch, and their figures: error on the validation windows with LESS and with the bare policy."""
     Hq, Hkv, D = data.q.shape[1], data.k.shape[1], data.q.shape[3]
     device = data.q.device
@@ -122,17 +137,23 @@ def train_layer(index, data, validation, projection, budget, recipe, progress) -
     best, lowest = None, float("inf")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed + index)
-        kernels = LayerKernels(Hq, Hkv, D, recipe.rank, recipe.hidden).to(device)
+        kernels = FAMILIES[recipe.family](Hq, Hkv, D, recipe.rank, recipe.hidden).to(device)
         kernels.dropout = recipe.dropout
         adam = torch.optim.Adam(kernels.parameters(), lr=recipe.learning_rate)
-        halving = torch.optim.lr_scheduler.StepLR(adam, recipe.halve_every, gamma=0.5)
+        steps = -(-len(data.q) // recipe.batch)  # of an epoch
+        if recipe.halve_every is None:
+            pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.learning_rate, recipe.epochs * steps)
+        else:
+            pace = torch.optim.lr_scheduler.StepLR(adam, recipe.halve_every * steps, gamma=0.5)
         for _ in range(recipe.epochs):
             kernels.train()
             for rows in torch.randperm(len(data.q)).to(device).split(recipe.batch):
                 adam.zero_grad()
                 loss(kernels, data.rows(rows), projection, budget).backward()
+                if recipe.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(kernels.parameters(), recipe.clip)
                 adam.step()
-            halving.step()
+                pace.step()
             kernels.eval()
             with torch.no_grad():
                 batches = torch.arange(len(validation.q), device=device).split(SEQUENCES_AT_ONCE)

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 import less_ref
 from less_fast import LayerKernels, LessKernels
 from less_fast.hf import fingerprint, sizes
+from less_fast.kernels import Learned
 
 SIZES = dict(
     vocab_size=97,
@@ -60,8 +61,9 @@ def reference_policy(policy):
 def reference_kernels(layer):
     """The kernels of one layer for the reference."""
     weights = {name: weight.detach().double().numpy() for name, weight in layer.state_dict().items()}
-    if isinstance(layer, LayerKernels):
-        return less_ref.Kernels(**weights, ranks=tuple(layer.ranks))
+    if isinstance(layer, Learned):
+        family = less_ref.Kernels if isinstance(layer, LayerKernels) else less_ref.Exponential
+        return family(**weights, ranks=tuple(layer.ranks))
     extra = {"Performer": dict(scale=layer.head_dim**-0.5), "Fourier": {}, "Elu": dict(head_dim=layer.head_dim)}
     name = type(layer).__name__
     return getattr(less_ref, name)(**weights, **extra[name])

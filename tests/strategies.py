@@ -128,7 +128,11 @@ def reference_kernels(layer, seed, family=1.0):
     if family == "elu":
         return less_ref.Elu(D)
     sizes = dict(q1=(Hq, D, h), q2=(Hq, h, R), k1=(Hkv, D, h), k2=(Hkv, h, R), k3=(Hkv, R, R))
+    if family == "exponential":
+        sizes |= dict(q0=(Hq, D, R), k0=(Hkv, D, R), k3=(Hkv, R))
     weights = {name: rng.normal(size=size) * size[1] ** -0.5 for name, size in sizes.items()}
+    if family == "exponential":
+        return less_ref.Exponential(**weights, ranks=layer.ranks)
     return less_ref.Kernels(**weights | {"k3": weights["k3"] * family}, ranks=layer.ranks)
 
 
@@ -143,13 +147,16 @@ def fast_kernels(reference, layer=None, dtype=torch.float64):
             kernels.w = torch.from_numpy(reference.w)
         return kernels.to(dtype)
     (Hq, D, h), Hkv, R = reference.q1.shape, reference.k1.shape[0], reference.k3.shape[-1]
-    kernels = less_fast.LayerKernels(Hq, Hkv, D, reference.ranks or R, h).to(dtype)
+    exponential = isinstance(reference, less_ref.Exponential)
+    family = less_fast.kernels.Exponential if exponential else less_fast.LayerKernels
+    kernels = family(Hq, Hkv, D, reference.ranks or R, h).to(dtype)
     with torch.no_grad():
         for name, weight in kernels.named_parameters():
             weight.copy_(torch.from_numpy(getattr(reference, name)))
         for g, rank in enumerate(kernels.ranks):  # the reference does not look at these
-            kernels.q2[g * Hq // Hkv : (g + 1) * Hq // Hkv, :, rank:] = 0
-            kernels.k2[g, :, rank:], kernels.k3[g, rank:], kernels.k3[g, :, rank:] = 0, 0, 0
+            if not exponential:
+                kernels.q2[g * Hq // Hkv : (g + 1) * Hq // Hkv, :, rank:] = 0
+                kernels.k2[g, :, rank:], kernels.k3[g, rank:], kernels.k3[g, :, rank:] = 0, 0, 0
     return kernels.requires_grad_(False)
 
 
@@ -197,8 +204,8 @@ class Case:
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
-KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "performer", "fourier", "elu"])
-NON_NEGATIVE = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "performer", "elu"])
+KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "fourier", "elu"])
+NON_NEGATIVE = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "elu"])
 """For lower precision: a sum of signed features near zero may round to either side, and the virtual token comes or goes."""
 
 

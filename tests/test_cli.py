@@ -50,8 +50,12 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
     assert code == 0
     assert set(record) >= {"rows", "model", "text", "tokens", "chunking", "seed", "versions"}
     assert [(row["cache"], row["budget"]) for row in record["rows"]] == [
-        ("full", None), *[(cache, budget) for b in (10, 20) for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b))]
+        ("full", None), *[
+            (cache, budget) for b in (10, 20)
+            for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b), ("less", b))
+        ]
     ]  # fmt: skip
+    assert [row["kernels"] for row in record["rows"] if row["cache"] == "less"] == ["exponential", "paper"] * 2
     assert set(record["rows"][0]) == {
         "cache", "policy", "budget", "kernels", "perplexity", "stderr", "recovered", "recovered_stderr", "bytes",
         "tokens_per_second",
@@ -104,7 +108,7 @@ def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(polic
 def test_compare_takes_every_policy_and_half_precision(command, story, policy):
     code, out, _ = command("compare", "--text", story, *SMALLEST, "--policy", policy, "--dtype", "bfloat16")
     assert code == 0
-    bare, plus, less = json.loads(out)["rows"][1:]
+    bare, plus, less, _ = json.loads(out)["rows"][1:]
     assert {row["policy"].split("(")[0] for row in (bare, plus, less)} == {type(POLICIES[policy]).__name__}
     assert bare["bytes"] < less["bytes"] <= plus["bytes"]
     assert bare["budget"] == less["budget"] == 16
@@ -119,6 +123,16 @@ def test_compare_takes_control_kernels_drawn_from_the_seed(command, story, famil
         return row["perplexity"]
 
     assert less(3) == less(3)
+
+
+def test_compare_measures_every_kernels_given_and_their_baselines_once_each(command, story):
+    arguments = ["--kernels", "elu", "--kernels", "performer", "--kernels", "fourier"]
+    _, out, _ = command("compare", "--text", story, *SMALLEST, *arguments)
+    rows = json.loads(out)["rows"]
+    assert [(row["cache"], row["kernels"], row["budget"]) for row in rows[1:]] == [
+        ("bare", None, 16), ("baseline+", None, 16 + 32), ("baseline+", None, 16 + 4),
+        ("less", "elu", 16), ("less", "performer", 16), ("less", "fourier", 16),
+    ]  # fmt: skip
 
 
 def test_compare_draws_a_picture(command, story, tmp_path):
@@ -187,13 +201,17 @@ def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
     assert (code, json.loads(out)["model"]) == (0, "llama-2-7b")
 
 
-def test_train_makes_kernels_that_compare_uses(command, story, tmp_path):
+@pytest.mark.parametrize("family", ["paper", "exponential"])
+def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family):
     out = tmp_path / "kernels"
     small = ["--sequences", 6, "--validation", 2, "--length", 128, "--epochs", 1, "--hidden", 8, "--rank", 4]
+    small += ["--family", family]
     code, printed, _ = command("train", "--text", story, "--out", out, *small)
     assert code == 0
     assert "layer 3" in printed
-    assert LessKernels.from_pretrained(out).about["policy"] == "H2O(heavy=3, recent=3)"
+    learned = LessKernels.from_pretrained(out)
+    assert (learned.about["policy"], learned.sizes["family"]) == ("H2O(heavy=3, recent=3)", family)
+    assert {name: learned.about["recipe"][name] for name in ("hidden", "epochs", "rank")} == dict(hidden=8, epochs=1, rank=4)
     code, _, _ = command("compare", "--kernels", out, "--text", story, *SMALL, "--json")
     assert code == 0
     code, _, err = command("train", "--text", story, "--out", out, *small)
@@ -242,6 +260,7 @@ def spoiled(tmp_path):
         (["bench", "--model", "llama-2-7b", "--device", "tpu"], "no device 'tpu' here"),
         (["bench", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
         (["train", "--budget", "1023"], "evicts nothing"),
+        (["train", "--family", "paper", "--hidden", "0"], "kernels need a hidden width of at least 1, not 0"),
         (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -254,7 +273,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sent
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["paper", "perform"])
+@pytest.mark.parametrize("name", ["paper", "exponential", "perform"])
 def test_kernels_that_are_neither_controls_nor_anywhere_are_refused(command, story, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, err = command("compare", "--text", story, *SMALLEST, "--kernels", name)

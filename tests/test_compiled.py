@@ -61,7 +61,8 @@ def compile_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("table", "k3"), [*((name, 1.0) for name in TABLES), *(("h2o", k3) for k3 in (None, "performer", "fourier", "elu"))]
+    ("table", "k3"),
+    [*((name, 1.0) for name in TABLES), *(("h2o", k3) for k3 in (None, "exponential", "performer", "fourier", "elu"))],
 )
 @pytest.mark.usefixtures("compile_steps")
 def test_compiled_steps_equal_the_reference(table, k3):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from less_fast import H2O, LessKernels, token_kinds
 from less_fast.compare import compare
-from less_fast.demo import KERNELS, MODEL, corpus
+from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.text import tokenized, windows
 
 
@@ -92,19 +92,21 @@ def test_less_beats_the_bare_policy_and_equal_memory_on_held_out_text(embedded):
     """The claim in small; `less-kv compare` measures it on more text."""
     model, tokenizer = embedded
     texts = (text for _, text in corpus.documents("test"))
-    full, bare, plus, less = compare(
-        model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], LessKernels.from_pretrained(KERNELS), "embedded"
-    )
-    assert full.perplexity < less.perplexity < plus.perplexity < bare.perplexity
-    assert less.bytes <= plus.bytes
+    kernels = {"ours": LessKernels.from_pretrained(KERNELS), "paper": LessKernels.from_pretrained(PAPER_KERNELS)}
+    full, bare, plus, ours, paper = compare(model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], kernels)
+    assert full.perplexity < ours.perplexity < paper.perplexity < plus.perplexity < bare.perplexity
+    assert ours.bytes == paper.bytes <= plus.bytes
+    assert [row.kernels for row in (full, bare, plus, ours, paper)] == [None, None, None, "ours", "paper"]
 
 
-def test_the_shipped_files_say_where_they_come_from():
+@pytest.mark.parametrize(("folder", "family"), [(KERNELS, "exponential"), (PAPER_KERNELS, "paper")])
+def test_the_shipped_files_say_where_they_come_from(folder, family):
     training = json.loads((MODEL / "training.json").read_text())
     assert set(training["corpus"]) == set(corpus.SPLITS)
-    about = LessKernels.from_pretrained(KERNELS).about
-    assert about["policy"].startswith("H2O")
-    assert about["fingerprint"]
+    kernels = LessKernels.from_pretrained(folder)
+    assert kernels.sizes["family"] == kernels.about["recipe"].get("family", "paper") == family
+    assert kernels.about["policy"].startswith("H2O")
+    assert kernels.about["fingerprint"]
 
 
 def test_the_model_can_be_rebuilt_from_nothing(tmp_path):

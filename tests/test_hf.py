@@ -98,7 +98,7 @@ def test_the_first_layer_holds_what_the_reference_holds(family, chunk, policy):
     assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model), chunk)
 
 
-@pytest.mark.parametrize("family", ["performer", "fourier", "elu"])
+@pytest.mark.parametrize("family", ["exponential", "performer", "fourier", "elu"])
 def test_the_first_layer_folds_through_control_kernels_as_the_reference_does(model, family):
     assert_the_first_layer_follows_the_reference(model, H2O(3, 2), make_kernels(model, 4, family=family), chunk=4)
 
@@ -156,7 +156,7 @@ def test_chunk_1_is_one_token_at_a_time(model):
     torch.testing.assert_close(feed(model, ids, once, prompt=14), feed(model, ids, steps, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["paper", "performer", "fourier", "elu"])
+@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "fourier", "elu"])
 def test_low_rank_state_changes_the_output_and_zero_kernels_do_not(model, family):
     ids, kernels = tokens(1, 20), make_kernels(model, 4, family=family)
     silent = make_kernels(model)
@@ -304,7 +304,7 @@ def test_the_policy_full_keeps_everything_and_grows(model):
     assert cache.layers[0].state.groups[0].k.shape[2] == cache.get_seq_length()
 
 
-@pytest.mark.parametrize("family", ["paper", "performer", "fourier", "elu"])
+@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "fourier", "elu"])
 def test_a_half_precision_model_holds_half_precision_entries_and_a_wide_state(model, family):
     model = model.bfloat16()
     cache = LessCache.for_model(model, H2O(4, 4), make_kernels(model, 4, family=family))

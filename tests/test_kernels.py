@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import Full, LayerKernels, LayerState, LessKernels, extend
-from less_fast.kernels import FAMILIES, WEIGHTS, Elu, Fourier, Performer, _directions
+from less_fast.kernels import FAMILIES, WEIGHTS, Elu, Exponential, Fourier, Performer, _directions
 
 MANY = 20_000
 
@@ -61,7 +61,7 @@ def test_features_of_every_size_are_finite_and_only_fouriers_may_be_negative(fam
         assert features.shape == (1, 2, 50, kernels.rank)
         assert features.isfinite().all()
         assert (features >= 0).all() or family == "fourier"
-        assert (features > 0).all() or family not in ("performer", "elu") or size == 1e12
+        assert (features > 0).all() or family not in ("exponential", "performer", "elu") or size == 1e12
 
 
 def test_a_performers_exponent_is_cut_where_products_would_leave_float32():
@@ -105,11 +105,14 @@ def test_where_phi_z_is_not_positive_there_is_no_virtual_token(seed, sign):
 RANKS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
-def trained(ranks, group, seed):
+LEARNED = st.sampled_from([LayerKernels, Exponential])
+
+
+def trained(family, ranks, group, seed):
     """Kernels after three steps of Adam on a random loss, queries and keys, and their features before and after."""
     torch.manual_seed(seed)
     Hkv, R = len(ranks), max(ranks)
-    kernels = LayerKernels(Hkv * group, Hkv, 3, ranks, hidden=5).double()
+    kernels = family(Hkv * group, Hkv, 3, ranks, hidden=5).double()
     adam = torch.optim.Adam(kernels.parameters(), lr=0.1)
     q, k = torch.randn(2, Hkv * group, 6, 3).double(), torch.randn(2, Hkv, 6, 3).double()
     before = [(kernels.phi(q), kernels.psi(k))]
@@ -121,9 +124,9 @@ def trained(ranks, group, seed):
     return kernels, q, k, [*before, (kernels.phi(q), kernels.psi(k))]
 
 
-@given(RANKS, st.integers(1, 3), st.integers(0, 2**16))
-def test_features_beyond_a_heads_rank_are_exactly_zero_before_and_after_training(ranks, group, seed):
-    *_, both = trained(ranks, group, seed)
+@given(LEARNED, RANKS, st.integers(1, 3), st.integers(0, 2**16))
+def test_features_beyond_a_heads_rank_are_exactly_zero_before_and_after_training(family, ranks, group, seed):
+    *_, both = trained(family, ranks, group, seed)
     for phi, psi in both:
         for features, per_head in ((phi, np.repeat(ranks, group)), (psi, ranks)):
             for head, rank in enumerate(per_head):
@@ -131,9 +134,15 @@ def test_features_beyond_a_heads_rank_are_exactly_zero_before_and_after_training
                 assert features[:, head, :, :rank].any((0, 1)).all()  # and each of the others is alive
 
 
-@given(RANKS, st.integers(1, 3), st.integers(0, 2**16))
-def test_kernels_of_some_heads_give_the_same_features_without_the_padding(ranks, group, seed):
-    kernels, q, k, (_, (phi, psi)) = trained(ranks, group, seed)
+def test_exponential_kernels_need_no_hidden_layer():
+    kernels, x = Exponential(2, 1, 3, rank=4, hidden=0), torch.randn(1, 2, 5, 3)
+    assert_close(kernels.phi(x).log(), x @ kernels.q0, 1e-5)  # float32
+    assert_close(kernels.psi(x[:, :1]).log(), x[:, :1] @ kernels.k0 - 10, 1e-5)
+
+
+@given(LEARNED, RANKS, st.integers(1, 3), st.integers(0, 2**16))
+def test_kernels_of_some_heads_give_the_same_features_without_the_padding(family, ranks, group, seed):
+    kernels, q, k, (_, (phi, psi)) = trained(family, ranks, group, seed)
     for rank in set(ranks):
         heads = [head for head, own in enumerate(ranks) if own == rank]
         readers = [head * group + a for head in heads for a in range(group)]
@@ -145,7 +154,7 @@ def test_kernels_of_some_heads_give_the_same_features_without_the_padding(ranks,
 
 
 SIZES = dict(layers=2, query_heads=4, kv_heads=2, head_dim=4, hidden=3)
-EVERY_KIND = [*((family, 6) for family in FAMILIES), ("paper", [[1, 3], [2, 2]])]
+EVERY_KIND = [*((family, 6) for family in FAMILIES), *((family, [[1, 3], [2, 2]]) for family in ("paper", "exponential"))]
 
 
 @pytest.mark.parametrize(("family", "rank"), EVERY_KIND)
@@ -162,7 +171,7 @@ def test_kernels_of_every_family_and_a_table_of_ranks_come_back_bit_for_bit(fami
     assert all(torch.equal(a.phi(x), b.phi(x)) for a, b in zip(again.layers, kernels.layers))
 
 
-@pytest.mark.parametrize("family", ["paper", "performer", "fourier"])
+@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "fourier"])
 def test_files_that_hold_nan_are_refused_whatever_the_family(family, tmp_path):
     LessKernels(**SIZES, rank=6, family=family).save_pretrained(tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
@@ -175,7 +184,7 @@ def test_files_that_hold_nan_are_refused_whatever_the_family(family, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(family="gauss"), "no family of kernels is called 'gauss': choose one of paper, performer, fourier, elu"),
+        (dict(family="gauss"), "no family of kernels is called 'gauss': choose one of paper, exponential, performer, "),
         (dict(rank=0), "kernels need a rank of at least 1, or one for each of 2 KV heads, not 0"),
         (dict(rank=[[1, 2]]), "the ranks of 1 layers do not fit 2 layers"),
         (dict(rank=[[1, 2], [3]]), r"one for each of 2 KV heads, not \[3\]"),

@@ -21,6 +21,7 @@ from strategies import (
     cases,
     in_one_chunk,
     policies,
+    reference_kernels,
     slices,
     some_kernels,
     streaming,
@@ -301,7 +302,7 @@ def test_kv_heads_do_not_know_of_each_other(case):
         readers = slice(g * G, (g + 1) * G)
         kernels = case.kernels
         if isinstance(kernels, less_ref.Kernels):
-            of_head = {name: readers if name in ("q1", "q2") else slice(g, g + 1) for name in vars(kernels)}
+            of_head = {name: readers if name.startswith("q") else slice(g, g + 1) for name in vars(kernels)}
             kernels = replace(kernels, **{name: w[of_head[name]] for name, w in vars(kernels).items() if w is not None})
         alone = case.run(q=q[readers], k=k[g : g + 1], v=v[g : g + 1], policy=policy, kernels=kernels)
         assert np.array_equal(alone.out, trace.out[:, readers])
@@ -314,7 +315,8 @@ def repeated(case):
     G, kernels = case.layer.group, case.kernels
     if isinstance(kernels, less_ref.Kernels):
         ranks = kernels.ranks and tuple(np.repeat(kernels.ranks, G))
-        kernels = replace(kernels, ranks=ranks, **{name: np.repeat(getattr(kernels, name), G, 0) for name in ("k1", "k2", "k3")})
+        of_keys = {name: np.repeat(w, G, 0) for name, w in vars(kernels).items() if name.startswith("k")}
+        kernels = replace(kernels, ranks=ranks, **of_keys)
     return dict(k=np.repeat(k, G, 0), v=np.repeat(v, G, 0), kernels=kernels)
 
 
@@ -411,6 +413,10 @@ def test_the_kernels_are_what_they_say_for_one_number():
     gelu = less_ref.gelu
     assert_close(kernels.phi(x, 0), -gelu(-3 * gelu(2 * x)))  # gelu is negative below 0, the kernel is not
     assert_close(kernels.psi(x, 0), 5 * gelu(2 * gelu(x)))
+    kernels = less_ref.Exponential(**vars(kernels) | dict(k3=-5 * one[0]), q0=one * 4, k0=one * 6)
+    assert_close(kernels.phi(x, 0), np.exp(4 * x - 3 * gelu(2 * x)))
+    assert_close(kernels.psi(x, 0), np.exp(6 * x + 2 * gelu(x) - 5))
+    assert_close(np.log(kernels.psi(x * 20, 0)), [40])
 
 
 @given(cases(chunks=streaming, policy=policies(largest=3), length=st.integers(8, 24)))
@@ -453,15 +459,8 @@ def test_a_bare_policy_holds_no_low_rank_state():
 
 
 def test_the_papers_low_rank_state_weighs_about_four_tokens():
-    assert less_ref.token_equivalents(head_dim=128, rank=8) == 8 * 129 / 256
-    assert round(less_ref.token_equivalents(head_dim=128, rank=8), 2) == 4.03
-
-
-@given(cases(k3=some_kernels))
-def test_kernel_weights_are_the_sizes_of_the_kernels_arrays(case):
-    layer = case.layer
-    told = less_ref.kernel_weights(layer.query_heads, layer.kv_heads, layer.head_dim, layer.hidden, layer.rank)
-    assert told == sum(getattr(case.kernels, name).size for name in ("q1", "q2", "k1", "k2", "k3"))
+    held = less_ref.memory([less_ref.Window(9)], head_dim=128, kernels=reference_kernels(Layer(1, 1, 128, 8, 3), seed=0))
+    assert round(held["low_rank"] / (held["entries"] / 10), 2) == 4.03
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.case, self.kernels = Case(layer, (), table, k3, None, seed), None
         if k3 is not None:
             self.kernels = rounded(self.case.kernels, wide(self.dtype))
-            for name in {"q1", "k1"} & set(vars(self.kernels)):
+            for name in {"q0", "q1", "k0", "k1"} & set(vars(self.kernels)):
                 getattr(self.kernels, name)[:, -1] = 0  # and the learned kernels do not see it
         self.state = self.allocate(rows)
         self.bytes_of_a_row = [bytes_held(group) / rows for group in self.state.groups]

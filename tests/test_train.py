@@ -12,24 +12,33 @@ from safetensors.torch import load_file, save_file
 import less_ref
 from less_fast import H2O, FastGen, LayerKernels, LessCache, LessKernels, Window
 from less_fast.hf import attention_modules, record_layer
-from less_fast.kernels import CONFIG, WEIGHTS, _dropout_mask
-from less_fast.train import Recipe, loss, prepare, projected_error, train
+from less_fast.kernels import CONFIG, FAMILIES, WEIGHTS, _dropout_mask
+from less_fast.train import RECIPES, Recipe, loss, prepare, projected_error, train
 
-QUICK = Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1)
+QUICK = {
+    "paper": Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1),
+    "exponential": replace(RECIPES["exponential"], rank=3, hidden=4, epochs=4),
+}
+EVERY_FAMILY = pytest.mark.parametrize("family", QUICK)
 
 
-@pytest.fixture(scope="module")
-def trained():
+def quick_training(model, recipe):
+    return train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), recipe)
+
+
+@pytest.fixture(scope="module", params=QUICK)
+def trained(request):
     model = make_model().float()
-    return model, train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), QUICK)
+    return model, quick_training(model, QUICK[request.param]), QUICK[request.param]
 
 
 @pytest.mark.parametrize("group", [1, 3])
-def test_the_loss_is_the_references_training_loss(group):
+@EVERY_FAMILY
+def test_the_loss_is_the_references_training_loss(family, group):
     torch.manual_seed(2)
     Hkv, D, T, policy = 2, 4, 30, H2O(3, 2)
     q, k, v = torch.randn(2, Hkv * group, T, D), torch.randn(2, Hkv, T, D), torch.randn(2, Hkv, T, D)
-    kernels = LayerKernels(Hkv * group, Hkv, D, rank=3, hidden=5)
+    kernels = FAMILIES[family](Hkv * group, Hkv, D, rank=3, hidden=5)
     torch.nn.init.normal_(kernels.k3)
     projection = torch.randn(Hkv * group * D, 7)
     data = prepare(q, k, v, policy, 0.4)
@@ -52,8 +61,8 @@ def validation_errors(model, layers, windows=None):
 
 
 def test_training_reduces_the_error_that_it_reports(trained):
-    model, kernels = trained
-    untrained = train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), replace(QUICK, learning_rate=0.0))
+    model, kernels, recipe = trained
+    untrained = quick_training(model, replace(recipe, learning_rate=0.0))
     assert [figures["less"] for figures in kernels.about["validation"]] == pytest.approx(
         list(validation_errors(model, kernels.layers))
     )
@@ -64,26 +73,27 @@ def test_training_reduces_the_error_that_it_reports(trained):
 
 def test_the_best_epoch_is_kept_not_the_last_nor_the_worst(trained):
     """At this learning rate the first epoch helps some layers and every later one may spoil them."""
-    model, _ = trained
-    wild = replace(QUICK, learning_rate=1.0, halve_every=10)
-    run = [train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), replace(wild, epochs=n)) for n in (1, 2, 3)]
+    model, *_ = trained
+    wild = replace(QUICK["paper"], learning_rate=1.0, halve_every=10)
+    run = [quick_training(model, replace(wild, epochs=n)) for n in (1, 2, 3)]
     lowest = [[figures["less"] for figures in kernels.about["validation"]] for kernels in run]
     assert (np.diff(lowest, axis=0) <= 0).all()
     assert list(validation_errors(model, run[-1].layers)) == pytest.approx(lowest[-1])
 
 
-def test_training_starts_from_the_bare_policy():
+@EVERY_FAMILY
+def test_training_starts_from_the_bare_policy(family):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 30, 8) for _ in range(3))
     data = prepare(q, k, v, Window(4), None)
     bare = projected_error(data.exact, data.full, torch.eye(16))
-    assert loss(LayerKernels(2, 2, 8), data, torch.eye(16), 4).item() == pytest.approx(bare.item(), rel=1e-2)
+    assert loss(FAMILIES[family](2, 2, 8), data, torch.eye(16), 4).item() == pytest.approx(bare.item(), rel=1e-2)
 
 
 def test_the_same_seed_gives_the_same_kernels_whatever_the_global_generator_does(trained):
-    model, kernels = trained
+    model, kernels, recipe = trained
     torch.manual_seed(99)
-    again = train(model, tokens(12, 40), tokens(6, 40, seed=1), H2O(3, 3), QUICK)
+    again = quick_training(model, recipe)
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, kernels.state_dict()[name])
 
@@ -117,7 +127,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_saved_kernels_come_back_bit_for_bit_and_serve_their_model(trained, tmp_path):
-    model, kernels = trained
+    model, kernels, _ = trained
     kernels.save_pretrained(tmp_path)
     again = LessKernels.from_pretrained(tmp_path)
     assert again.about == kernels.about
@@ -167,10 +177,36 @@ def test_cut_off_kernel_files_are_refused(trained, tmp_path, name):
 def test_training_without_evictions_with_a_selective_policy_or_with_a_broken_model_is_refused():
     model = make_model().float()
     with pytest.raises(ValueError, match="nothing is evicted within 20 tokens"):
-        train(model, tokens(2, 20), tokens(2, 20), H2O(10, 9), QUICK)
+        train(model, tokens(2, 20), tokens(2, 20), H2O(10, 9), QUICK["paper"])
     with pytest.raises(ValueError, match="evicts one token at a time, and FastGen"):
-        train(model, tokens(2, 20), tokens(2, 20), FastGen(4, 1, 1, 0.5), QUICK)
+        train(model, tokens(2, 20), tokens(2, 20), FastGen(4, 1, 1, 0.5), QUICK["paper"])
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="attention of layer 0 is not finite"):
-        train(model, tokens(2, 20), tokens(2, 20), H2O(3, 3), QUICK)
+        train(model, tokens(2, 20), tokens(2, 20), H2O(3, 3), QUICK["paper"])
+
+
+@EVERY_FAMILY
+def test_steps_follow_the_recipes_learning_rate_and_its_largest_gradient(family, monkeypatch):
+    """Six steps in each of four epochs and three layers. The paper's rate is halved; the other's rises and falls in a layer."""
+    rates, norms, step = [], [], torch.optim.Adam.step
+
+    def seen(adam):
+        rates.append(adam.param_groups[0]["lr"])
+        norms.append(torch.cat([weight.grad.flatten() for group in adam.param_groups for weight in group["params"]]).norm())
+        return step(adam)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", seen)
+    recipe = replace(QUICK[family], clip=1e-6)
+    quick_training(make_model().float(), recipe)
+    of_layer = np.array(rates).reshape(3, 24)
+    assert (of_layer == of_layer[0]).all()
+    if family == "paper":
+        assert of_layer[0] == pytest.approx(np.repeat(recipe.learning_rate * 0.5 ** np.arange(4), 6))
+    else:
+        top = of_layer[0].argmax()
+        assert of_layer[0, top] == pytest.approx(recipe.learning_rate, rel=0.05)
+        assert 0 < top < 23
+        assert (np.diff(of_layer[0]) * np.where(np.arange(23) < top, 1, -1) > 0).all()
+        assert of_layer[0, -1] < 0.01 * recipe.learning_rate
+    assert max(norms) <= 1.01e-6

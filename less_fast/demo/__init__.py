@@ -6,4 +6,5 @@
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parent / "kernels"  # exponential
+PAPER_KERNELS = Path(__file__).parent / "kernels-paper"
