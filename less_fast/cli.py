@@ -277,8 +277,9 @@ def plan(
     model: ShapeOption = "",
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
+    family: FamilyOption = FamilyName.exponential,
     rank: Annotated[int, typer.Option(min=0, help="Features of the low-rank state; 0 plans the bare policy.")] = 8,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the kernels.")] = 512,
+    hidden: HiddenOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each sequence, prompt and generated.")] = 4096,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights, keys and values.")] = Dtype.float16,
@@ -293,7 +294,9 @@ def plan(
         config = config_of(model or str(MODEL))
     except (OSError, ValueError) as error:
         raise Bad(f"no config of a model at {model}: {str(error).strip().splitlines()[0]}") from None
-    costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), int(memory * 1e9) or None)
+    hidden = RECIPES[family.value].hidden if hidden is None else hidden
+    limits = dict(memory=int(memory * 1e9) or None, family=family.value)
+    costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), **limits)
     if as_json:
         print(json.dumps({"model": model or "embedded", "policy": repr(rule), "batch": batch, "length": length} | asdict(costs)))
         return

@@ -59,16 +59,18 @@ def plan(
     length: int = 4096,
     dtype: torch.dtype = torch.float16,
     memory: int | None = None,
+    family: str = "paper",
 ) -> Plan:
     """The costs of a model with the full cache and with LESS; rank 0: with the bare policy.
 
-    length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device.
+    length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
+    rank, hidden, family: of the kernels.
     Buffers of the computation itself are not counted.
     """
     shape = sizes_of(config)
     with torch.device("meta"):
         weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
-        kernels = LessKernels(**shape, rank=rank, hidden=hidden) if rank else None
+        kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family) if rank else None
     shared = bytes_of(kernels) if kernels else 0
     token = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * dtype.itemsize
     full, less = length * token, held(shape, policy, kernels, dtype)

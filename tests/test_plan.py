@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from models import FAMILIES, make_kernels, make_model, tokens
 from typer.testing import CliRunner
 
-from less_fast import LessCache
+from less_fast import LessCache, LessKernels
 from less_fast.cli import Bad, app
+from less_fast.demo import KERNELS, PAPER_KERNELS
 from less_fast.plan import SHAPES, bytes_of, config_of, held, plan
 from less_fast.policies import POLICIES
 
@@ -83,6 +84,12 @@ def test_the_command_prints_the_table_and_the_same_as_json():
 def test_the_embedded_model_is_planned_where_no_model_is_named_and_rank_0_is_the_bare_policy():
     record = json.loads(CliRunner().invoke(app, ["plan", "--rank", "0", "--length", "1024", "--json"]).stdout)
     assert (record["model"], record["kernels"]) == ("embedded", 0)
+
+
+@pytest.mark.parametrize(("family", "folder"), [([], KERNELS), (["--family", "paper"], PAPER_KERNELS)])
+def test_the_embedded_models_own_kernels_are_as_large_as_planned(family, folder):
+    record = json.loads(CliRunner().invoke(app, ["plan", *family, "--json"]).stdout)
+    assert record["kernels"] == bytes_of(LessKernels.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(
