@@ -80,7 +80,7 @@ def attention_steps(
             step = compiled(repr(policy), batch, *layer.values(), type(features), ranks, dtype, device)
             steps[f"{name}, compiled"] = partial(step, state, *token)
     spent = in_turns(steps, rounds, device)
-    return [row("attention step", name, batch, length, seconds, size[name]) for name, seconds in spent.items()]
+    return [row("attention step", name, batch, length, seconds, size[name] // batch) for name, seconds in spent.items()]
 
 
 @torch.inference_mode()
@@ -112,7 +112,6 @@ def prefill(model, policy, contenders: dict, batch: int, length: int, rounds: in
     for name, learned in contenders.items():
         makers[name] = (model, partial(LessCache.for_model, model, policy, learned))
     spent, peaks, size = {name: [] for name in makers}, {}, {}
-
 
     def run(network, cache):
         start = time.perf_counter()

@@ -67,6 +67,18 @@ def test_decoding_measures_every_cache_with_the_bytes_it_holds_and_leaves_the_mo
     assert all(row.tokens_per_second == 2 / row.seconds for row in rows)
 
 
+def test_an_attention_step_is_measured_with_the_bytes_that_each_sequence_holds():
+    layer = dict(query_heads=4, kv_heads=2, head_dim=8)
+    contenders = {"small": (H2O(3, 3), None), "unequal": ([Window(20), H2O(3, 3)], None)}
+    rows = bench.attention_steps(layer, contenders, 3, 40, 1, torch.float32, "cpu", compile=False)
+    small, window = (held(layer | dict(layers=1), policy, None, torch.float32) for policy in (H2O(3, 3), Window(20)))
+    assert {row.cache: row.bytes for row in rows} == {
+        "full": 40 * 2 * 2 * 8 * 4,
+        "small": small,
+        "unequal": (small + window) // 2,
+    }
+
+
 def test_only_the_cache_asked_for_is_measured():
     rows = bench.decode(make_model(), H2O(3, 3), {"bare": None}, 1, 40, 1, False, only="bare")
     assert [row.cache for row in rows] == ["bare"]
