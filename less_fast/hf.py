@@ -85,16 +85,14 @@ class LessLayer(TaggingLayer):
 
     def attend(self, module, query, key, value, valid, scaling):
         m, chunk, kinds, self.kinds = query.shape[2], self.chunk or query.shape[2], self.kinds, None
-        self.seen += m
-        if m == 1:
-            return self.step(self.state, query, key, value, valid, scaling, kinds)
-        out = []
+        step, out = self.step if m == 1 else extend, []
         for start in range(0, m, chunk):
             now = slice(start, start + chunk)
             q, k, v = (x[:, :, now] for x in (query, key, value))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
-            out.append(extend(self.state, q, k, v, mask, scaling, kind))
-        return torch.cat(out, 2)
+            out.append(step(self.state, q, k, v, mask, scaling, kind))
+        self.seen += m
+        return torch.cat(out, 2) if len(out) > 1 else out[0]
 
     @property
     def batch_size(self) -> int:
