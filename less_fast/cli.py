@@ -29,7 +29,7 @@ from .plan import plan as plan_costs
 from .policies import POLICIES
 from .text import token_kinds
 from .text import windows as cut_windows
-from .train import RECIPES
+from .train import RECIPES, Recipe
 from .train import train as train_kernels
 
 app = typer.Typer(
@@ -50,6 +50,9 @@ FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
 
 ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one unless given.")]
+ShapeOption = Annotated[
+    str, typer.Option("--model", help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one unless given.")
+]
 KernelsOption = Annotated[
     str,
     typer.Option(
@@ -137,14 +140,8 @@ def compare(
         "dtype": dtype.value,
         "versions": _versions(),
     }
-    if picture:
-        aside = picture.with_name(f".new.{picture.name}")
-        plot(rows, aside, f"{record['model']} model, {windows} windows of {length} tokens, {policy.value}")
-        aside.rename(picture)
-    if as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        _print_table(record, rows)
+    title = f"{record['model']} model, {windows} windows of {length} tokens, {policy.value}"
+    _report(record, rows, as_json, _print_table, picture, plot, title)
 
 
 @app.command()
@@ -193,11 +190,6 @@ def generate(
     )
 
 
-ShapeOption = Annotated[
-    str, typer.Option("--model", help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one unless given.")
-]
-
-
 @app.command()
 def bench(
     model: ShapeOption = "",
@@ -235,7 +227,7 @@ def bench(
     torch.manual_seed(seed)
     network = _load_shape(model, device, dtype)
     shape = sizes(network)
-    hidden = RECIPES[family.value].hidden if hidden is None else hidden
+    hidden = _recipe(family, hidden).hidden
     learned = LessKernels(**shape, rank=rank, hidden=hidden, family=family.value).requires_grad_(False).to(network.device)
     contenders = {"bare": None, "LESS": learned}
     layer = {name: size for name, size in shape.items() if name != "layers"}
@@ -262,14 +254,8 @@ def bench(
         "seed": seed,
         "versions": _versions(),
     }
-    if picture:
-        aside = picture.with_name(f".new.{picture.name}")
-        benchmark.plot(rows, aside, f"{record['model']} model, {length} tokens, {rule}, {record['device']}")
-        aside.rename(picture)
-    if as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        _print_bench(record, rows)
+    title = f"{record['model']} model, {length} tokens, {rule}, {record['device']}"
+    _report(record, rows, as_json, _print_bench, picture, benchmark.plot, title)
 
 
 @app.command()
@@ -294,7 +280,7 @@ def plan(
         config = config_of(model or str(MODEL))
     except (OSError, ValueError) as error:
         raise Bad(f"no config of a model at {model}: {str(error).strip().splitlines()[0]}") from None
-    hidden = RECIPES[family.value].hidden if hidden is None else hidden
+    hidden = _recipe(family, hidden).hidden
     limits = dict(memory=int(memory * 1e9) or None, family=family.value)
     costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), **limits)
     if as_json:
@@ -355,9 +341,7 @@ def train(
             for split, count in (("train", sequences), ("validation", validation))
         )
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before the training
-    recipe = replace(RECIPES[family.value], rank=rank, seed=seed)
-    if hidden is not None:
-        recipe = replace(recipe, hidden=hidden)
+    recipe = replace(_recipe(family, hidden), rank=rank, seed=seed)
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs, halve_every=recipe.halve_every and max(1, epochs // 4))
     learned = train_kernels(network, training, held_out, rule, recipe)
@@ -368,6 +352,12 @@ def train(
     for index, figures in enumerate(learned.about["validation"]):
         print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
     print(f"saved to {out}")
+
+
+def _recipe(family: FamilyName, hidden: int | None) -> Recipe:
+    """How the family is trained, with another hidden width where one is given."""
+    recipe = RECIPES[family.value]
+    return recipe if hidden is None else replace(recipe, hidden=hidden)
 
 
 def _budgeted(policy: PolicyName, budget: str, length: int | None):
@@ -445,6 +435,18 @@ def _load_kernels(network, model: str, kernels: str, seed: int) -> LessKernels |
     learned = LessKernels.from_pretrained(kernels or KERNELS)
     check_kernels(network, learned)
     return learned.to(network.device)
+
+
+def _report(record, rows, as_json: bool, print_table, picture: Path | None, draw, title: str):
+    """Writes the picture, where one is wanted, aside and then under its name; prints the record or the table."""
+    if picture:
+        aside = picture.with_name(f".new.{picture.name}")
+        draw(rows, aside, title)
+        aside.rename(picture)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        print_table(record, rows)
 
 
 def _check_plot(picture: Path):
