@@ -1,10 +1,12 @@
-"""The command `less-kv`: compare, generate, bench, plan, train. Bad input ends in one sentence and exit code 2."""
+"""The command `less-kv`. Bad input ends in one sentence and exit code 2."""
 
 import json
 import os
 import platform
+import shutil
 import sys
 from dataclasses import asdict, replace
+from datetime import timedelta
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,20 +18,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from . import bench as benchmark
 from .compare import compare as compare_caches
 from .compare import held_bytes, plot
+from .damage import MEASURES, measure
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
 from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
 from .plan import SHAPES, config_of
 from .plan import plan as plan_costs
 from .policies import POLICIES
-from .text import token_kinds
+from .text import dataset_texts, token_kinds
 from .text import windows as cut_windows
-from .train import RECIPES, Recipe
+from .train import CURVE_WINDOWS, RECIPES, Recipe
 from .train import train as train_kernels
 
 app = typer.Typer(
@@ -47,6 +51,7 @@ class Bad(Exception):
 
 PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)
 FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
+MeasureName = Enum("MeasureName", {name: name for name in MEASURES}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
 
 ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one unless given.")]
@@ -63,6 +68,10 @@ KernelsOption = Annotated[
 ]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library unless given.")]
+DatasetOption = Annotated[
+    str, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT[,COLUMN]]] of a data set instead of files (needs datasets).")
+]
+LengthOption = Annotated[int, typer.Option("--length", min=32, help="Tokens in a window.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
@@ -181,7 +190,8 @@ def generate(
     )
     shape, seen = sizes(network), int(cache.get_seq_length())
     full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
-    kept = min(rule.budget or seen, seen)
+    kept = sorted({min(group.policy.budget or seen, seen) for layer in cache.layers for group in layer.state.groups})
+    kept = " to ".join(map(str, dict.fromkeys([kept[0], kept[-1]])))
     ranks = sorted({rank for layer in learned.layers for rank in layer.ranks}) if learned else []
     others = f"folded into {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} features" if learned else "forgotten"
     errors.print(
@@ -307,20 +317,30 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the kernels.")] = Path("less-kernels"),
     model: ModelOption = "",
     text: TextOption = [],
+    dataset: DatasetOption = "",
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
-    length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 1024,
+    length: LengthOption = 1024,
     sequences: Annotated[int, typer.Option(min=1, help="Windows to train on.")] = 512,
-    validation: Annotated[int, typer.Option(min=1, help="Windows that choose the best epoch.")] = 32,
+    validation: Annotated[int, typer.Option(min=1, help="Windows that choose the best epoch and judge the joint stage.")] = 32,
     family: FamilyOption = FamilyName.exponential,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the windows; 10 (paper: 40) unless given.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each layer alone; 5 (paper: 40) unless given.")] = None,
+    joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers; 180 (paper: 0) unless given.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 2,
     rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
     hidden: HiddenOption = None,
+    curves: Annotated[bool, typer.Option(help="Measure each KV head at each budget at the end, for budget tables.")] = True,
+    disk: Annotated[float, typer.Option(min=0.0, help="Gigabytes that recordings may take: layers are recorded in turns.")] = 20,
     device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace kernels that are in the folder already.")] = False,
 ):
-    """Trains kernels for a model, each layer alone as in the paper; the figures are saved with them."""
+    """Trains kernels for a model; figures and budget curves are saved with them.
+
+    Each layer alone, as in the paper; then, unless --family paper, all together. Unfinished work lies in OUT/.training: called
+    again with the same options, training goes on there. Under torchrun, processes share out the layers.
+    """
     if (out / CONFIG).exists() and not overwrite:
         raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     if policy.value == "full":
@@ -331,27 +351,109 @@ def train(
     if rule.budget > length - 2:
         raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
     texts = [_read(file) for file in text]
-    network, tokenizer = _load(model, device, Dtype.float32)
-    if texts:
-        both = cut_windows(tokenizer, texts, length, sequences + validation, seed)
-        training, held_out = both[:sequences], both[sequences:]
-    else:
-        training, held_out = (
-            cut_windows(tokenizer, (content for _, content in corpus.documents(split)), length, count, seed)
-            for split, count in (("train", sequences), ("validation", validation))
-        )
+    device = _join_torchrun(device)
+    network, tokenizer = _load(model, device, dtype)
+    training, held_out = _training_windows(tokenizer, texts, dataset, length, sequences, validation, seed)
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before the training
-    recipe = replace(_recipe(family, hidden), rank=rank, seed=seed)
+    recipe = replace(_recipe(family, hidden), rank=rank, seed=seed, batch=batch)
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs, halve_every=recipe.halve_every and max(1, epochs // 4))
-    learned = train_kernels(network, training, held_out, rule, recipe)
-    learned.about["model"] = model or "embedded"
-    learned.about["text"] = ", ".join(file.name for file in text) or f"standard library ({corpus.digest('train')})"
-    learned.about["versions"] = _versions()
+    if joint_steps is not None:
+        recipe = replace(recipe, joint_steps=joint_steps)
+    work, curves = out / ".training", curves and not rule.pooled
+    learned = train_kernels(network, training, held_out, rule, recipe, work, disk * 1e9, curves)
+    if learned is None:
+        return
+    learned.about |= {"model": model or "embedded", "text": _source(text, dataset, "train"), "versions": _versions()}
     learned.save_pretrained(out)
+    shutil.rmtree(work)
     for index, figures in enumerate(learned.about["validation"]):
         print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
+    if joint := learned.about.get("joint"):
+        for tokens, before, after in zip(joint["budgets"], joint["before"], joint["after"]):
+            print(f"all layers, {tokens} tokens: divergence from the full cache {before:.3f} -> {after:.3f} nats per token")
     print(f"saved to {out}")
+
+
+@app.command()
+def allocate(
+    kernels: Annotated[str, typer.Option("--kernels", help="Folder or hub name of the kernels.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for kernels and curves; where they are unless given.")] = None,
+    model: ModelOption = "",
+    text: TextOption = [],
+    dataset: DatasetOption = "",
+    policy: PolicyOption = PolicyName.h2o,
+    by: Annotated[
+        MeasureName, typer.Option("--by", help="kl: divergence of the predictions; error: change of the layer's output, cheaper.")
+    ] = MeasureName.kl,
+    length: LengthOption = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows that are measured.")] = CURVE_WINDOWS,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+):
+    """Measures what each KV head costs at each budget under a policy, with kernels and without, and stores it with the kernels.
+
+    Caches with these kernels and a policy of the kind then give each head the budget that does most, as many in all.
+    """
+    if out is None and not Path(kernels).is_dir():
+        raise Bad(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
+    texts = [_read(file) for file in text]
+    network, tokenizer = _load(model, device, dtype)
+    learned = _load_kernels(network, model, kernels, seed)
+    chosen, _ = _training_windows(tokenizer, texts, dataset, length, windows, 0, seed)
+    rule = POLICIES[policy.value]
+    with tqdm(desc="curves", unit="budget") as progress:
+
+        def tell(done, of):
+            progress.total = of
+            progress.update(done - progress.n)
+
+        learned.curves[type(rule).__name__] = measure(network, chosen, rule, learned, by=by.value, progress=tell)
+    learned.save_pretrained(out or kernels)
+    for share in (2, 5, 10):
+        if (tokens := length * share // 100) and (found := learned.budgets_for(rule.with_budget(tokens))):
+            print(f"{tokens} tokens ({share} %), by layer: {found}")
+    print(f"saved to {out or kernels}")
+
+
+@app.command()
+def import_official(
+    folder: Annotated[Path, typer.Argument(help="Folder of layer_*.pth files, as the authors' train_kernels.py writes them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the kernels.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace kernels that are in the folder already.")] = False,
+):
+    """Turns the authors' checkpoints, for Llama or Falcon, into a folder of kernels."""
+    if (out / CONFIG).exists() and not overwrite:
+        raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
+    found = LessKernels.from_official(folder)
+    found.save_pretrained(out)
+    print(f"{len(found.layers)} layers of {found.sizes['query_heads']} query heads saved to {out}")
+
+
+def _join_torchrun(device: str) -> str:
+    """Joins the other processes where torchrun started several; each takes a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for the others' layers
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+
+
+def _training_windows(tokenizer, texts, dataset, length, count, validation, seed):
+    """Windows to train on and to validate on: of the texts or data set given, else of the standard library's own splits."""
+    if dataset:
+        texts = dataset_texts(dataset, 8 * length * (count + validation))
+    if texts:
+        both = cut_windows(tokenizer, texts, length, count + validation, seed)
+        return both[:count], both[count:]
+    return tuple(
+        cut_windows(tokenizer, (content for _, content in corpus.documents(split)), length, many, seed)
+        for split, many in (("train", count), ("validation", validation))
+    )
+
+
+def _source(text, dataset, split) -> str:
+    return dataset or ", ".join(file.name for file in text) or f"standard library, {split} ({corpus.digest(split)})"
 
 
 def _recipe(family: FamilyName, hidden: int | None) -> Recipe:
@@ -469,7 +571,7 @@ def _print_table(record, rows):
     table = Table(title=f"{record['model']} model, {record['windows']} windows of {record['length']} tokens, {record['text']}")
     for heading in ("cache", "policy"):
         table.add_column(heading)
-    for heading in ("budget", "perplexity", "± s.e.", "gap recovered", "bytes/sequence", "tokens/s"):
+    for heading in ("budget", "perplexity", "± s.e.", "gap recovered", "equal memory", "bytes/sequence", "tokens/s"):
         table.add_column(heading, justify="right")
     for row in rows:
         if row.cache == "bare":
@@ -477,14 +579,16 @@ def _print_table(record, rows):
         table.add_row(
             {"less": f"LESS, {row.kernels}", "baseline+": "Baseline+"}.get(row.cache, row.cache),
             row.policy or "",
-            "all" if row.budget is None else str(row.budget),
+            "all" if row.budget is None else f"{row.budget}{', by head' * (row.budgets == 'by head')}",
             f"{row.perplexity:.2f}",
             f"{row.stderr:.2f}",
             "" if row.recovered is None else f"{row.recovered:.1%} ± {row.recovered_stderr:.1%}",
+            "" if row.removed is None else f"{row.removed:.1%} ± {row.removed_stderr:.1%}",
             f"{row.bytes:,}",
             f"{row.tokens_per_second:,.0f}",
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print("gap recovered: of the perplexity that the bare policy loses; equal memory: of the loss that Baseline+ still has")
     print(f"perplexity: {record['chunking']}; tokens/s: decoding in {record['dtype']} on {record['device']}, caches in turns")
 
 

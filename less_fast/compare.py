@@ -25,12 +25,15 @@ class Row:
 
     cache: str  # full, bare, baseline+ or less
     policy: str | None
-    budget: int | None
+    budget: int | None  # on average where budgets are by head
+    budgets: str | None  # uniform, or by head
     kernels: str | None
     perplexity: float
     stderr: float
-    recovered: float | None  # share of the perplexity that the bare policy loses to the full cache
+    recovered: float | None  # share of the perplexity that the bare policy with uniform budgets loses to the full cache
     recovered_stderr: float | None
+    removed: float | None  # share of the negative log-likelihood that baseline+ with budgets of the same kind loses to it
+    removed_stderr: float | None
     bytes: int
     tokens_per_second: float
 
@@ -43,6 +46,8 @@ class Contender:
     policy: object
     kernels: str | None
     make: Callable[[int | None], Cache]
+    budgets: str | None = None
+    plus: object = None  # the policy of Baseline+ with as many bytes
 
 
 def compare(
@@ -55,6 +60,9 @@ def compare(
 ) -> list[Row]:
     """Measures the full cache, and for each policy the bare policy and, for all kernels by name, Baseline+ and LESS.
 
+    Kernels that know curves for the policy are measured twice: with uniform budgets, and with their budget table, beside
+    Baseline+ with its own best table.
+
     windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
     DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
@@ -65,20 +73,31 @@ def compare(
     speeds = decode(model, windows[:DECODED_ROWS], contenders)
     rows, losses = [], {}
     for contender, (size, speed) in zip(contenders, speeds):
-        loss = losses[contender.cache] = window_losses(model, windows, contender)  # (W,)
-        gains = contender.cache in ("baseline+", "less") and losses["bare"].mean() > losses["full"].mean()
-        recovered, recovered_stderr = share_recovered(losses["full"], losses["bare"], loss) if gains else (None, None)
+        loss = window_losses(model, windows, contender)  # (W,)
+        losses[contender.cache, contender.budgets, contender.policy] = loss
+        if contender.cache == "full":
+            full = loss
+        if contender.cache == "bare":
+            bare = loss
+        gains = contender.cache in ("baseline+", "less") and bare.mean() > full.mean()
+        recovered, recovered_stderr = share_recovered(full, bare, loss) if gains else (None, None)
+        equal = losses.get(("baseline+", contender.budgets, contender.plus), full)
+        gains = contender.cache == "less" and equal.mean() > full.mean()
+        removed, removed_stderr = share_recovered(full, equal, loss, of=torch.Tensor.clone) if gains else (None, None)
         perplexity = math.exp(loss.mean())
         rows.append(
             Row(
                 cache=contender.cache,
                 policy=repr(contender.policy) if contender.policy else None,
                 budget=contender.policy.budget if contender.policy else None,
+                budgets=contender.budgets,
                 kernels=contender.kernels,
                 perplexity=perplexity,
                 stderr=perplexity * (loss.std() / len(loss) ** 0.5).item(),
                 recovered=recovered,
                 recovered_stderr=recovered_stderr,
+                removed=removed,
+                removed_stderr=removed_stderr,
                 bytes=size,
                 tokens_per_second=speed,
             )
@@ -87,14 +106,14 @@ def compare(
     return rows
 
 
-def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor, of=torch.exp) -> tuple[float, float]:
     """(bare - other) / (bare - full) in perplexity, and its standard error: the jackknife over windows, which are paired.
 
-    full, bare, other (W,) mean losses of the same windows.
+    full, bare, other (W,) mean losses of the same windows; of: what of the mean loss is compared, its exponential unless given.
     """
 
     def share(*means):
-        full, bare, other = (mean.exp() for mean in means)
+        full, bare, other = (of(mean) for mean in means)
         return (bare - other) / (bare - full)
 
     W = len(full)
@@ -106,15 +125,23 @@ def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor)
 def _contenders(model, policies, kernels, token_kinds) -> Iterator[Contender]:
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
-    def less(policy, kernels=None):
-        return lambda chunk: LessCache.for_model(model, policy, kernels, chunk=chunk, token_kinds=token_kinds)
+    def one(cache, policy, name=None, table=None, plus=None):
+        def make(chunk):
+            return LessCache.for_model(model, policy, kernels.get(name), table or "uniform", chunk, token_kinds)
+
+        return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 
     for policy in policies:
-        yield Contender("bare", policy, None, less(policy))
-        for more in dict.fromkeys(baseline_plus(model, policy, learned) for learned in kernels.values()):
-            yield Contender("baseline+", more, None, less(more))
+        yield one("bare", policy)
+        more = {name: baseline_plus(model, policy, learned) for name, learned in kernels.items()}
+        for plus in dict.fromkeys(more.values()):
+            yield one("baseline+", plus)
+        for name in kernels:
+            yield one("less", policy, name, plus=more[name])
         for name, learned in kernels.items():
-            yield Contender("less", policy, name, less(policy, learned))
+            if table := learned.budgets_for(policy):
+                yield one("baseline+", more[name], table=learned.budgets_for(more[name], less=False))
+                yield one("less", policy, name, table, more[name])
 
 
 def baseline_plus(model, policy, kernels: LessKernels):

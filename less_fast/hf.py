@@ -7,10 +7,9 @@ dense attention. A model that changes its keys after the cache loses the pointer
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -136,7 +135,7 @@ class LessCache(Cache):
         model: PreTrainedModel,
         policy,
         kernels: LessKernels | None = None,
-        budgets: Sequence[Sequence[int]] | None = None,
+        budgets: Sequence[Sequence[int]] | str | None = None,
         chunk: int | None = None,
         token_kinds: torch.Tensor | None = None,
         compile: bool = False,
@@ -146,7 +145,9 @@ class LessCache(Cache):
         policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
         kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). Those on the
             model's device are shared by all caches; others are copied there for each cache.
-        budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way.
+        budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way. None:
+            the table that the kernels have for this kind of policy and as many tokens in all, else, or for "uniform", as many
+            for every head as `policy` says.
         chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
         token_kinds: (vocabulary,) integers, the kind of each token id, for policies that ask (FastGen): `token_kinds(tokenizer)`.
@@ -163,7 +164,11 @@ class LessCache(Cache):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, not {chunk}")
         policies = [[policy] * kv_heads] * layers
-        if budgets is not None:
+        if isinstance(budgets, str) and budgets != "uniform":
+            raise ValueError(f'budgets are a table, None or "uniform", not {budgets!r}')
+        if budgets is None and kernels is not None:
+            budgets = kernels.budgets_for(policy)
+        if budgets is not None and budgets != "uniform":
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
             policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
@@ -214,39 +219,33 @@ def _token_kinds_hook(decoder, args, kwargs):
             layer.kinds = cache.token_kinds[ids]
 
 
-class RecordingLayer(TaggingLayer):
-    """Dense attention over one prompt; keeps the rotated queries, keys and values where it is asked to."""
+class FunctionLayer(TaggingLayer):
+    """Attention over one whole text by a function of q (N, Hq, T, D), k, v (N, Hkv, T, D) and the scale."""
 
-    def __init__(self, keep: bool):
+    def __init__(self, attention: Callable):
         super().__init__()
-        self.keep, self.recorded = keep, None
+        self.attention = attention
 
     def lazy_initialization(self, key_states, value_states):
         self.is_initialized = True
 
     def attend(self, module, query, key, value, valid, scaling):
-        if self.keep:
-            self.recorded = query.detach(), key.detach(), value.detach()
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return self.attention(query, key, value, scaling)
 
     def get_seq_length(self) -> int:
         return 0
 
 
-@torch.no_grad()
-def record_layer(model, windows: torch.Tensor, index: int, at_once: int = 16) -> tuple[torch.Tensor, ...]:
-    """q (N, Hq, T, D), k, v (N, Hkv, T, D) of one layer under the full cache, rotated, for token windows (N, T).
+def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> torch.Tensor:
+    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer attends by a function of its own.
 
-    The whole model runs for each layer recorded: memory holds one layer's tensors at a time.
+    attentions: for each layer a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k rotated.
     """
     check_model(model)
     use_less_attention(model)
-    parts = []
-    for ids in windows.split(at_once):
-        cache = Cache(layers=[RecordingLayer(keep=i == index) for i in range(sizes(model)["layers"])])
-        model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-        parts.append(cache.layers[index].recorded)
-    return tuple(torch.cat(part) for part in zip(*parts))
+    cache = Cache(layers=[FunctionLayer(attention) for attention in attentions])
+    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def check_model(model):

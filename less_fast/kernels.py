@@ -5,8 +5,11 @@ import json
 import math
 import operator
 import os
+import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import elu, gelu
 
-WEIGHTS, CONFIG = "kernels.safetensors", "config.json"
+from .allocate import Curves, Table, table
+
+WEIGHTS, CONFIG, CARD = "kernels.safetensors", "config.json", "README.md"
 
 
 class Features(nn.Module):
@@ -266,7 +271,8 @@ class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
 
     rank: features of each KV head, or a table (layers x KV heads) of them; family: a name in FAMILIES; about: what is known of
-    them (the model's fingerprint, how they were trained), stored in config.json beside the weights.
+    them (the model's fingerprint, how they were trained); curves: what each KV head costs at each budget, by the name of the
+    policy. Both are stored in config.json beside the weights.
     """
 
     def __init__(
@@ -279,12 +285,17 @@ class LessKernels(nn.Module):
         hidden: int = 512,
         about: dict | None = None,
         family: str = "paper",
+        curves: dict[str, Curves] | None = None,
     ):
         super().__init__()
         rank = _integers(rank)
         self.sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
         self.sizes |= dict(rank=rank, hidden=hidden, family=family)
-        self.about = about or {}
+        self.about, self.curves = about or {}, curves or {}
+        for name, some in self.curves.items():
+            for kind in (some.bare, some.less or some.bare):
+                if [len(layer) for layer in kind] != [kv_heads] * layers:
+                    raise ValueError(f"the curves of {name} do not fit {layers} layers of {kv_heads} KV heads")
         if family not in FAMILIES:
             raise ValueError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
         table = [rank] * layers if isinstance(rank, int) else rank
@@ -292,15 +303,39 @@ class LessKernels(nn.Module):
             raise ValueError(f"the ranks of {len(table)} layers do not fit {layers} layers")
         self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, some, hidden) for some in table)
 
+    def budgets_for(self, policy, less: bool = True) -> Table | None:
+        """The budget table (layers x KV heads) that gives the KV heads policy.budget tokens on average where they do most.
+
+        less: for LESS with these kernels, or for the bare policy. None where no curves are known for this kind of policy, or
+        they do not reach the budget.
+        """
+        curves = self.curves.get(type(policy).__name__)
+        if curves is None or (less and curves.less is None):
+            return None
+        return table(curves, policy.budget * self.sizes["layers"] * self.sizes["kv_heads"], less)
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes kernels.safetensors and config.json into `folder`; each is written aside and then renamed."""
+        """Writes kernels.safetensors, config.json and a model card, README.md, into `folder`: all aside first, then renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, config = folder / f".{WEIGHTS}.new", folder / f".{CONFIG}.new"
-        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, weights)
-        config.write_text(json.dumps({**self.sizes, "about": self.about}, indent=2) + "\n")
-        weights.rename(folder / WEIGHTS)
-        config.rename(folder / CONFIG)
+        stored = {**self.sizes, "about": self.about, "curves": {name: asdict(some) for name, some in self.curves.items()}}
+        aside = {name: folder / f".{name}.new" for name in (WEIGHTS, CONFIG, CARD)}
+        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, aside[WEIGHTS])
+        aside[CONFIG].write_text(json.dumps(stored, indent=2) + "\n")
+        aside[CARD].write_text(_card(self))
+        for name, file in aside.items():
+            file.rename(folder / name)
+
+    def push_to_hub(self, repository: str, private: bool = False) -> str:
+        """Uploads the kernels, their config and the model card to a repository of the hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            address = hub.create_repo(repository, private=private, exist_ok=True)
+            hub.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="LESS kernels")
+        return str(address)
 
     @classmethod
     def from_pretrained(cls, where: str | os.PathLike) -> "LessKernels":
@@ -311,8 +346,8 @@ class LessKernels(nn.Module):
         weights, config = _locate(where)
         try:
             stored = json.loads(config.read_text())
-            about = stored.pop("about", {})
-            kernels = cls(**stored, about=about)
+            curves = {name: Curves(**some) for name, some in stored.pop("curves", {}).items()}
+            kernels = cls(**stored, curves=curves)
             kernels.load_state_dict(load_file(weights))
         except (RuntimeError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             raise ValueError(f"the kernels in {where} are broken, or do not fit their {CONFIG}: {error}") from error
@@ -320,6 +355,83 @@ class LessKernels(nn.Module):
         if broken:
             raise ValueError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()
+
+
+    @classmethod
+    def from_official(cls, folder: str | os.PathLike) -> "LessKernels":
+        """Reads the layer_*.pth files that the authors' train_kernels.py writes, for Llama or for Falcon.
+
+        They hold psi's third matrix in factors: K3 = diag|scalingD| (I + interaction_k diag(scalingD2)). Falcon's key kernels
+        are linear layers, their weights transposed, one for all heads. The files are unpickled with weights_only=True.
+        Raises FileNotFoundError where there are none, ValueError where they do not fit each other.
+        """
+        files = {int(file.stem[6:]): file for file in Path(folder).glob("layer_*.pth") if file.stem[6:].isdecimal()}
+        if not files:
+            raise FileNotFoundError(f"the folder {folder} holds no layer_*.pth files")
+        if sorted(files) != list(range(len(files))):
+            raise ValueError(f"the folder {folder} holds {len(files)} layers, but not layers 0 to {len(files) - 1}")
+        layers, settings = [], {}
+        for index in range(len(files)):
+            try:
+                loaded = torch.load(files[index], map_location="cpu", weights_only=True)
+                layers.append(_official_weights(loaded["model_state_dict"]))
+                settings = loaded.get("config", {})
+            except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {error}") from error
+        (query_heads, head_dim, hidden), (kv_heads, _, rank) = layers[0]["q1"].shape, layers[0]["k2"].shape
+        about = {"origin": "the authors' checkpoint", "settings": {name: str(value) for name, value in settings.items()}}
+        kernels = cls(len(layers), query_heads, kv_heads, head_dim, rank, hidden, about)
+        try:
+            for layer, weights in zip(kernels.layers, layers):
+                layer.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"the layers in {folder} differ in shape: {error}") from error
+        return kernels.requires_grad_(False).eval()
+
+
+def _official_weights(state: dict) -> dict[str, torch.Tensor]:
+    """The five matrices of one layer, (heads, in, out) each, from the authors' names."""
+    k1, k2, mixed = (
+        state[f"{name}.weight"].float().T[None] if f"{name}.weight" in state else state[name].float()
+        for name in ("kernel_k_mat1", "kernel_k_mat2", "interaction_k")
+    )
+    first, second = (state[name].float()[0, :, 0] for name in ("scalingD", "scalingD2"))  # (Hkv, R)
+    k3 = torch.diag_embed(first.abs()) @ (torch.eye(first.shape[-1]) + mixed @ torch.diag_embed(second))
+    return {"q1": state["kernel_q_mat1"].float(), "q2": state["kernel_q_mat2"].float(), "k1": k1, "k2": k2, "k3": k3}
+
+
+def _card(kernels: LessKernels) -> str:
+    """A model card, as the hub shows it: what these kernels are for, how they came about, how to use them."""
+    about, sizes = kernels.about, kernels.sizes
+    features = sum(sum(layer.ranks) for layer in kernels.layers) / (sizes["layers"] * sizes["kv_heads"])
+    lines = [
+        *("---", "library_name: less-kv", "tags: [less, kv-cache, long-context]", "---", ""),
+        f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
+        "",
+        f"Kernels of the {sizes['family']} family for {sizes['layers']} layers, {sizes['query_heads']} query heads and "
+        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {features:g} features for each KV head on average. With them, "
+        f"text is generated in constant memory: what the policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
+        "",
+        "```python",
+        "from less_fast import H2O, LessCache, LessKernels",
+        "",
+        "cache = LessCache.for_model(model, policy=H2O(heavy=26, recent=25), kernels=LessKernels.from_pretrained(WHERE))",
+        "model.generate(**inputs, past_key_values=cache)",
+        "```",
+        "",
+    ]
+    if "policy" in about:
+        lines.append(f"Trained for {about['policy']} on {about['sequences']} windows of {about['window']} tokens.")
+    if "validation" in about:
+        shares = ", ".join(f"{found['less'] / found['bare']:.2f}" for found in about["validation"])
+        lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")
+    if "joint" in about:
+        joint = about["joint"]
+        figures = (f"{b}: {x:.3f} to {y:.3f}" for b, x, y in zip(joint["budgets"], joint["before"], joint["after"]))
+        lines.append(f"Joint training took the divergence from the full cache, by budget, {'; '.join(figures)} nats per token.")
+    if kernels.curves:
+        lines.append(f"Budget tables are derived from curves for {', '.join(kernels.curves)} in {CONFIG}.")
+    return "\n".join([*lines, f"All settings and figures: {CONFIG}.", ""])
 
 
 def _integers(rank):

@@ -7,8 +7,9 @@ token j exactly iff j <= i <= e_j, and through the low-rank state iff i > e_j.
 import math
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from .kernels import LayerKernels
+from .kernels import Features
 from .state import LayerState
 from .step import extend
 
@@ -48,7 +49,7 @@ def parallel(
     k: torch.Tensor,
     v: torch.Tensor,
     e: torch.Tensor,
-    kernels: LayerKernels | None = None,
+    kernels: Features | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """The streaming output (N, Hq, T, D), dense over T x T and differentiable in the kernels.
@@ -64,6 +65,28 @@ def parallel(
     return merge(exact, lse, weight @ _per_query_head(v, G), weight.sum(-1))
 
 
+def dense(q, k, v, scale: float | None = None) -> torch.Tensor:
+    """Full causal attention, (N, Hq, T, D)."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def linear_parallel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    e: torch.Tensor,
+    kernels: Features | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As `parallel`, in float32 or wider, the low-rank part in linear time: at most one token of a head goes at each step."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    exact, lse = exact_part(q, k, v, e, scale)
+    if kernels is None:
+        return exact
+    return merge(exact, lse, *low_rank_part(kernels.phi(q), kernels.psi(k), v, e))
+
+
 def exact_part(q, k, v, e, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over what is held: (out (N, Hq, T, D), log-sum-exp (N, Hq, T)). It does not depend on the kernels."""
     G, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -74,26 +97,28 @@ def exact_part(q, k, v, e, scale: float | None = None) -> tuple[torch.Tensor, to
     return logits.softmax(-1) @ _per_query_head(v, G), logits.logsumexp(-1)
 
 
-def low_rank_part(phi, psi, v, e, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the low-rank state adds when one token is evicted at every step from `budget` on, in linear time.
+def low_rank_part(phi, psi, v, e) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the low-rank state adds where at most one token of a head goes at each step, in linear time.
 
-    Sorted by eviction time it is causal linear attention: query budget + 1 + u sees the first u + 1 evicted tokens.
+    Each token is moved to the first query that sees it through the state, e + 1: then it is causal linear attention.
     phi (N, Hq, T, R), psi (N, Hkv, T, R), v (N, Hkv, T, D), e (N, Hkv, T).
-    Returns for the last L = T - 1 - budget queries: phi H (N, Hq, L, D) and phi.z (N, Hq, L).
+    Returns phi H (N, Hq, T, D) and phi.z (N, Hq, T).
     """
     G, T = phi.shape[1] // psi.shape[1], phi.shape[2]
-    L = T - 1 - budget
-    order = e.argsort(-1)[:, :, :L, None]  # (N, Hkv, L, 1)
+    token = torch.full((*e.shape[:2], T + 1), T, device=e.device)  # which one goes into the state before each query; T: none
+    token.scatter_(2, (e + 1).clamp(max=T), torch.arange(T, device=e.device).expand_as(e))
+    token = token[:, :, :T, None]  # (N, Hkv, T, 1)
     ones = torch.ones_like(v[..., :1])
     values = torch.cat([v, ones], -1)  # (N, Hkv, T, D + 1): the sums with and without v at once
-    psi = _blocks(psi.gather(2, order.expand(-1, -1, -1, psi.shape[-1])))  # (N, Hkv, b, C, R)
-    values = _blocks(values.gather(2, order.expand(-1, -1, -1, values.shape[-1])))  # (N, Hkv, b, C, D + 1)
-    phi = _blocks(phi[:, :, budget + 1 :])  # (N, Hq, b, C, R)
+    some, place = token < T, token.clamp(max=T - 1)
+    psi = _blocks(psi.gather(2, place.expand(-1, -1, -1, psi.shape[-1])) * some)  # (N, Hkv, b, C, R)
+    values = _blocks(values.gather(2, place.expand(-1, -1, -1, values.shape[-1])))  # (N, Hkv, b, C, D + 1)
+    phi = _blocks(phi)  # (N, Hq, b, C, R)
     block = psi.mT @ values  # (N, Hkv, b, R, D + 1)
     before = block.cumsum(2) - block  # what whole blocks before this one have folded
     within = (phi @ _per_query_head(psi, G).mT).tril()  # (N, Hq, b, C, C)
     sums = phi @ _per_query_head(before, G) + within @ _per_query_head(values, G)
-    sums = sums.flatten(2, 3)[:, :, :L]  # (N, Hq, L, D + 1)
+    sums = sums.flatten(2, 3)[:, :, :T]  # (N, Hq, T, D + 1)
     return sums[..., :-1], sums[..., -1]
 
 
@@ -101,9 +126,11 @@ def merge(exact, lse, weighted, mass):
     """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part, where their mass is positive.
     Shapes (..., D) and (...)."""
     weighted, mass = weighted * (mass > 0)[..., None], mass.clamp(min=0)
-    most = math.log(torch.finfo(lse.dtype).max) / 1.5  # beyond that products overflow, and one part is all of the sum
-    per_token = torch.exp(-lse.clamp(-most, most))
-    return (weighted * per_token[..., None] + exact) / (mass * per_token + 1)[..., None]
+    kinds = torch.finfo(lse.dtype)
+    lse = lse.clamp(min=math.log(kinds.tiny) / 1.5)  # below that e^-lse may overflow
+    most = torch.maximum(lse, mass.clamp(min=kinds.tiny).log()).detach()  # the larger part: relative to it nothing overflows
+    low_rank, kept = (-most).exp(), (lse - most).exp()
+    return (weighted * low_rank[..., None] + exact * kept[..., None]) / (mass * low_rank + kept)[..., None]
 
 
 def _per_query_head(x, G):

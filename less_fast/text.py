@@ -25,6 +25,31 @@ def windows(tokenizer, texts: Iterable[str], length: int, count: int | None = No
     return torch.from_numpy(stream[: available * length].reshape(available, length)[chosen])
 
 
+def dataset_texts(name: str, characters: int) -> list[str]:
+    """The first texts of a data set of the hub, or of a local folder, until they have so many characters, with `datasets`.
+
+    name: NAME[,CONFIG[,SPLIT[,COLUMN]]]; split "train" and column "text" unless given.
+    Raises ValueError, with the reason, where there is no such data set, split or column, or the library is missing.
+    """
+    where, config, split, column, *rest = [*name.split(","), "", "", "", ""][: max(4, name.count(",") + 1)]
+    if rest:
+        raise ValueError(f"a data set is NAME[,CONFIG[,SPLIT[,COLUMN]]], not {name!r}")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError("--dataset needs the library datasets: pip install 'less-kv[eval]'") from None
+    texts, enough = [], 0
+    try:
+        for row in load_dataset(where, config or None, split=split or "train", streaming=True):
+            texts.append(row[column or "text"])
+            enough += len(texts[-1])
+            if enough >= characters:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no texts from the data set {name!r}: {type(error).__name__} {error}") from error
+    return texts
+
+
 def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
     """One int64 array of tokens for each text, the end-of-text token last."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,31 +1,47 @@
-"""Training of the kernels as in the paper (section 3.2): each layer alone, in the parallel form.
+"""Training of kernels for a model, in stages that survive a kill.
 
-A layer's queries, keys and values are recorded from the model with its full cache. The eviction times, and what the kept
-tokens contribute, do not depend on the kernels and are computed once. The kernels then learn to add what is missing: the
-mean squared error between the layer's attention output with LESS and with the full cache, after the output projection.
+1. Each layer alone, as in the paper (section 3.2): the mean squared error between the layer's attention output with LESS and
+   with the full cache, after the output projection, in the parallel form. What does not depend on the kernels is recorded.
+2. All layers together, a departure: the KL divergence from the full cache's predictions to those with LESS, through the whole
+   model, under several budgets in turn (joint distillation).
+3. Curves, from which budget tables are made.
 """
 
 import copy
+import hashlib
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch import distributed
+from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from .hf import attention_modules, check_model, fingerprint, record_layer, sizes
+from .allocate import Curves, average
+from .damage import measure
+from .hf import attention_modules, check_model, fingerprint, predictions, sizes
 from .kernels import FAMILIES, Features, LessKernels
-from .parallel import eviction_times, exact_part, low_rank_part, merge
+from .parallel import dense, eviction_times, linear_parallel, low_rank_part, merge
+from .recording import SHARD, Recorded, Recording, bytes_on_disk
 
-SEQUENCES_AT_ONCE = 16  # while recording; training itself takes Recipe.batch
+CURVE_WINDOWS = 8  # windows on which damage is measured
+JOINT_VALIDATION = 8  # windows on which the joint stage is judged
+JOINT_CHECKPOINT = 10  # steps of the joint stage between two checkpoints
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The paper's recipe: Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer.
 
+    windows: how many each layer alone is trained on, None for all.
     halve_every None: the learning rate rises and falls once over the whole training instead (one cycle; Smith and Topin 2017);
     clip: the largest norm of a step's gradient, None for any.
+    joint_steps, joint_rate: of the joint stage, of `batch` windows each, the rate again in one cycle; 0 leaves it out.
+    joint_budgets: it takes these multiples of the policy's budget in turn.
     """
 
     rank: int = 8
@@ -38,39 +54,96 @@ class Recipe:
     seed: int = 0
     family: str = "paper"
     clip: float | None = None
+    windows: int | None = None
+    joint_steps: int = 0
+    joint_rate: float = 5e-3
+    joint_budgets: tuple[float, ...] = (0.4, 1.0, 2.0)
 
 
 RECIPES = {
     "paper": Recipe(),
     "exponential": Recipe(
-        family="exponential", hidden=32, epochs=10, learning_rate=1e-2, halve_every=None, dropout=0.0, clip=1.0
+        family="exponential",
+        hidden=32,
+        epochs=5,
+        learning_rate=1e-2,
+        halve_every=None,
+        dropout=0.0,
+        clip=1.0,
+        windows=128,
+        joint_steps=180,
     ),
 }
 """How each family of learned kernels is trained, unless told otherwise."""
 
 
-@dataclass
-class Recorded:
-    """What one layer's training needs, for N sequences and the L = T - 1 - budget queries behind the first eviction."""
+class Work:
+    """The folder of an unfinished training: what is done is in it, each file complete, and the order that it carries out.
 
-    q: torch.Tensor  # (N, Hq, T, D)
-    k: torch.Tensor  # (N, Hkv, T, D)
-    v: torch.Tensor  # (N, Hkv, T, D)
-    e: torch.Tensor  # (N, Hkv, T) eviction times
-    exact: torch.Tensor  # (N, Hq, L, D) attention over what is kept
-    lse: torch.Tensor  # (N, Hq, L) its log-sum-exp
-    full: torch.Tensor  # (N, Hq, L, D) attention over everything: the target
+    Raises ValueError where the folder holds the work on another order.
+    """
 
-    def rows(self, index) -> "Recorded":
-        return Recorded(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+    def __init__(self, folder: Path, order: dict):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        order, file = json.loads(json.dumps(order)), folder / "order.json"
+        known = json.loads(file.read_text()) if file.exists() else order
+        other = sorted(name for name in order | known if order.get(name) != known.get(name))
+        if other:
+            raise ValueError(
+                f"{folder} holds an unfinished training with another {', '.join(other)}: go on with the options it was begun "
+                f"with, or delete that folder"
+            )
+        self.resumed = file.exists()
+        if process() == 0:
+            self._write(file, lambda aside: aside.write_text(json.dumps(order, indent=2) + "\n"))
+
+    def load(self, name: str) -> dict | None:
+        file = self.folder / name
+        return torch.load(file, weights_only=True) if file.exists() else None
+
+    def save(self, name: str, value: dict) -> None:
+        self._write(self.folder / name, lambda aside: torch.save(value, aside))
+
+    def _write(self, file, write):
+        aside = file.with_name(f".{file.name}.new")
+        write(aside)
+        aside.rename(file)
 
 
-def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe: Recipe = Recipe()) -> LessKernels:
+def process() -> int:
+    """Which of the processes of torchrun this is; 0 without torchrun."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def train(
+    model,
+    windows: torch.Tensor,
+    validation: torch.Tensor,
+    policy,
+    recipe: Recipe = Recipe(),
+    folder: Path | None = None,
+    disk: float = 20e9,
+    curves: bool = False,
+) -> LessKernels | None:
     """Kernels for `model`, trained for streaming with `policy` on token windows.
 
-    windows (N, T), validation (V, T) int64: validation chooses the best epoch of each layer.
-    Raises ValueError where the model is not supported, the policy evicts nothing within T tokens, or a layer's weights or
-    attention are not finite.
+    windows (N, T), validation (V, T) int64: validation chooses the best epoch of each layer, and judges the joint stage.
+    folder: where unfinished work is kept; called again with the same arguments, training goes on there and ends in the same
+    weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit.
+    curves: measure at the end what each head costs at each budget, for budget tables.
+    Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
+    Raises ValueError where the model is not supported, the policy evicts nothing within T tokens, a layer's weights or
+    attention are not finite, training diverges, or the folder holds other work; OSError where the disk is full.
     """
     check_model(model)
     model.eval()
@@ -84,44 +157,71 @@ def train(model, windows: torch.Tensor, validation: torch.Tensor, policy, recipe
         "policy": repr(policy),
         "window": T,
         "sequences": len(windows),
-        "recipe": asdict(recipe),
-        "validation": [],
+        "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
     }
-    kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
-    started = time.perf_counter()
-    progress = tqdm(total=recipe.epochs * len(kernels.layers), unit="epoch")
-    for index, module in enumerate(attention_modules(model)):
-        progress.set_postfix_str(f"layer {index}: recording")
-        projection = module.o_proj.weight.detach().float().T  # (Hq * D, hidden size)
-        data = [prepare(*record_layer(model, part, index), policy, module.scaling) for part in (windows, validation)]
-        if not all(part.exact.isfinite().all() and part.full.isfinite().all() for part in data):
-            raise ValueError(f"the attention of layer {index} is not finite: the model's weights or the text are broken")
-        best, figures = train_layer(index, *data, projection, policy.budget, recipe, progress)
-        kernels.layers[index].load_state_dict(best.state_dict())
-        about["validation"].append(figures)
-    progress.close()
-    about["seconds"] = round(time.perf_counter() - started)
-    return kernels.requires_grad_(False).eval()
+    order = about | {"text": hashlib.sha256(torch.cat([windows, validation]).numpy().tobytes()).hexdigest(), "curves": curves}
+    with TemporaryDirectory() as temporary:
+        work = Work(Path(folder or temporary), order)
+        started = time.perf_counter()
+        kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
+        kernels.to(model.device)
+        about["validation"] = _each_layer(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
+        if process() != 0:
+            return None
+        if recipe.joint_steps:
+            about["joint"] = _distill(kernels, model, windows, validation[:JOINT_VALIDATION], policy, recipe, work)
+        kernels.requires_grad_(False).eval()
+        if curves:
+            kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
+        about["seconds"] = round(time.perf_counter() - started)
+        return kernels
 
 
-@torch.no_grad()
-def prepare(q, k, v, policy, scale) -> Recorded:
-    """What does not depend on the kernels, once. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype."""
-    parts = []
-    for some in zip(*(x.split(SEQUENCES_AT_ONCE) for x in (q, k, v))):
-        queries, keys, values = (x.float() for x in some)
-        e = eviction_times(queries, keys, values, policy, scale)
-        exact, lse = exact_part(queries, keys, values, e, scale)
-        full = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-        late = slice(policy.budget + 1, None)
-        parts.append((queries, keys, values, e, exact[:, :, late], lse[:, :, late], full[:, :, late]))
-    return Recorded(*(torch.cat(part) for part in zip(*parts)))
+def _curves(kernels, model, windows, policy, work) -> Curves:
+    """Stage 3, window by window."""
+    for index, window in enumerate(tqdm(windows.split(1), desc="curves", unit="window")):
+        if work.load(f"curves-{index}") is None:
+            work.save(f"curves-{index}", asdict(measure(model, window, policy, kernels)))
+    return average([Curves(**work.load(f"curves-{index}")) for index in range(len(windows))])
+
+
+def _each_layer(kernels, model, windows, validation, policy, recipe, work, disk) -> list[dict]:
+    """Stage 1: the weights of every layer, and their errors with LESS and with the bare policy."""
+    modules = attention_modules(model)
+    recordings = [Recording(work.folder / name, part, policy) for name, part in (("train", windows), ("valid", validation))]
+    each = bytes_on_disk(model, torch.cat([windows, validation]), policy, 1)
+    at_once = max(1, int(disk // each))
+    pending = [index for index in range(len(modules)) if work.load(f"layer-{index:03}") is None]
+    mine = slice(process(), None, processes())
+    wait_for_all()  # or some might see the others' layers done, and some not
+    for first in range(0, len(pending), at_once):
+        now = pending[first : first + at_once]
+        shards = sum(-(-len(recording.windows) // SHARD) for recording in recordings)
+        size = f"{each * len(now) / 1e9:.1f} GB"
+        with tqdm(total=shards, desc=f"recording layers {now[0]} to {now[-1]}, {size}", disable=process() > 0) as progress:
+            for recording in recordings:
+                recording.record(model, now, mine, lambda: progress.update(processes()))
+        wait_for_all()
+        with tqdm(total=recipe.epochs * len(now[mine]), desc="layers", unit="epoch", disable=process() > 0) as progress:
+            for index in now[mine]:
+                projection = modules[index].o_proj.weight.detach().float().T  # (Hq * D, hidden size)
+                _train_layer(kernels.layers[index], index, *recordings, projection, recipe, work, progress)
+        wait_for_all()
+        for index in now[mine]:
+            for recording in recordings:
+                recording.forget(index)
+    done = [work.load(f"layer-{index:03}") for index in range(len(modules))]
+    for layer, found in zip(kernels.layers, done):
+        layer.load_state_dict(found["weights"])
+    return [{"bare": found["bare"], "less": found["less"]} for found in done]
 
 
 def loss(kernels: Features, data: Recorded, projection: torch.Tensor, budget: int) -> torch.Tensor:
     """The paper's objective on some sequences: a scalar, differentiable in the kernels."""
-    weighted, mass = low_rank_part(kernels.phi(data.q), kernels.psi(data.k), data.v, data.e, budget)
-    return projected_error(merge(data.exact, data.lse, weighted, mass), data.full, projection)
+    weighted, mass = low_rank_part(kernels.phi(data.q), kernels.psi(data.k), data.v, data.e)
+    late = slice(budget + 1, None)
+    out = merge(data.exact, data.lse, weighted[:, :, late], mass[:, :, late])
+    return projected_error(out, data.full, projection)
 
 
 def projected_error(out, full, projection):
@@ -129,40 +229,145 @@ def projected_error(out, full, projection):
     return ((out - full).transpose(1, 2).flatten(2) @ projection).square().mean()
 
 
-def train_layer(index, data, validation, projection, budget, recipe, progress) -> tuple[Features, dict]:
-    """The kernels of the best epoch, and their figures: error on the validation windows with LESS and with the bare policy."""
-    Hq, Hkv, D = data.q.shape[1], data.k.shape[1], data.q.shape[3]
-    device = data.q.device
-    bare = projected_error(validation.exact, validation.full, projection).item()
-    best, lowest = None, float("inf")
+def _train_layer(like: Features, index, recording, validation, projection, recipe, work, progress) -> None:
+    """Stores the weights of the best epoch as `layer-...`, with the errors on the validation windows. like: for the sizes."""
+    device, budget, count = projection.device, recording.policy.budget, len(recording.windows)
+    held_out = [rows.tolist() for rows in torch.arange(len(validation.windows)).split(SHARD)]
+
+    @torch.no_grad()
+    def error(of):
+        parts = ((len(rows), validation.rows(index, rows, device)) for rows in held_out)
+        return sum(many * of(data).item() for many, data in parts) / len(validation.windows)
+
+    bare = error(lambda data: projected_error(data.exact, data.full, projection))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed + index)
-        kernels = FAMILIES[recipe.family](Hq, Hkv, D, recipe.rank, recipe.hidden).to(device)
+        sized = like.query_heads, like.kv_heads, like.head_dim, recipe.rank, recipe.hidden
+        kernels = FAMILIES[recipe.family](*sized).to(device)
         kernels.dropout = recipe.dropout
         adam = torch.optim.Adam(kernels.parameters(), lr=recipe.learning_rate)
-        steps = -(-len(data.q) // recipe.batch)  # of an epoch
+        steps = -(-count // recipe.batch)  # of an epoch
         if recipe.halve_every is None:
             pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.learning_rate, recipe.epochs * steps)
         else:
             pace = torch.optim.lr_scheduler.StepLR(adam, recipe.halve_every * steps, gamma=0.5)
-        for _ in range(recipe.epochs):
+        best, lowest, first = None, float("inf"), 0
+        if (before := work.load(f"layer-{index:03}-epoch")) is not None:
+            best, lowest, first = before["best"], before["lowest"], before["epoch"]
+            _restore(before, kernels, adam, pace)
+        progress.update(first)
+        for epoch in range(first, recipe.epochs):
             kernels.train()
-            for rows in torch.randperm(len(data.q)).to(device).split(recipe.batch):
+            for rows in torch.randperm(count).split(recipe.batch):
                 adam.zero_grad()
-                loss(kernels, data.rows(rows), projection, budget).backward()
-                if recipe.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(kernels.parameters(), recipe.clip)
-                adam.step()
-                pace.step()
+                loss(kernels, recording.rows(index, rows.tolist(), device), projection, budget).backward()
+                _step(adam, pace, kernels, recipe.clip)
             kernels.eval()
-            with torch.no_grad():
-                batches = torch.arange(len(validation.q), device=device).split(SEQUENCES_AT_ONCE)
-                errors = [loss(kernels, validation.rows(rows), projection, budget) * len(rows) for rows in batches]
-            error = torch.stack(errors).sum().item() / len(validation.q)
-            if error < lowest:
-                best, lowest = copy.deepcopy(kernels), error
+            found = error(lambda data: loss(kernels, data, projection, budget))
+            if found < lowest:
+                best, lowest = copy.deepcopy(kernels.state_dict()), found
+            work.save(
+                f"layer-{index:03}-epoch",
+                {"best": best, "lowest": lowest, "epoch": epoch + 1} | _snapshot(kernels, adam, pace),
+            )
             progress.update()
             progress.set_postfix_str(f"layer {index}: error {lowest / bare:.3f} of the bare policy's")
     if best is None:
         raise ValueError(f"training layer {index} diverged: its error was never finite; lower the learning rate")
-    return best, {"bare": bare, "less": lowest}
+    work.save(f"layer-{index:03}", {"weights": best, "bare": bare, "less": lowest})
+
+
+def _distill(kernels, model, windows, validation, policy, recipe, work) -> dict:
+    """Stage 2, in place. Returns the divergences on the validation windows at each budget, before and after; where they have
+    not become less on average, the weights from before are kept."""
+    budgets = [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
+    rules = [policy.with_budget(budget) for budget in budgets]
+    weights = list(kernels.requires_grad_().train().parameters())
+    adam = torch.optim.Adam(weights, lr=recipe.joint_rate)
+    pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.joint_rate, recipe.joint_steps)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
+    before, first = work.load("joint"), 0
+    if before is not None and "after" in before["figures"]:
+        kernels.load_state_dict(before["kernels"])
+        return before["figures"]
+    if before is None:
+        figures = {"budgets": budgets, "before": _divergences(model, validation, rules, kernels)}
+        start = copy.deepcopy(kernels.state_dict())
+    else:
+        figures, start, first = before["figures"], before["start"], before["step"]
+        _restore(before, kernels, adam, pace)
+    with tqdm(total=recipe.joint_steps, initial=first, desc="all layers", unit="step") as progress:
+        progress.set_postfix_str(f"divergence {_spelled(figures['before'])}")
+        for step in range(first, recipe.joint_steps):
+            rows = [order[(step * recipe.batch + row) % len(windows)] for row in range(recipe.batch)]
+            adam.zero_grad()
+            found = divergence(model, windows[torch.stack(rows)], rules[step % len(rules)], kernels)
+            if not found.isfinite():
+                raise ValueError(f"the joint stage diverged at step {step}: lower its learning rate, or leave it out")
+            found.backward(inputs=weights)
+            _step(adam, pace, kernels, recipe.clip)
+            progress.update()
+            if (step + 1) % JOINT_CHECKPOINT == 0:
+                now = {"figures": figures, "start": start, "step": step + 1}
+                work.save("joint", now | _snapshot(kernels, adam, pace))
+        kernels.eval()
+        figures["after"] = _divergences(model, validation, rules, kernels)
+        progress.set_postfix_str(f"divergence {_spelled(figures['before'])} -> {_spelled(figures['after'])}")
+    figures["kept"] = sum(figures["after"]) < sum(figures["before"])
+    if not figures["kept"]:
+        kernels.load_state_dict(start)
+    work.save("joint", {"figures": figures, "kernels": kernels.state_dict()})
+    return figures
+
+
+def divergence(model, ids: torch.Tensor, policy, kernels: LessKernels | None) -> torch.Tensor:
+    """KL(full cache || streaming with `policy` and the kernels) in nats per token, of texts ids (N, T); differentiable."""
+
+    def streamed(layer):
+        def attention(q, k, v, scale):
+            e = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale)
+            return linear_parallel(q, k, v, e, layer, scale).to(q.dtype)
+
+        return attention
+
+    count = sizes(model)["layers"]
+    with torch.no_grad():
+        wanted = predictions(model, ids, [dense] * count)
+    found = predictions(model, ids, [streamed(layer) for layer in (kernels.layers if kernels else [None] * count)])
+    return kl_div(found, wanted, log_target=True, reduction="sum") / ids.numel()
+
+
+@torch.no_grad()
+def _divergences(model, windows, rules: Sequence, kernels) -> list[float]:
+    parts = windows.split(2)
+    return [
+        sum(divergence(model, ids, rule, kernels).item() * len(ids) for ids in parts) / len(windows) for rule in rules
+    ]
+
+
+def _spelled(figures):
+    return " / ".join(f"{figure:.3f}" for figure in figures)
+
+
+def _step(adam, pace, kernels, clip):
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(kernels.parameters(), clip)
+    adam.step()
+    pace.step()
+
+
+def _snapshot(kernels, adam, pace) -> dict:
+    """Everything that the next step depends on."""
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    parts = {"kernels": kernels, "adam": adam, "pace": pace}
+    return {name: part.state_dict() for name, part in parts.items()} | {"generators": generators}
+
+
+def _restore(snapshot, kernels, adam, pace):
+    for name, part in {"kernels": kernels, "adam": adam, "pace": pace}.items():
+        part.load_state_dict(snapshot[name])
+    torch.set_rng_state(snapshot["generators"]["cpu"])
+    if "cuda" in snapshot["generators"]:
+        torch.cuda.set_rng_state(snapshot["generators"]["cuda"])

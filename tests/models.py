@@ -5,8 +5,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 import less_ref
 from less_fast import LayerKernels, LessKernels
-from less_fast.hf import fingerprint, sizes
+from less_fast.hf import fingerprint, predictions, sizes
 from less_fast.kernels import Learned
+from less_fast.parallel import dense
 
 SIZES = dict(
     vocab_size=97,
@@ -46,6 +47,15 @@ def make_kernels(model, rank=3, hidden=5, family="paper"):
 
 def tokens(*shape, seed=0):
     return torch.randint(1, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def recorded(model, ids, index):
+    """q, k, v and the scale of one layer under the full cache."""
+    kept, attentions = [], [dense] * sizes(model)["layers"]
+    attentions[index] = lambda *given: kept.append(given) or dense(*given)
+    predictions(model, ids, attentions)
+    return kept[0]
 
 
 def make_kinds(seed=0, size=SIZES["vocab_size"]):

@@ -20,6 +20,7 @@ from strategies import (
     Policy,
     cases,
     fast_kernels,
+    one_for_all,
     padded_batches,
     policies,
     slices,
@@ -31,7 +32,7 @@ import less_fast
 import less_ref
 from less_fast import parallel as parallel_module
 from less_fast import step as step_module
-from less_fast.parallel import eviction_times, exact_part, low_rank_part, merge, parallel
+from less_fast.parallel import eviction_times, linear_parallel, merge, parallel
 
 EVICTING = dict(length=st.integers(16, 40), policy=policies(largest=4))
 WINDOW, LAMBDA, H2O = Policy("Window", (4,)), Policy("Lambda", (1, 3)), Policy("H2O", (2, 2))
@@ -428,25 +429,24 @@ def test_the_parallel_form_equals_the_references_streaming(case_and_rows):
 
 @given(
     batch_of(cases(**EVICTING, chunks=streaming, k3=some_kernels), st.integers(1, 2)),
-    policies(*ONE_AT_A_TIME, largest=4),
+    st.tuples(*[policies(*ONE_AT_A_TIME, "Full", largest=4)] * 3),
     st.integers(1, 9),
 )
-def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_rows, policy, block):
+def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_rows, drawn, block):
     case, rows = case_and_rows
     q, k, v = batch(case, rows)
-    e, budget = eviction_times(q, k, v, policy.fast, case.scale), policy.fast.budget
+    table = one_for_all(drawn[: k.shape[1]])
+    e = eviction_times(q, k, v, [policy.fast for policy in table], case.scale)
     kernels = fast_kernels(case.kernels, case.layer).requires_grad_()
-    weight = torch.from_numpy(np.random.default_rng(case.seed).normal(size=q.shape))[:, :, budget + 1 :]
+    weight = torch.from_numpy(np.random.default_rng(case.seed).normal(size=q.shape))
 
-    dense = parallel(q, k, v, e, kernels, case.scale)[:, :, budget + 1 :]
+    dense = parallel(q, k, v, e, kernels, case.scale)
     (dense * weight).sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in kernels.named_parameters()}
     kernels.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel_module, "TOKENS_AT_ONCE", block)
-        low_rank = low_rank_part(kernels.phi(q), kernels.psi(k), v, e, budget)
-    exact, lse = exact_part(q, k, v, e, case.scale)
-    linear = merge(exact[:, :, budget + 1 :], lse[:, :, budget + 1 :], *low_rank)
+        linear = linear_parallel(q, k, v, e, kernels, case.scale)
     (linear * weight).sum().backward()
 
     assert_close(linear, dense)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from closeness import assert_close
-from models import FAMILIES, make_kernels, make_kinds, make_model, reference_kernels, reference_policy, tokens
+from models import FAMILIES, make_kernels, make_kinds, make_model, recorded, reference_kernels, reference_policy, tokens
 from test_equivalence import heads_of
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
 import less_ref
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Scissorhands, SnapKV, Window
-from less_fast.hf import attention_modules, record_layer
+from less_fast.hf import attention_modules
 
 FASTGEN, KINDS = FastGen(11, 2, 2, 0.6), make_kinds(seed=3)  # heads choose differently, and some hold less than the budget
 
@@ -79,7 +79,7 @@ def assert_the_first_layer_follows_the_reference(model, policy, kernels, chunk=N
     ids = tokens(1, 21)
     cache = LessCache.for_model(model, policy, kernels, budgets, chunk, KINDS)
     feed(model, ids, cache, prompt=17)
-    q, k, v = (x[0].numpy() for x in record_layer(model, ids, 0))
+    q, k, v = (x[0].numpy() for x in recorded(model, ids, 0)[:3])
     policies = [policy] * 2 if budgets is None else [policy.with_budget(budget) for budget in budgets[0]]
     prompt = [17] if chunk is None else [chunk] * (17 // chunk) + [17 % chunk] * (17 % chunk > 0)
     rest = reference_kernels(kernels.layers[0]), prompt + [1] * 4

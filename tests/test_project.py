@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["kernels", "policies", "state", "attend", "step", "parallel", "hf", "train", "text", "demo"]
-ORDER += ["plan", "compare", "bench", "cli"]
+ORDER = ["allocate", "kernels", "policies", "state", "attend", "step", "parallel", "hf"]
+ORDER += ["damage", "recording", "train", "text", "demo", "plan", "compare", "bench", "cli"]
 
 
 def imported(file):

@@ -6,18 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import make_model, reference_kernels, reference_policy, tokens
+from models import make_model, recorded, reference_kernels, reference_policy, tokens
 from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import H2O, FastGen, LayerKernels, LessCache, LessKernels, Window
-from less_fast.hf import attention_modules, record_layer
+from less_fast.hf import attention_modules
 from less_fast.kernels import CONFIG, FAMILIES, WEIGHTS, _dropout_mask
-from less_fast.train import RECIPES, Recipe, loss, prepare, projected_error, train
+from less_fast.recording import prepare
+from less_fast.train import RECIPES, Recipe, loss, projected_error, train
 
 QUICK = {
     "paper": Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1),
-    "exponential": replace(RECIPES["exponential"], rank=3, hidden=4, epochs=4),
+    "exponential": replace(RECIPES["exponential"], rank=3, hidden=4, epochs=4, joint_steps=0),
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", QUICK)
 
@@ -56,7 +57,8 @@ def test_the_loss_is_the_references_training_loss(family, group):
 def validation_errors(model, layers, windows=None):
     windows = tokens(6, 40, seed=1) if windows is None else windows
     for index, (module, kernels) in enumerate(zip(attention_modules(model), layers)):
-        data = prepare(*record_layer(model, windows, index), H2O(3, 3), module.scaling)
+        q, k, v, scale = recorded(model, windows, index)
+        data = prepare(q, k, v, H2O(3, 3), scale)
         yield loss(kernels, data, module.o_proj.weight.T, 6).item()
 
 
@@ -106,7 +108,7 @@ def test_recorded_tensors_give_the_models_own_attention_output():
     with torch.no_grad():
         model(ids)
     hook.remove()
-    q, k, v = record_layer(model, ids, 1)
+    q, k, v, _ = recorded(model, ids, 1)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.scaling, enable_gqa=True)
     torch.testing.assert_close(full.transpose(1, 2).flatten(2), seen[0])
 

@@ -25,10 +25,9 @@ from less_fast.demo import MODEL, corpus
 from less_fast.text import tokenized, windows
 
 VOCABULARY = 2048
-LENGTH = 1024
 END_OF_TEXT = "<|endoftext|>"
 WARM_UP = 0.02  # share of the steps; after it the learning rates fall linearly to zero
-VALIDATION_WINDOWS = 64
+VALIDATION_TOKENS = 65536
 CHECK_EVERY = 500  # steps between two looks at the validation perplexity
 VIEWS = (32, 64, 128, 256)
 
@@ -44,13 +43,13 @@ def main():
         megabytes = sum(len(text.encode()) for _, text in docs[split]) / 1e6
         print(f"{split}: {len(docs[split])} files, {megabytes:.2f} MB, digest {digests[split]}")
 
-    tokenizer = train_tokenizer(text for _, text in docs["train"])
+    tokenizer = train_tokenizer((text for _, text in docs["train"]), options.length)
     streams = tokenized(tokenizer, (text for _, text in docs["train"]))
     print(f"train: {sum(map(len, streams)) / 1e6:.2f} million tokens")
-    held_out = windows(tokenizer, (text for _, text in docs["validation"]), LENGTH, VALIDATION_WINDOWS)
+    held_out = windows(tokenizer, (text for _, text in docs["validation"]), options.length, VALIDATION_TOKENS // options.length)
     held_out = held_out.to(options.device)  # (W, T)
 
-    model = new_model(tokenizer).to(options.device)
+    model = new_model(tokenizer, options).to(options.device)
     history = train(model, streams, held_out, options)
 
     partial = options.out.with_name(options.out.name + ".partial")
@@ -68,7 +67,7 @@ def main():
     record = {
         **{name: value for name, value in vars(options).items() if name not in ("out", "device", "stdlib")},
         "corpus": digests,
-        "validation_windows": VALIDATION_WINDOWS,
+        "validation_windows": len(held_out),
         "validation_perplexity": {name: round(value, 4) for name, value in perplexities.items()},
         "validation_history": history,
         "seconds": round(time.perf_counter() - started, 1),
@@ -87,12 +86,12 @@ def main():
 
 def train(model, streams, held_out, options):
     """Train in place for `options.tokens` tokens; return [step, validation perplexity] pairs."""
-    steps = max(1, options.tokens // (options.batch * LENGTH))
+    steps = max(1, options.tokens // (options.batch * options.length))
     optimizers = new_optimizers(model, options)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(steps)) for optimizer in optimizers]
     forward = torch.compile(model) if options.compile else model
     history = []
-    progress = tqdm(total=steps * options.batch * LENGTH, unit="tok", unit_scale=True)
+    progress = tqdm(total=steps * options.batch * options.length, unit="tok", unit_scale=True)
     for step, batch in zip(range(1, steps + 1), batches(streams, options)):  # batch (B, T)
         model.train()
         with torch.autocast(batch.device.type, torch.bfloat16):
@@ -120,10 +119,10 @@ def batches(streams, options):
     Each epoch shuffles the documents, cuts their stream at a random offset, and shuffles the windows: without that a
     batch is a stretch of one document.
     """
-    rng = np.random.default_rng(options.seed)
+    rng, T = np.random.default_rng(options.seed), options.length
     while True:
-        stream = np.concatenate([streams[i] for i in rng.permutation(len(streams))])[rng.integers(LENGTH) :]  # (N,)
-        cut = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)  # (W, T)
+        stream = np.concatenate([streams[i] for i in rng.permutation(len(streams))])[rng.integers(T) :]  # (N,)
+        cut = stream[: len(stream) // T * T].reshape(-1, T)  # (W, T)
         epoch = torch.from_numpy(rng.permutation(cut)).to(options.device)  # (W, T)
         yield from epoch[: len(epoch) // options.batch * options.batch].split(options.batch)
 
@@ -161,15 +160,15 @@ def learning_rate(steps):
     return lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
-def new_model(tokenizer):
+def new_model(tokenizer, options):
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.query_heads,
+        num_key_value_heads=options.kv_heads,
+        max_position_embeddings=options.length,
         rope_theta=10000.0,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -179,7 +178,7 @@ def new_model(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts, length):
     """Byte-level BPE: every byte is a token, so that any text survives the round trip."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -192,7 +191,7 @@ def train_tokenizer(texts):
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=LENGTH,
+        model_max_length=length,
         clean_up_tokenization_spaces=False,
     )
 
@@ -211,7 +210,11 @@ def parse_options():
     parser = argparse.ArgumentParser(prog="python -m less_fast.demo.build_model", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=MODEL, help="folder that is made or replaced")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens in all, over several epochs")
-    parser.add_argument("--batch", type=int, default=8, help=f"windows of {LENGTH} tokens in a step")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a window, and the model's context")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--query-heads", type=int, default=4, help="which share 256 dimensions")
+    parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stdlib", type=Path, help="a standard library to read in place of this Python's own")

@@ -1,0 +1,81 @@
+"""Budget tables: which KV head may keep how many tokens of a total.
+
+A few heads carry most of the damage that eviction does. `Curves` say what each head costs at each budget, as
+`damage.measure` found it; everything here is arithmetic on them.
+"""
+
+import heapq
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Table = list[list[int]]  # layers x KV heads
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What each KV head costs at each budget under one kind of policy, all other heads keeping everything.
+
+    budgets: ascending. less, bare: with the low-rank state and without it, nested lists (layers x KV heads x budgets).
+    policy, window, windows, by: how they were measured: the policy, the tokens of a window, how many windows, kl or error.
+    """
+
+    policy: str
+    budgets: list[int]
+    bare: list[list[list[float]]]
+    less: list[list[list[float]]] | None
+    window: int
+    windows: int
+    by: str
+
+    def __post_init__(self):
+        kinds = [kind for kind in (self.bare, self.less) if kind is not None]
+        if any(len(curve) != len(self.budgets) for kind in kinds for layer in kind for curve in layer):
+            raise ValueError(f"curves need one figure for each of the {len(self.budgets)} budgets")
+        if sorted(set(self.budgets)) != self.budgets or not self.budgets:
+            raise ValueError(f"the budgets of curves ascend, and {self.budgets} do not")
+
+
+def average(parts: list[Curves]) -> Curves:
+    """The curves of all windows together, from those of some each, all measured alike."""
+    windows = sum(part.windows for part in parts)
+    means = {}
+    for kind in ("bare", "less"):
+        some = [np.array(getattr(part, kind)) * part.windows / windows for part in parts if getattr(part, kind) is not None]
+        means[kind] = np.sum(some, 0).tolist() if some else None
+    return replace(parts[0], **means, windows=windows)
+
+
+def table(curves: Curves, total: int, less: bool) -> Table | None:
+    """The budgets of least damage with the given sum, each at least the first of the curves': greedy along the curves.
+
+    Where a curve bends the wrong way its lower convex hull is followed: the best step may be a long one. None where the total
+    lies beyond what the curves cover: below the least budget of every head, or above the largest.
+    """
+    damage = curves.less if less else curves.bare
+    heads = {(layer, g): curve for layer, row in enumerate(damage) for g, curve in enumerate(row)}
+    if not curves.budgets[0] * len(heads) <= total <= curves.budgets[-1] * len(heads):
+        return None
+    found = [[curves.budgets[0]] * len(row) for row in damage]
+    left = total - curves.budgets[0] * len(heads)
+    steps = [step for head, curve in heads.items() for step in _steps(head, curve, curves.budgets)]
+    heapq.heapify(steps)
+    while left:
+        _, (layer, g), tokens = heapq.heappop(steps)
+        found[layer][g] += min(tokens, left)
+        left -= min(tokens, left)
+    return found
+
+
+def _steps(head, curve, budgets):
+    """(negative gain per token, head, tokens) along the lower convex hull of a curve, made to fall."""
+    lowest = [min(curve[: i + 1]) for i in range(len(curve))]
+    here = 0
+    while here < len(budgets) - 1:
+
+        def gain(to, here=here):
+            return (lowest[here] - lowest[to]) / (budgets[to] - budgets[here])
+
+        to = max(range(here + 1, len(budgets)), key=gain)
+        yield -gain(to), head, budgets[to] - budgets[here]
+        here = to

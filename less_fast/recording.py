@@ -1,0 +1,108 @@
+"""A model's attention on disk: what the training of one layer after the other needs, computed in one pass and once.
+
+A recording is a folder with a file for each layer and for each shard of a few windows; a file that is there is complete.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .hf import predictions, sizes
+from .parallel import dense, eviction_times, exact_part
+
+SHARD = 8  # windows in a file
+
+
+@dataclass
+class Recorded:
+    """What a layer is trained on, for N sequences and the L = T - 1 - budget queries behind the first eviction."""
+
+    q: torch.Tensor  # (N, Hq, T, D)
+    k: torch.Tensor  # (N, Hkv, T, D)
+    v: torch.Tensor  # (N, Hkv, T, D)
+    e: torch.Tensor  # (N, Hkv, T) eviction times
+    exact: torch.Tensor  # (N, Hq, L, D) attention over what is kept
+    lse: torch.Tensor  # (N, Hq, L) its log-sum-exp
+    full: torch.Tensor  # (N, Hq, L, D) attention over everything: the target
+
+
+@torch.no_grad()
+def prepare(q, k, v, policy, scale) -> Recorded:
+    """What does not depend on the kernels. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype; the rest is float32."""
+    q, k, v = (x.float() for x in (q, k, v))
+    e = eviction_times(q, k, v, policy, scale)
+    exact, lse = exact_part(q, k, v, e, scale)
+    late = slice(policy.budget + 1, None)
+    return Recorded(q, k, v, e, exact[:, :, late], lse[:, :, late], dense(q, k, v, scale)[:, :, late])
+
+
+def bytes_on_disk(model, windows: torch.Tensor, policy, layers: int) -> int:
+    """What the recording of so many layers will take, but for a few kilobytes of headers."""
+    shape, (N, T) = sizes(model), windows.shape
+    late, D, Hq, Hkv = T - 1 - policy.budget, shape["head_dim"], shape["query_heads"], shape["kv_heads"]
+    numbers = (Hq + 2 * Hkv) * T * D + Hq * late * (2 * D + 1)  # in float32
+    return layers * N * (4 * numbers + 8 * Hkv * T)
+
+
+class Recording:
+    """The recorded layers of `windows` (N, T) under `policy`, in `folder`."""
+
+    def __init__(self, folder: Path, windows: torch.Tensor, policy):
+        self.folder, self.windows, self.policy = folder, windows, policy
+
+    def file(self, layer: int, shard: int) -> Path:
+        return self.folder / f"layer-{layer:03}-shard-{shard:05}.safetensors"
+
+    @torch.no_grad()
+    def record(
+        self,
+        model,
+        layers: Sequence[int],
+        shards: slice = slice(None),
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Runs the model over the windows of these shards and writes what is missing of the layers.
+
+        Raises ValueError where a layer's attention is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = list(enumerate(self.windows.split(SHARD)))[shards]
+        for shard, ids in parts:
+            missing = [layer for layer in layers if not self.file(layer, shard).exists()]
+            attentions = [dense] * sizes(model)["layers"]
+            for layer in missing:
+                attentions[layer] = self._recorder(layer, shard)
+            if missing:
+                predictions(model, ids, attentions)
+            progress()
+
+    def _recorder(self, layer, shard):
+        def attention(q, k, v, scale):
+            data = prepare(q, k, v, self.policy, scale)
+            if not (data.exact.isfinite().all() and data.full.isfinite().all()):
+                raise ValueError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
+            file = self.file(layer, shard)
+            aside = file.with_name(f".{file.name}.new")
+            save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, aside)
+            aside.rename(file)
+            return dense(q, k, v, scale)
+
+        return attention
+
+    def rows(self, layer: int, index: Sequence[int], device: torch.device | str = "cpu") -> Recorded:
+        """Some of the windows, read from disk."""
+        parts = []
+        for row in index:
+            with safe_open(self.file(layer, row // SHARD), "pt") as file:
+                one = slice(row % SHARD, row % SHARD + 1)
+                parts.append([file.get_slice(name)[one] for name in Recorded.__dataclass_fields__])
+        return Recorded(*(torch.cat(part).to(device) for part in zip(*parts)))
+
+    def forget(self, layer: int) -> None:
+        """Deletes the files of a layer."""
+        for file in self.folder.glob(f"layer-{layer:03}-shard-*.safetensors"):
+            file.unlink()

@@ -1,0 +1,240 @@
+"""Budget tables: what a KV head costs, how a total is shared out by it, and that caches take the tables up."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make_kernels, make_model, recorded, tokens
+from torch.nn.functional import kl_div
+
+from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
+from less_fast.allocate import Curves, average, table
+from less_fast.compare import compare
+from less_fast.damage import grid, measure
+from less_fast.hf import attention_modules
+from less_fast.kernels import CONFIG
+
+
+def curves_of(damage, budgets, **more):
+    known = dict(policy="", bare=damage, less=None, window=99, windows=1, by="kl")
+    return Curves(budgets=list(budgets), **known | more)
+
+
+@st.composite
+def any_curves(draw):
+    heads = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
+    budgets = sorted(draw(st.sets(st.integers(1, 12), min_size=2, max_size=4)))
+    costs = st.lists(st.integers(0, 40), min_size=len(budgets), max_size=len(budgets))
+    return curves_of([[draw(costs) for _ in range(heads[1])] for _ in range(heads[0])], budgets)
+
+
+def hull(curve, budgets):
+    """The curve made to fall, and its lower convex hull, at every budget in between."""
+    falling = np.minimum.accumulate(curve)
+    every = np.arange(budgets[0], budgets[-1] + 1)
+    chords = [
+        np.interp(every, [budgets[a], budgets[b]], [falling[a], falling[b]], left=np.inf, right=np.inf)
+        for a, b in product(range(len(budgets)), repeat=2)
+        if a <= b
+    ]
+    return dict(zip(every.tolist(), np.min(chords, 0)))
+
+
+@given(any_curves(), st.floats(0, 1))
+def test_no_other_table_of_the_same_sum_costs_less_by_the_convex_hulls(curves, share):
+    heads = [curve for layer in curves.bare for curve in layer]
+    least, most = curves.budgets[0], curves.budgets[-1]
+    total = round(len(heads) * (least + share * (most - least)))
+    found = np.array(table(curves, total, less=False))
+    assert found.shape == (len(curves.bare), len(curves.bare[0]))
+    assert found.sum() == total
+    assert least <= found.min() <= found.max() <= most
+    costs = [hull(curve, curves.budgets) for curve in heads]
+    best = {0: 0.0}  # by dynamic programming: the least cost of each sum
+    for cost in costs:
+        sums = {}
+        for (so_far, paid), (budget, more) in product(best.items(), cost.items()):
+            sums[so_far + budget] = min(sums.get(so_far + budget, np.inf), paid + more)
+        best = sums
+    assert sum(cost[budget] for cost, budget in zip(costs, found.flatten().tolist())) == pytest.approx(best[total])
+
+
+def test_a_total_beyond_the_curves_has_no_table():
+    curves = curves_of([[[3.0, 1.0]] * 2], [4, 9])
+    assert table(curves, 7, less=False) is None
+    assert table(curves, 8, less=False) == [[4, 4]]
+    assert table(curves, 18, less=False) == [[9, 9]]
+    assert table(curves, 19, less=False) is None
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"), [([4, 9, 20], "one figure for each of the 3"), ([9, 4], "ascend"), ([4, 4], "ascend")]
+)
+def test_curves_that_cannot_be_are_refused(budgets, message):
+    with pytest.raises(ValueError, match=message):
+        curves_of([[[3.0, 1.0]] * 2], budgets)
+
+
+def alone(layer, head, budget, length):
+    """The budget table in which one head is compressed and all others keep a whole text."""
+    found = [[length] * 2 for _ in range(3)]
+    found[layer][head] = budget
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [H2O(2, 2), Lambda(1, 3), Window(4)])
+@pytest.mark.parametrize("family", ["paper", "exponential"])
+def test_damage_is_the_divergence_of_a_cache_that_compresses_one_head_alone(policy, family):
+    model, ids = make_model(), tokens(3, 20)
+    kernels = make_kernels(model, family=family)
+    curves = measure(model, ids, policy, kernels, budgets=[2, 5, 19])
+    assert (curves.window, curves.windows, curves.by) == (20, 3, "kl")
+    full = model(ids).logits.log_softmax(-1)
+    for layer, head, (column, budget) in product(range(3), range(2), enumerate([2, 5, 19])):
+        for found, some in ((curves.bare, None), (curves.less, kernels)):
+            cache = LessCache.for_model(model, policy, some, alone(layer, head, budget, 20), chunk=1)
+            ours = model(ids, past_key_values=cache).logits.log_softmax(-1)
+            wanted = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
+            assert found[layer][head][column] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    costs = np.array([curves.bare, curves.less])
+    assert (costs[..., 0] > 1e-6).all()
+    assert np.abs(costs[..., 2]).max() < 1e-12
+
+
+@torch.no_grad()
+def test_damage_by_error_is_the_relative_change_of_the_layers_output():
+    model, ids = make_model(), tokens(3, 20)
+    kernels = make_kernels(model)
+    curves = measure(model, ids, H2O(2, 2), kernels, budgets=[3, 6], by="error")
+    for layer, head in product(range(3), range(2)):
+        outputs = []
+        for budgets in (alone(layer, head, 3, 20), [[20] * 2] * 3):
+            cache, seen = LessCache.for_model(model, H2O(2, 2), kernels, budgets, chunk=1), []
+            hook = attention_modules(model)[layer].register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(out[0]))
+            model(ids, past_key_values=cache)
+            hook.remove()
+            outputs += seen
+        per_window = [((a - b).square().sum() / b.square().sum()).item() for a, b in zip(*outputs)]
+        assert curves.less[layer][head][0] == pytest.approx(np.mean(per_window), rel=1e-6)
+    assert len(recorded(model, ids, 0)) == 4
+
+
+@torch.no_grad()
+def test_curves_of_windows_apart_average_to_those_of_all():
+    model, ids = make_model(), tokens(3, 20)
+    kernels, given = make_kernels(model), dict(budgets=[2, 5])
+    together = measure(model, ids, H2O(2, 2), kernels, **given)
+    apart = average([measure(model, some, H2O(2, 2), kernels, **given) for some in ids.split([1, 2])])
+    assert np.allclose(apart.bare, together.bare)
+    assert np.allclose(apart.less, together.less)
+    assert apart.windows == together.windows == 3
+    assert average([measure(model, ids, H2O(2, 2), **given)]).less is None
+
+
+def test_the_grid_begins_where_the_policy_can_and_ends_at_the_whole_window():
+    assert grid(H2O(2, 2), 100) == [4, 8, 16, 32, 64, 99]
+    assert grid(Lambda(7, 2), 100) == [8, 16, 32, 64, 99]
+    assert grid(Lambda(4, 2), 65) == [5, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("policy", [TOVA(4), FastGen(4, 1, 1, 0.9), Full()], ids=lambda policy: type(policy).__name__)
+def test_policies_whose_heads_do_not_choose_alone_have_no_curves(policy):
+    with pytest.raises(ValueError, match="whose heads each keep a number of their own"):
+        measure(make_model(), tokens(1, 20), policy)
+
+
+def test_an_unknown_measure_is_refused():
+    with pytest.raises(ValueError, match="measured by kl or error, not by 'taste'"):
+        measure(make_model(), tokens(1, 20), H2O(2, 2), by="taste")
+
+
+@pytest.fixture
+def allocated():
+    """A model and kernels that know curves for H2O, with another head in need with them than without."""
+    model = make_model()
+    kernels = make_kernels(model)
+    less, bare = [[[[1.0, 0.0] for _ in range(2)] for _ in range(3)] for _ in range(2)]
+    less[2][1] = bare[0][0] = [9.0, 0.0]
+    kernels.curves["H2O"] = curves_of(bare, [2, 30], less=less)
+    return model, kernels
+
+
+def budgets_of(cache, model):
+    model(tokens(1, 3), past_key_values=cache)
+    found = []
+    for layer in cache.layers:
+        row = [0, 0]
+        for group in layer.state.groups:
+            for head in torch.arange(2)[group.kv_heads].tolist():
+                row[head] = group.policy.budget
+        found.append(row)
+    return found
+
+
+@torch.no_grad()
+def test_a_cache_takes_the_table_of_its_kernels_unless_told_otherwise(allocated):
+    model, kernels = allocated
+    wanted = [[2, 2], [2, 2], [2, 14]]
+    assert kernels.budgets_for(H2O(2, 2)) == wanted
+    assert kernels.budgets_for(H2O(2, 2), less=False) == [[14, 2], [2, 2], [2, 2]]
+    assert budgets_of(LessCache.for_model(model, H2O(2, 2), kernels), model) == wanted
+    for policy, some, budgets in [(H2O(2, 2), kernels, "uniform"), (Window(4), kernels, None), (H2O(2, 2), None, None)]:
+        assert budgets_of(LessCache.for_model(model, policy, some, budgets), model) == [[4, 4]] * 3
+    table = [[3, 4], [5, 6], [7, 8]]
+    assert budgets_of(LessCache.for_model(model, H2O(2, 2), kernels, table), model) == table
+    assert budgets_of(LessCache.for_model(model, H2O(15, 16), kernels), model) == [[31, 31]] * 3  # beyond the curves
+    with pytest.raises(ValueError, match="budgets are a table, None or \"uniform\", not 'even'"):
+        LessCache.for_model(model, H2O(2, 2), kernels, "even")
+
+
+def test_curves_are_stored_with_the_kernels_and_checked_when_read(allocated, tmp_path):
+    _, kernels = allocated
+    kernels.save_pretrained(tmp_path)
+    assert LessKernels.from_pretrained(tmp_path).curves == kernels.curves
+    assert "curves for H2O" in (tmp_path / "README.md").read_text()
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["curves"]["H2O"]["bare"].pop()
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the curves of H2O do not fit 3 layers of 2 KV heads"):
+        LessKernels.from_pretrained(tmp_path)
+
+
+def test_compare_measures_tables_beside_uniform_budgets_at_equal_memory(allocated):
+    model, kernels = allocated
+    plain = make_kernels(model)
+    rows = compare(model.float(), tokens(4, 60), [H2O(2, 2)], {"ours": kernels.float(), "plain": plain.float()})
+    found = [(row.cache, row.budget, row.budgets, row.kernels) for row in rows]
+    plus = rows[2].budget
+    assert plus > 4
+    assert found == [
+        ("full", None, None, None),
+        ("bare", 4, "uniform", None),
+        ("baseline+", plus, "uniform", None),
+        ("less", 4, "uniform", "ours"),
+        ("less", 4, "uniform", "plain"),
+        ("baseline+", plus, "by head", None),
+        ("less", 4, "by head", "ours"),
+    ]
+    full, bare, uniform_plus, ours, _, plus, less = rows
+    assert ours.bytes == less.bytes <= plus.bytes == uniform_plus.bytes
+    assert len({row.perplexity for row in rows if row.kernels != "plain"}) == 6
+    for row, against in ((ours, uniform_plus), (less, plus)):
+        lost = np.log(against.perplexity) - np.log(full.perplexity)
+        if lost > 0:
+            gained = np.log(against.perplexity) - np.log(row.perplexity)
+            assert row.removed == pytest.approx(gained / lost, rel=1e-6)
+        assert row.recovered == pytest.approx((bare.perplexity - row.perplexity) / (bare.perplexity - full.perplexity), rel=1e-6)
+    assert [row.removed is None for row in rows[:3]] == [True] * 3
+
+
+def test_less_curves_without_the_kernels_they_were_measured_with_are_not_used(allocated):
+    _, kernels = allocated
+    kernels.curves["H2O"] = replace(kernels.curves["H2O"], less=None)
+    assert kernels.budgets_for(H2O(2, 2)) is None
+    assert kernels.budgets_for(H2O(2, 2), less=False) is not None
