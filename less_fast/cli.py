@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from . import bench as benchmark
+from .allocate import table as budget_table
 from .compare import compare as compare_caches
 from .compare import held_bytes, plot
-from .damage import MEASURES, measure
+from .damage import MEASURES, check_policy, measure
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
 from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
@@ -398,22 +399,25 @@ def allocate(
     """
     if out is None and not Path(kernels).is_dir():
         raise Bad(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
+    rule = POLICIES[policy.value]
+    check_policy(rule)
     texts = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
     chosen, _ = _training_windows(tokenizer, texts, dataset, length, windows, 0, seed)
-    rule = POLICIES[policy.value]
     with tqdm(desc="curves", unit="budget") as progress:
 
         def tell(done, of):
             progress.total = of
             progress.update(done - progress.n)
 
-        learned.curves[type(rule).__name__] = measure(network, chosen, rule, learned, by=by.value, progress=tell)
+        found = learned.curves[type(rule).__name__] = measure(network, chosen, rule, learned, by=by.value, progress=tell)
     learned.save_pretrained(out or kernels)
+    heads = sum(len(layer) for layer in found.bare)
     for share in (2, 5, 10):
-        if (tokens := length * share // 100) and (found := learned.budgets_for(rule.with_budget(tokens))):
-            print(f"{tokens} tokens ({share} %), by layer: {found}")
+        tokens = length * share // 100
+        if budgets := budget_table(found, tokens * heads, less=True):
+            print(f"{tokens} tokens ({share} %), by layer: {budgets}")
     print(f"saved to {out or kernels}")
 
 

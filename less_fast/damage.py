@@ -34,6 +34,12 @@ def _takes(policy, budget):
     return True
 
 
+def check_policy(policy) -> None:
+    """ValueError for a policy whose heads do not choose alone, or that may evict several tokens at once."""
+    if policy.pooled or policy.selective or policy.budget is None:
+        raise ValueError(f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none")
+
+
 @torch.no_grad()
 def measure(
     model,
@@ -48,11 +54,10 @@ def measure(
 
     windows (W, T) int64, a few, and none of those on which results will be reported. by: "kl", in nats per token, or "error",
     the squared change of the layer's output relative to that output. progress(done, of) is called on the way.
-    Raises ValueError for a policy whose heads do not choose alone, or that may evict several tokens at once.
+    Raises ValueError for a policy that `check_policy` refuses.
     """
     check_model(model)
-    if policy.pooled or policy.selective or policy.budget is None:
-        raise ValueError(f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none")
+    check_policy(policy)
     if by not in MEASURES:
         raise ValueError(f"damage is measured by {' or '.join(MEASURES)}, not by {by!r}")
     budgets = list(budgets or grid(policy, windows.shape[1]))

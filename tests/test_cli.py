@@ -1,15 +1,21 @@
 """The command `less-kv`: what it prints for good input, and the one sentence it says for bad."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from models import make_kernels, make_kinds, make_model, tokens
+from test_official_vectors import read, save_as_the_authors
 
-from less_fast import LessCache, LessKernels, cli
+from less_fast import H2O, LessCache, LessKernels, cli
 from less_fast.compare import baseline_plus, held_bytes, share_recovered
-from less_fast.demo import KERNELS, MODEL, corpus
+from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.policies import POLICIES
 
 
@@ -52,13 +58,14 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
     assert [(row["cache"], row["budget"]) for row in record["rows"]] == [
         ("full", None), *[
             (cache, budget) for b in (10, 20)
-            for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b), ("less", b))
+            for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b), ("less", b), ("baseline+", b + 4), ("less", b))
         ]
     ]  # fmt: skip
-    assert [row["kernels"] for row in record["rows"] if row["cache"] == "less"] == ["exponential", "paper"] * 2
+    less = [(row["kernels"], row["budgets"]) for row in record["rows"] if row["cache"] == "less"]
+    assert less == [("exponential", "uniform"), ("paper", "uniform"), ("exponential", "by head")] * 2
     assert set(record["rows"][0]) == {
-        "cache", "policy", "budget", "kernels", "perplexity", "stderr", "recovered", "recovered_stderr", "bytes",
-        "tokens_per_second",
+        "cache", "policy", "budget", "budgets", "kernels", "perplexity", "stderr", "recovered", "recovered_stderr", "removed",
+        "removed_stderr", "bytes", "tokens_per_second",
     }  # fmt: skip
     assert record["tokens"] == 4 * 255
     for row in record["rows"]:
@@ -204,19 +211,79 @@ def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
 @pytest.mark.parametrize("family", ["paper", "exponential"])
 def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family):
     out = tmp_path / "kernels"
-    small = ["--sequences", 6, "--validation", 2, "--length", 128, "--epochs", 1, "--hidden", 8, "--rank", 4]
-    small += ["--family", family]
+    small = ["--sequences", 6, "--validation", 2, "--length", 64, "--epochs", 1, "--hidden", 8, "--rank", 4, "--batch", 3]
+    small += ["--family", family, "--joint-steps", 2 * (family == "exponential"), "--budget", 6]
     code, printed, _ = command("train", "--text", story, "--out", out, *small)
     assert code == 0
     assert "layer 3" in printed
+    assert ("all layers, 12 tokens" in printed) == (family == "exponential")
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "kernels.safetensors"]
     learned = LessKernels.from_pretrained(out)
     assert (learned.about["policy"], learned.sizes["family"]) == ("H2O(heavy=3, recent=3)", family)
-    assert {name: learned.about["recipe"][name] for name in ("hidden", "epochs", "rank")} == dict(hidden=8, epochs=1, rank=4)
+    wanted = dict(hidden=8, epochs=1, rank=4, batch=3)
+    assert {name: learned.about["recipe"][name] for name in wanted} == wanted
+    assert learned.curves["H2O"].windows == 6
+    assert np.sum(learned.budgets_for(H2O(4, 4))) == 8 * 16
     code, _, _ = command("compare", "--kernels", out, "--text", story, *SMALL, "--json")
     assert code == 0
     code, _, err = command("train", "--text", story, "--out", out, *small)
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_allocate_adds_curves_for_another_policy_and_keeps_the_rest(command, story, tmp_path):
+    where = tmp_path / "kernels"
+    shutil.copytree(PAPER_KERNELS, where)
+    before = LessKernels.from_pretrained(where)
+    small = ["--text", story, "--length", 64, "--windows", 2, "--policy", "lambda"]
+    code, printed, _ = command("allocate", "--kernels", where, "--by", "error", *small)
+    assert (code, "6 tokens (10 %), by layer: [[" in printed) == (0, True)
+    after = LessKernels.from_pretrained(where)
+    assert set(after.curves) == {*before.curves, "Lambda"}
+    assert (after.curves["Lambda"].by, after.curves["Lambda"].windows) == ("error", 2)
+    assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
+    assert (before.about, before.sizes) == (after.about, after.sizes)
+    code, _, _ = command("allocate", "--kernels", where, "--out", tmp_path / "other", *small[:-2], "--policy", "window")
+    assert set(LessKernels.from_pretrained(tmp_path / "other").curves) == {*after.curves, "Window"}
+    assert LessKernels.from_pretrained(where).curves == after.curves
+
+
+def test_import_official_writes_a_folder_once(command, tmp_path):
+    save_as_the_authors(read("D_gen_llama_less_h2o_long_dyn_f64.npz"), tmp_path, layers=2)
+    code, printed, _ = command("import-official", tmp_path, "--out", tmp_path / "ours")
+    assert (code, "2 layers of 3 query heads saved" in printed) == (0, True)
+    assert LessKernels.from_pretrained(tmp_path / "ours").sizes["rank"] == 4
+    code, _, err = command("import-official", tmp_path, "--out", tmp_path / "ours")
+    assert (code, "--overwrite" in err) == (2, True)
+
+
+def test_a_training_killed_three_times_ends_in_the_weights_of_one_that_was_not(story, tmp_path):
+    """For real: the process gets SIGKILL after a while that differs, wherever it is then."""
+    options = ["--text", story, "--sequences", 6, "--validation", 2, "--length", 64, "--epochs", 6, "--joint-steps", 20]
+    options += ["--budget", 6, "--no-curves", "--out"]
+
+    def start(out):
+        command = [sys.executable, "-m", "less_fast", "train", *options, tmp_path / out]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen([*map(str, command)], **quiet)
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    whole = time.monotonic() - began
+    killed = 0
+    for share in (0.45, 0.6, 0.75):
+        process = start("cut")
+        try:
+            process.wait(share * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert killed > 0
+    if not (tmp_path / "cut" / "config.json").exists():
+        assert start("cut").wait() == 0
+    weights = [(tmp_path / name / "kernels.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
 
 
 @pytest.fixture
@@ -262,6 +329,10 @@ def spoiled(tmp_path):
         (["train", "--budget", "1023"], "evicts nothing"),
         (["train", "--family", "paper", "--hidden", "0"], "kernels need a hidden width of at least 1, not 0"),
         (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
+        (["train", "--dataset", "a,b,c,d,e"], "a data set is NAME"),
+        (["allocate", "--kernels", "nobody/nothing"], "nobody/nothing is no folder, so say with --out where"),
+        (["allocate", "--kernels", "x", "--policy", "tova", "--out", "x"], "whose heads each keep a number of their own"),
+        (["import-official", "/no/such/folder", "--out", "x"], "holds no layer_*.pth files"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from less_fast import H2O, LessKernels, token_kinds
 from less_fast.compare import compare
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
-from less_fast.text import tokenized, windows
+from less_fast.text import dataset_texts, tokenized, windows
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,30 @@ def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded)
     assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
     with pytest.raises(ValueError, match="give more text"):
         windows(tokenizer, ["short"], 64, 1)
+
+
+def test_texts_come_from_a_data_set_until_there_are_enough(tmp_path):
+    texts = [f"line {number}" for number in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text, "body": text.upper()}) for text in texts))
+    assert dataset_texts(str(tmp_path), 10**6) == texts
+    assert dataset_texts(str(tmp_path), 15) == texts[:3]
+    assert dataset_texts(f"{tmp_path},,train,body", 1) == ["LINE 0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(",,test", "no texts from"), (",,train,none", "no texts from"), (",,train,text,more", "a data set is NAME")],
+)
+def test_data_sets_that_are_not_there_are_refused(tmp_path, name, message):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}))
+    with pytest.raises(ValueError, match=message):
+        dataset_texts(str(tmp_path) + name, 1)
+
+
+def test_a_data_set_without_the_library_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'less-kv\[eval\]'"):
+        dataset_texts("any", 1)
 
 
 def test_the_embedded_tokenizers_punctuation_and_special_tokens_are_known(embedded):

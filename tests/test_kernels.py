@@ -1,5 +1,7 @@
 """What the kernels are: the controls and what they approximate, ranks that differ over KV heads, files, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import Full, LayerKernels, LayerState, LessKernels, extend
-from less_fast.kernels import FAMILIES, WEIGHTS, Elu, Exponential, Fourier, Performer, _directions
+from less_fast.kernels import CARD, CONFIG, FAMILIES, WEIGHTS, Elu, Exponential, Fourier, Performer, _directions
 
 MANY = 20_000
 
@@ -217,3 +219,43 @@ def test_a_rank_that_is_no_integer_is_refused(rank):
 def test_a_rank_may_be_any_kind_of_integer_and_table():
     tables = [LessKernels(1, 2, 2, 4, rank=rank, hidden=3).sizes["rank"] for rank in (np.int64(3), ((np.int64(1), 2),))]
     assert tables == [3, [[1, 2]]]
+
+
+def test_kernels_go_to_the_hub_as_a_whole_folder_with_a_card(monkeypatch):
+    import huggingface_hub
+
+    said, stored = [], {}
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            said.append((name, private, exist_ok))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            said.append(repo_id)
+            stored.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    kernels = LessKernels(2, 4, 2, 8, hidden=3, about={"model": "some/model"})
+    assert kernels.push_to_hub("me/kernels", private=True) == "https://huggingface.co/me/kernels"
+    assert said == [("me/kernels", True, True), "me/kernels"]
+    assert set(stored) == {WEIGHTS, CONFIG, CARD}
+    card = stored[CARD].decode()
+    assert card.startswith("---\nlibrary_name: less-kv\n")
+    assert "# LESS kernels for some/model" in card
+    assert "4 query heads and 2 KV heads of 8, 8 features" in card
+
+
+def test_a_disk_that_is_full_loses_no_kernels_that_were_there(tmp_path, monkeypatch):
+    LessKernels(1, 2, 2, 4, hidden=3).save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    for name in ("save_file", "_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"less_fast.kernels.{name}", full)
+            with pytest.raises(OSError, match="no space left"):
+                LessKernels(1, 2, 2, 4, hidden=3).save_pretrained(tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before

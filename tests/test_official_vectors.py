@@ -242,3 +242,55 @@ def test_gradients_of_all_kernels_are_the_authors(name):
         for name, theirs in names.items():
             expected = file.get(f"grad_{theirs}", file.get(f"grad_{theirs}.weight"))
             assert_close(factors[name].grad / np.abs(expected).max(), expected / np.abs(expected).max(), tolerance)
+
+
+def save_as_the_authors(file, folder, layers=1):
+    """Their checkpoint of these weights: layer_*.pth, in which Falcon's key kernels are linear layers."""
+    names = {"q1": "kernel_q_mat1", "q2": "kernel_q_mat2", "k1": "kernel_k_mat1", "k2": "kernel_k_mat2", "ik": "interaction_k"}
+    names |= {"sD": "scalingD", "sD2": "scalingD2"}
+    weights = {name: torch.from_numpy(file[f"w_{name}"]) for name in names}
+    state = {names[name] + ".weight" * (name in ("k1", "k2", "ik") and w.ndim == 2): w for name, w in weights.items()}
+    for index in range(layers):
+        more = {"train_mses": torch.zeros(3), "val_mses": torch.ones(3), "config": {"lr": 0.001, "model_name": "llama2"}}
+        torch.save({"model_state_dict": state} | more, folder / f"layer_{index}.pth")
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATION if "w_q1" in read(name)])
+def test_imported_checkpoints_hold_the_authors_state(name, tmp_path):
+    """What they write is what we read: the state after every token, in the float32 of stored kernels."""
+    file, (q, k, v), (policy, fields), chunks = generated(name)
+    save_as_the_authors(file, tmp_path, layers=11)
+    kernels = less_fast.LessKernels.from_official(tmp_path)
+    assert len(kernels.layers) == 11
+    assert kernels.about["settings"]["model_name"] == "llama2"
+    kernels.save_pretrained(tmp_path / "ours")
+    layer = less_fast.LessKernels.from_pretrained(tmp_path / "ours").double().layers[10]
+    rule = getattr(less_fast, policy)(*fields)
+    state = less_fast.LayerState.allocate(rule, 1, q.shape[0], k.shape[0], q.shape[2], layer, torch.float64)
+    for c, now in enumerate(slices(chunks)):
+        less_fast.extend(state, *(torch.from_numpy(x[None, :, now]) for x in (q, k, v)))
+        assert_close(state.groups[0].H[0], file["H_after"][c], 1e-5)
+        assert_close(state.groups[0].z[0], file["z_after"][c], 1e-5)
+
+
+class Unwanted:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "holds no layer_"),
+        (lambda folder: (folder / "layer_1.pth").unlink(), "holds 2 layers, but not layers 0 to 1"),
+        (lambda folder: (folder / "layer_1.pth").write_bytes(b"nothing"), "layer_1.pth is no layer of the authors' kernels"),
+        (lambda folder: torch.save({"weights": 1}, folder / "layer_1.pth"), "layer_1.pth is no layer of the authors' kernels"),
+        (lambda folder: torch.save(Unwanted(), folder / "layer_1.pth"), "layer_1.pth is no layer of the authors' kernels"),
+        (lambda folder: save_as_the_authors(read("D_gen_falcon_less_h2o_long_dyn_f64.npz"), folder, 2), "differ in shape"),
+    ],
+    ids=["none", "a gap", "not torch's", "other content", "any object", "two kinds"],
+)
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path, spoil, message):
+    save_as_the_authors(read("D_gen_llama_less_h2o_long_dyn_f64.npz"), tmp_path, 3)
+    spoil(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        less_fast.LessKernels.from_official(tmp_path)
