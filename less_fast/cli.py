@@ -326,7 +326,8 @@ def train(
     validation: Annotated[int, typer.Option(min=1, help="Windows that choose the best epoch and judge the joint stage.")] = 32,
     family: FamilyOption = FamilyName.exponential,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each layer alone; 5 (paper: 40) unless given.")] = None,
-    joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers; 180 (paper: 0) unless given.")] = None,
+    joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers together; 180 (paper: 0) unless given.")] = None,
+    table_steps: Annotated[int | None, typer.Option(min=0, help="The same under budget tables; 90 (paper: 0).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 2,
     rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
     hidden: HiddenOption = None,
@@ -361,6 +362,8 @@ def train(
         recipe = replace(recipe, epochs=epochs, halve_every=recipe.halve_every and max(1, epochs // 4))
     if joint_steps is not None:
         recipe = replace(recipe, joint_steps=joint_steps)
+    if table_steps is not None:
+        recipe = replace(recipe, table_steps=table_steps)
     work, curves = out / ".training", curves and not rule.pooled
     learned = train_kernels(network, training, held_out, rule, recipe, work, disk * 1e9, curves)
     if learned is None:
@@ -370,9 +373,10 @@ def train(
     shutil.rmtree(work)
     for index, figures in enumerate(learned.about["validation"]):
         print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
-    if joint := learned.about.get("joint"):
-        for tokens, before, after in zip(joint["budgets"], joint["before"], joint["after"]):
-            print(f"all layers, {tokens} tokens: divergence from the full cache {before:.3f} -> {after:.3f} nats per token")
+    for stage, how in (("joint", "uniform"), ("tables", "by head")):
+        found = learned.about.get(stage, {"budgets": [], "before": [], "after": []})
+        for tokens, before, after in zip(found["budgets"], found["before"], found["after"]):
+            print(f"all layers, {tokens} tokens, {how}: divergence from the full cache {before:.3f} -> {after:.3f} nats")
     print(f"saved to {out}")
 
 

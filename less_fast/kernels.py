@@ -425,10 +425,10 @@ def _card(kernels: LessKernels) -> str:
     if "validation" in about:
         shares = ", ".join(f"{found['less'] / found['bare']:.2f}" for found in about["validation"])
         lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")
-    if "joint" in about:
-        joint = about["joint"]
-        figures = (f"{b}: {x:.3f} to {y:.3f}" for b, x, y in zip(joint["budgets"], joint["before"], joint["after"]))
-        lines.append(f"Joint training took the divergence from the full cache, by budget, {'; '.join(figures)} nats per token.")
+    for stage, how in (("joint", "under uniform budgets"), ("tables", "under budget tables")):
+        if found := about.get(stage):
+            figures = (f"{b}: {x:.3f} to {y:.3f}" for b, x, y in zip(found["budgets"], found["before"], found["after"]))
+            lines.append(f"All layers together {how}: divergence from the full cache, by budget, {'; '.join(figures)} nats.")
     if kernels.curves:
         lines.append(f"Budget tables are derived from curves for {', '.join(kernels.curves)} in {CONFIG}.")
     return "\n".join([*lines, f"All settings and figures: {CONFIG}.", ""])

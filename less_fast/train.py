@@ -4,15 +4,17 @@
    with the full cache, after the output projection, in the parallel form. What does not depend on the kernels is recorded.
 2. All layers together, a departure: the KL divergence from the full cache's predictions to those with LESS, through the whole
    model, under several budgets in turn (joint distillation).
-3. Curves, from which budget tables are made.
+3. Curves, from which budget tables are made, and all layers together once more, under these tables.
 """
 
 import copy
 import hashlib
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,15 +24,16 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from .allocate import Curves, average
-from .damage import measure
+from .damage import grid, measure
 from .hf import attention_modules, check_model, fingerprint, predictions, sizes
 from .kernels import FAMILIES, Features, LessKernels
 from .parallel import dense, eviction_times, linear_parallel, low_rank_part, merge
 from .recording import SHARD, Recorded, Recording, bytes_on_disk
 
 CURVE_WINDOWS = 8  # windows on which damage is measured
-JOINT_VALIDATION = 8  # windows on which the joint stage is judged
-JOINT_CHECKPOINT = 10  # steps of the joint stage between two checkpoints
+JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
+CHECKPOINT = 10  # steps of all layers between two checkpoints
+ANY_BUDGET = "any budget"  # in the place of a policy: another for each layer and step
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Recipe:
     windows: how many each layer alone is trained on, None for all.
     halve_every None: the learning rate rises and falls once over the whole training instead (one cycle; Smith and Topin 2017);
     clip: the largest norm of a step's gradient, None for any.
-    joint_steps, joint_rate: of the joint stage, of `batch` windows each, the rate again in one cycle; 0 leaves it out.
-    joint_budgets: it takes these multiples of the policy's budget in turn.
+    joint_steps, joint_rate: of the joint stage, of `batch` windows each, the rate again in one cycle; 0 leaves it out. It takes
+    the multiples `joint_budgets` of the policy's budget in turn, and every other step budgets of any size, one for each layer.
+    table_steps: the same under the tables for these budgets, every other step under uniform ones.
     """
 
     rank: int = 8
@@ -56,6 +60,7 @@ class Recipe:
     clip: float | None = None
     windows: int | None = None
     joint_steps: int = 0
+    table_steps: int = 0
     joint_rate: float = 5e-3
     joint_budgets: tuple[float, ...] = (0.4, 1.0, 2.0)
 
@@ -72,6 +77,7 @@ RECIPES = {
         clip=1.0,
         windows=128,
         joint_steps=180,
+        table_steps=90,
     ),
 }
 """How each family of learned kernels is trained, unless told otherwise."""
@@ -168,11 +174,20 @@ def train(
         about["validation"] = _each_layer(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
             return None
+        few, budgets = validation[:JOINT_VALIDATION], [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
+        rules = [policy.with_budget(budget) for budget in budgets]
         if recipe.joint_steps:
-            about["joint"] = _distill(kernels, model, windows, validation[:JOINT_VALIDATION], policy, recipe, work)
-        kernels.requires_grad_(False).eval()
+            given = [*chain(*zip(rules, repeat(ANY_BUDGET)))], rules, recipe.joint_steps, recipe
+            about["joint"] = {"budgets": budgets} | _distill("joint", kernels, model, windows, few, *given, work)
         if curves:
             kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
+        if curves and recipe.table_steps:
+            rules = [rule for rule in rules if kernels.budgets_for(rule)]
+            tables = [[[policy.with_budget(b) for b in row] for row in kernels.budgets_for(rule)] for rule in rules]
+            given = [*chain(*zip(tables, rules))], tables, recipe.table_steps, recipe
+            budgets = [rule.budget for rule in rules]
+            about["tables"] = {"budgets": budgets} | _distill("tables", kernels, model, windows, few, *given, work)
+        kernels.requires_grad_(False).eval()
         about["seconds"] = round(time.perf_counter() - started)
         return kernels
 
@@ -277,63 +292,73 @@ def _train_layer(like: Features, index, recording, validation, projection, recip
     work.save(f"layer-{index:03}", {"weights": best, "bare": bare, "less": lowest})
 
 
-def _distill(kernels, model, windows, validation, policy, recipe, work) -> dict:
-    """Stage 2, in place. Returns the divergences on the validation windows at each budget, before and after; where they have
-    not become less on average, the weights from before are kept."""
-    budgets = [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
-    rules = [policy.with_budget(budget) for budget in budgets]
-    weights = list(kernels.requires_grad_().train().parameters())
-    adam = torch.optim.Adam(weights, lr=recipe.joint_rate)
-    pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.joint_rate, recipe.joint_steps)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
-    before, first = work.load("joint"), 0
+def _distill(name, kernels, model, windows, validation, rules, judged, steps, recipe, work) -> dict:
+    """Stage 2 or 3, in place: policies or tables of them in turn. Returns the divergences on the validation windows under those
+    that are judged, before and after; where they have not become less on average, the weights from before are kept."""
+    before, first = work.load(name), 0
     if before is not None and "after" in before["figures"]:
         kernels.load_state_dict(before["kernels"])
         return before["figures"]
+    weights = list(kernels.requires_grad_().train().parameters())
+    adam = torch.optim.Adam(weights, lr=recipe.joint_rate)
+    pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.joint_rate, steps)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
     if before is None:
-        figures = {"budgets": budgets, "before": _divergences(model, validation, rules, kernels)}
-        start = copy.deepcopy(kernels.state_dict())
+        figures, start = {"before": _divergences(model, validation, judged, kernels)}, copy.deepcopy(kernels.state_dict())
     else:
         figures, start, first = before["figures"], before["start"], before["step"]
         _restore(before, kernels, adam, pace)
-    with tqdm(total=recipe.joint_steps, initial=first, desc="all layers", unit="step") as progress:
+    with tqdm(total=steps, initial=first, desc=f"all layers, {name}", unit="step") as progress:
         progress.set_postfix_str(f"divergence {_spelled(figures['before'])}")
-        for step in range(first, recipe.joint_steps):
-            rows = [order[(step * recipe.batch + row) % len(windows)] for row in range(recipe.batch)]
+        for step in range(first, steps):
+            rows = torch.stack([order[(step * recipe.batch + row) % len(windows)] for row in range(recipe.batch)])
+            rule = rules[step % len(rules)]
+            if rule is ANY_BUDGET:
+                rule = _any_budgets(judged[0], len(kernels.layers), windows.shape[1], f"{recipe.seed}, {step}")
             adam.zero_grad()
-            found = divergence(model, windows[torch.stack(rows)], rules[step % len(rules)], kernels)
+            found = divergence(model, windows[rows], rule, kernels)
             if not found.isfinite():
-                raise ValueError(f"the joint stage diverged at step {step}: lower its learning rate, or leave it out")
+                raise ValueError(f"the stage of all layers diverged at step {step}: lower its learning rate, or leave it out")
             found.backward(inputs=weights)
             _step(adam, pace, kernels, recipe.clip)
             progress.update()
-            if (step + 1) % JOINT_CHECKPOINT == 0:
-                now = {"figures": figures, "start": start, "step": step + 1}
-                work.save("joint", now | _snapshot(kernels, adam, pace))
+            if (step + 1) % CHECKPOINT == 0:
+                work.save(name, {"figures": figures, "start": start, "step": step + 1} | _snapshot(kernels, adam, pace))
         kernels.eval()
-        figures["after"] = _divergences(model, validation, rules, kernels)
+        figures["after"] = _divergences(model, validation, judged, kernels)
         progress.set_postfix_str(f"divergence {_spelled(figures['before'])} -> {_spelled(figures['after'])}")
     figures["kept"] = sum(figures["after"]) < sum(figures["before"])
     if not figures["kept"]:
         kernels.load_state_dict(start)
-    work.save("joint", {"figures": figures, "kernels": kernels.state_dict()})
+    work.save(name, {"figures": figures, "kernels": kernels.state_dict()})
     return figures
 
 
-def divergence(model, ids: torch.Tensor, policy, kernels: LessKernels | None) -> torch.Tensor:
-    """KL(full cache || streaming with `policy` and the kernels) in nats per token, of texts ids (N, T); differentiable."""
+def _any_budgets(policy, layers, length, seed) -> list[list]:
+    """For each layer the policy with one of the budgets at which damage is measured, up to an eighth of the window."""
+    rng, budgets = random.Random(seed), grid(policy, length)
+    small = [budget for budget in budgets if budget <= max(length // 8, budgets[0])]
+    return [policy.with_budget(rng.choice(small)) for _ in range(layers)]
 
-    def streamed(layer):
+
+def divergence(model, ids: torch.Tensor, policy, kernels: LessKernels | None) -> torch.Tensor:
+    """KL(full cache || streaming with the kernels) in nats per token, of texts ids (N, T); differentiable.
+
+    policy: one for the model, or one for each layer, or a table of them (layers x KV heads).
+    """
+
+    def streamed(rule, layer):
         def attention(q, k, v, scale):
-            e = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale)
+            e = eviction_times(q.detach(), k.detach(), v.detach(), rule, scale)
             return linear_parallel(q, k, v, e, layer, scale).to(q.dtype)
 
         return attention
 
     count = sizes(model)["layers"]
+    rules = policy if isinstance(policy, list) else [policy] * count
     with torch.no_grad():
         wanted = predictions(model, ids, [dense] * count)
-    found = predictions(model, ids, [streamed(layer) for layer in (kernels.layers if kernels else [None] * count)])
+    found = predictions(model, ids, [*map(streamed, rules, kernels.layers if kernels else [None] * count)])
     return kl_div(found, wanted, log_target=True, reduction="sum") / ids.numel()
 
 

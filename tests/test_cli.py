@@ -212,11 +212,12 @@ def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
 def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family):
     out = tmp_path / "kernels"
     small = ["--sequences", 6, "--validation", 2, "--length", 64, "--epochs", 1, "--hidden", 8, "--rank", 4, "--batch", 3]
-    small += ["--family", family, "--joint-steps", 2 * (family == "exponential"), "--budget", 6]
+    small += ["--family", family, "--joint-steps", 2 * (family == "exponential"), "--table-steps", 2, "--budget", 6]
     code, printed, _ = command("train", "--text", story, "--out", out, *small)
     assert code == 0
     assert "layer 3" in printed
-    assert ("all layers, 12 tokens" in printed) == (family == "exponential")
+    assert ("all layers, 12 tokens, uniform" in printed) == (family == "exponential")
+    assert "all layers, 12 tokens, by head" in printed
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "kernels.safetensors"]
     learned = LessKernels.from_pretrained(out)
     assert (learned.about["policy"], learned.sizes["family"]) == ("H2O(heavy=3, recent=3)", family)

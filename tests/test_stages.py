@@ -18,7 +18,7 @@ from less_fast.hf import sizes
 from less_fast.recording import Recording, bytes_on_disk
 from less_fast.train import RECIPES, Work, divergence, train
 
-RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, joint_rate=0.02)
+RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, table_steps=12, joint_rate=0.02)
 POLICY = H2O(3, 3)
 
 
@@ -64,6 +64,26 @@ def test_the_joint_stage_reduces_the_divergence_that_it_reports(uninterrupted):
     assert found == pytest.approx(joint["before"], rel=1e-4)
 
 
+@torch.no_grad()
+def test_the_stage_under_tables_judges_by_the_tables_of_its_own_curves(monkeypatch):
+    seen, own = [], train_module._distill
+    monkeypatch.setattr(train_module, "_distill", lambda *given: seen.append(given[5:7]) or own(*given))
+    with torch.enable_grad():
+        kernels = quick_training(curves=True)
+    (mixed, uniform), (tables, judged) = seen
+    assert uniform == [H2O(1, 1), POLICY, H2O(6, 6)]
+    assert mixed[::2] == uniform
+    assert mixed[1::2] == ["any budget"] * 3
+    assert judged == [
+        [[POLICY.with_budget(budget) for budget in row] for row in kernels.budgets_for(rule)] for rule in uniform[1:]
+    ]  # two tokens for each head are fewer than the least of the curves
+    assert tables == [judged[0], uniform[1], judged[1], uniform[2]]
+    assert kernels.about["tables"]["budgets"] == [6, 12]
+    found = [divergence(make_model().float(), tokens(4, 30, seed=1), table, kernels).item() for table in judged]
+    assert found == pytest.approx(kernels.about["tables"]["after"], rel=1e-4)
+    assert kernels.about["tables"]["kept"]
+
+
 def test_a_joint_stage_that_only_harms_is_undone():
     harmed = quick_training(recipe=replace(RECIPE, joint_rate=30.0, clip=None))
     assert not harmed.about["joint"]["kept"]
@@ -92,26 +112,29 @@ def files_of_a_training(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         own = Path.rename
         patch.setattr(Path, "rename", lambda file, target: done.append(target) or own(file, target))
-        quick_training(tmp_path / "counted", disk=0)
+        quick_training(tmp_path / "counted", disk=0, curves=True)
     return len(done)
 
 
-def test_a_training_that_is_killed_again_and_again_ends_in_the_same_weights(uninterrupted, tmp_path):
-    """Three times, at moments that lie apart by every possible distance over the runs."""
-    total = files_of_a_training(tmp_path)
+def test_a_training_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path):
+    """Three times, after as many files each time, for numbers of files from few to almost all."""
+    total, whole = files_of_a_training(tmp_path), quick_training(curves=True)
     assert total > 15
-    for every in range(1, total, 3):
+    for every in range(1, total, 4):
         folder, kills = tmp_path / str(every), 0
         while True:
             with pytest.MonkeyPatch.context() as patch:
                 kill_at(patch, every) if kills < 3 else None
                 try:
-                    found = quick_training(folder, disk=0)
+                    found = quick_training(folder, disk=0, curves=True)
                     break
                 except Killed:
                     kills += 1
-        assert kills == min(3, total // every) or kills == 3
-        assert_equal_weights(found, uninterrupted)
+        assert kills > 0
+        assert_equal_weights(found, whole)
+        assert found.curves == whole.curves
+        assert found.about["joint"] == whole.about["joint"]
+        assert found.about["tables"] == whole.about["tables"]
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
