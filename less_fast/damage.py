@@ -81,6 +81,10 @@ def measure(
             q, k, v, scale = recorded[index]
             full = dense(q, k, v, scale)  # (N, Hq, T, D)
             for column, budget in enumerate(budgets):
+                done += 1
+                progress(done, steps)
+                if budget >= ids.shape[1] - 1:
+                    continue  # only the last query could miss anything, and does not
                 e = eviction_times(q, k, v, policy.with_budget(budget), scale)
                 for kind, some in enumerate(kinds):
                     out = linear_parallel(q, k, v, e, some and some.layers[index], scale).to(full.dtype)
@@ -89,8 +93,6 @@ def measure(
                     else:
                         costs = _output_errors(module, full, out, shape["kv_heads"])
                     total[kind, index, :, column] += torch.tensor(costs) * len(ids) / len(windows)
-                done += 1
-                progress(done, steps)
     bare, *less = total.tolist()
     return Curves(repr(policy), budgets, bare, less[0] if less else None, windows.shape[1], len(windows), by)
 

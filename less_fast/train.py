@@ -10,11 +10,10 @@
 import copy
 import hashlib
 import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from .allocate import Curves, average
-from .damage import grid, measure
+from .damage import measure
 from .hf import attention_modules, check_model, fingerprint, predictions, sizes
 from .kernels import FAMILIES, Features, LessKernels
 from .parallel import dense, eviction_times, linear_parallel, low_rank_part, merge
@@ -33,7 +32,6 @@ from .recording import SHARD, Recorded, Recording, bytes_on_disk
 CURVE_WINDOWS = 8  # windows on which damage is measured
 JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
 CHECKPOINT = 10  # steps of all layers between two checkpoints
-ANY_BUDGET = "any budget"  # in the place of a policy: another for each layer and step
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Recipe:
     halve_every None: the learning rate rises and falls once over the whole training instead (one cycle; Smith and Topin 2017);
     clip: the largest norm of a step's gradient, None for any.
     joint_steps, joint_rate: of the joint stage, of `batch` windows each, the rate again in one cycle; 0 leaves it out. It takes
-    the multiples `joint_budgets` of the policy's budget in turn, and every other step budgets of any size, one for each layer.
+    the multiples `joint_budgets` of the policy's budget in turn.
     table_steps: the same under the tables for these budgets, every other step under uniform ones.
     """
 
@@ -70,14 +68,14 @@ RECIPES = {
     "exponential": Recipe(
         family="exponential",
         hidden=32,
-        epochs=5,
+        epochs=10,
         learning_rate=1e-2,
         halve_every=None,
         dropout=0.0,
         clip=1.0,
-        windows=128,
-        joint_steps=180,
-        table_steps=90,
+        windows=256,
+        joint_steps=150,
+        table_steps=100,
     ),
 }
 """How each family of learned kernels is trained, unless told otherwise."""
@@ -177,16 +175,16 @@ def train(
         few, budgets = validation[:JOINT_VALIDATION], [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
         rules = [policy.with_budget(budget) for budget in budgets]
         if recipe.joint_steps:
-            given = [*chain(*zip(rules, repeat(ANY_BUDGET)))], rules, recipe.joint_steps, recipe
-            about["joint"] = {"budgets": budgets} | _distill("joint", kernels, model, windows, few, *given, work)
+            given = rules, rules, recipe.joint_steps, recipe, work
+            about["joint"] = {"budgets": budgets} | _distill("joint", kernels, model, windows, few, *given)
         if curves:
             kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
         if curves and recipe.table_steps:
             rules = [rule for rule in rules if kernels.budgets_for(rule)]
             tables = [[[policy.with_budget(b) for b in row] for row in kernels.budgets_for(rule)] for rule in rules]
-            given = [*chain(*zip(tables, rules))], tables, recipe.table_steps, recipe
+            given = [*chain(*zip(tables, rules))], tables, recipe.table_steps, recipe, work
             budgets = [rule.budget for rule in rules]
-            about["tables"] = {"budgets": budgets} | _distill("tables", kernels, model, windows, few, *given, work)
+            about["tables"] = {"budgets": budgets} | _distill("tables", kernels, model, windows, few, *given)
         kernels.requires_grad_(False).eval()
         about["seconds"] = round(time.perf_counter() - started)
         return kernels
@@ -312,11 +310,8 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
         progress.set_postfix_str(f"divergence {_spelled(figures['before'])}")
         for step in range(first, steps):
             rows = torch.stack([order[(step * recipe.batch + row) % len(windows)] for row in range(recipe.batch)])
-            rule = rules[step % len(rules)]
-            if rule is ANY_BUDGET:
-                rule = _any_budgets(judged[0], len(kernels.layers), windows.shape[1], f"{recipe.seed}, {step}")
             adam.zero_grad()
-            found = divergence(model, windows[rows], rule, kernels)
+            found = divergence(model, windows[rows], rules[step % len(rules)], kernels)
             if not found.isfinite():
                 raise ValueError(f"the stage of all layers diverged at step {step}: lower its learning rate, or leave it out")
             found.backward(inputs=weights)
@@ -334,17 +329,10 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
     return figures
 
 
-def _any_budgets(policy, layers, length, seed) -> list[list]:
-    """For each layer the policy with one of the budgets at which damage is measured, up to an eighth of the window."""
-    rng, budgets = random.Random(seed), grid(policy, length)
-    small = [budget for budget in budgets if budget <= max(length // 8, budgets[0])]
-    return [policy.with_budget(rng.choice(small)) for _ in range(layers)]
-
-
 def divergence(model, ids: torch.Tensor, policy, kernels: LessKernels | None) -> torch.Tensor:
     """KL(full cache || streaming with the kernels) in nats per token, of texts ids (N, T); differentiable.
 
-    policy: one for the model, or one for each layer, or a table of them (layers x KV heads).
+    policy: one, or a table of them (layers x KV heads).
     """
 
     def streamed(rule, layer):

@@ -70,10 +70,8 @@ def test_the_stage_under_tables_judges_by_the_tables_of_its_own_curves(monkeypat
     monkeypatch.setattr(train_module, "_distill", lambda *given: seen.append(given[5:7]) or own(*given))
     with torch.enable_grad():
         kernels = quick_training(curves=True)
-    (mixed, uniform), (tables, judged) = seen
-    assert uniform == [H2O(1, 1), POLICY, H2O(6, 6)]
-    assert mixed[::2] == uniform
-    assert mixed[1::2] == ["any budget"] * 3
+    (rules, uniform), (tables, judged) = seen
+    assert rules == uniform == [H2O(1, 1), POLICY, H2O(6, 6)]
     assert judged == [
         [[POLICY.with_budget(budget) for budget in row] for row in kernels.budgets_for(rule)] for rule in uniform[1:]
     ]  # two tokens for each head are fewer than the least of the curves
@@ -82,6 +80,24 @@ def test_the_stage_under_tables_judges_by_the_tables_of_its_own_curves(monkeypat
     found = [divergence(make_model().float(), tokens(4, 30, seed=1), table, kernels).item() for table in judged]
     assert found == pytest.approx(kernels.about["tables"]["after"], rel=1e-4)
     assert kernels.about["tables"]["kept"]
+
+
+def test_every_step_takes_other_windows_and_the_next_budget(monkeypatch):
+    seen, own = [], train_module.divergence
+
+    def look(model, ids, policy, kernels):
+        if torch.is_grad_enabled():
+            seen.append((ids.tolist(), policy))
+        return own(model, ids, policy, kernels)
+
+    monkeypatch.setattr(train_module, "divergence", look)
+    windows = tokens(30, 30)
+    recipe = replace(RECIPE, joint_steps=12)
+    train(make_model().float(), windows, tokens(4, 30, seed=1), POLICY, recipe)
+    taken = [row for ids, _ in seen for row in ids]
+    assert len(taken) == len({*map(tuple, taken)}) == 24
+    assert {*map(tuple, taken)} < {*map(tuple, windows.tolist())}
+    assert [rule for _, rule in seen] == [H2O(1, 1), POLICY, H2O(6, 6)] * 4
 
 
 def test_a_joint_stage_that_only_harms_is_undone():

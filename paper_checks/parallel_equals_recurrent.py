@@ -1,0 +1,38 @@
+"""Training in the parallel form equals recurrent inference (section 3.2)."""
+
+import copy
+
+import torch
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
+
+from less_fast import LessCache
+from less_fast.train import divergence
+
+from .check import Found, Setting, verdict
+
+CLAIM = "The parallel form, in which kernels are trained, equals recurrent inference"
+PAPER = "equal"
+
+
+@torch.inference_mode()
+def check(setting: Setting) -> Found:
+    """The divergence from the full cache's predictions, in float64: what training minimises, and what a cache gives."""
+    model = copy.deepcopy(setting.model).double()
+    ids = setting.windows(2, setting.length // 4).to(model.device)
+    full = model(ids, past_key_values=DynamicCache(config=model.config)).logits.log_softmax(-1)
+    rows, worst = [], 0.0
+    for policy in setting.policies():
+        for name, kernels in (("LESS", setting.kernels), ("the paper's kernels", setting.paper_kernels)):
+            if kernels is None:
+                continue
+            kernels = copy.deepcopy(kernels).double()
+            cache = LessCache.for_model(model, policy, kernels, "uniform", chunk=1)
+            ours = model(ids, past_key_values=cache).logits.log_softmax(-1)
+            recurrent = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
+            parallel = divergence(model, ids, policy, kernels).item()
+            worst = max(worst, abs(recurrent - parallel) / recurrent)
+            rows.append([name, str(policy.budget), f"{recurrent:.10f}", f"{parallel:.10f}"])
+    sentence = f"divergences from the full cache, token by token and in parallel, differ by at most {worst:.0e} of them (float64)"
+    headings = ["kernels", "tokens kept", "token by token", "in parallel"]
+    return Found(verdict([worst < 1e-9]), sentence, {"largest_relative_difference": worst}, headings, rows)

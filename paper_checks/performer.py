@@ -1,0 +1,29 @@
+"""Learned kernels are needed (section 4): LESS with random features in the place of learned ones."""
+
+import torch
+
+from less_fast import LessKernels
+from less_fast.compare import compare
+
+from .check import Found, Setting, verdict
+
+CLAIM = "Learned kernels are needed: H2O with Performer's features is worse than LESS"
+PAPER = "worse than LESS"
+CONTROLS = ("performer", "fourier", "elu")
+
+
+def check(setting: Setting) -> Found:
+    torch.manual_seed(setting.seed)
+    shape = {name: setting.kernels.sizes[name] for name in ("layers", "query_heads", "kv_heads", "head_dim")}
+    controls = {family: LessKernels(**shape, family=family).requires_grad_(False).to(setting.model.device) for family in CONTROLS}
+    learned = setting.paper_kernels or setting.kernels
+    rows = compare(setting.model, setting.windows(32), setting.policies(), {"learned": learned, **controls})
+    found = [row for row in rows if row.cache == "less" and row.budgets == "uniform"]
+    best = {row.budget: row.perplexity for row in found if row.kernels == "learned"}
+    parts = [row.perplexity > best[row.budget] for row in found if row.kernels != "learned"]
+    lines = [[row.kernels, str(row.budget), f"{row.perplexity:.2f}", f"{row.recovered:.1%}"] for row in found]
+    recovered = {name: [f"{row.recovered:.1%}" for row in found if row.kernels == name] for name in ("learned", "performer")}
+    ours, theirs = (", ".join(recovered[name]) for name in ("learned", "performer"))
+    sentence = f"of the gap, learned kernels recover {ours}, Performer's {theirs}"
+    figures = {"recovered": {f"{row.kernels}, {row.budget}": row.recovered for row in found}}
+    return Found(verdict(parts), sentence, figures, ["kernels", "tokens kept", "perplexity", "gap recovered"], lines)

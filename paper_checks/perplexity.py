@@ -1,0 +1,36 @@
+"""Perplexity at 2, 5 and 10 % (table 2): LESS against the bare policy and against Baseline+, which holds as many bytes."""
+
+from dataclasses import asdict
+
+from less_fast.compare import compare
+
+from .check import Found, Setting, verdict
+
+CLAIM = "LESS beats the bare policy, and Baseline+ of the same memory"
+PAPER = "WikiText, Llama 2 7B, H2O at 2 %: 13.33 bare, 10.75 LESS"
+
+
+def check(setting: Setting) -> Found:
+    kernels = {"ours": setting.kernels} | ({"the paper's": setting.paper_kernels} if setting.paper_kernels else {})
+    rows = compare(setting.model, setting.windows(64), setting.policies(), kernels)
+    equal, parts = {}, []
+    for row in rows:
+        if row.cache in ("bare", "baseline+"):
+            equal[row.cache, row.budgets] = row.perplexity
+        if row.cache == "less":
+            parts += [row.perplexity < equal["bare", "uniform"], row.perplexity < equal["baseline+", row.budgets]]
+    lines = [
+        [
+            {"less": f"LESS, {row.kernels}", "baseline+": "Baseline+"}.get(row.cache, row.cache),
+            "all" if row.budget is None else str(row.budget),
+            row.budgets or "",
+            f"{row.perplexity:.2f} ± {row.stderr:.2f}",
+            "" if row.recovered is None else f"{row.recovered:.1%} ± {row.recovered_stderr:.1%}",
+            f"{row.bytes:,}",
+        ]
+        for row in rows
+    ]
+    headings = ["cache", "tokens kept", "budgets", "perplexity", "gap recovered", "bytes/sequence"]
+    sentence = f"in {sum(parts)} of {len(parts)} comparisons LESS has the lower perplexity; full cache {rows[0].perplexity:.2f}"
+    figures = {"rows": [asdict(row) for row in rows]}
+    return Found(verdict(parts), sentence, figures, headings, lines)

@@ -1,0 +1,125 @@
+"""The checks of the paper's claims: every script runs, and a planted error in what it looks at changes its verdict."""
+
+import copy
+import importlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import paper_checks.__main__ as command
+from less_fast import Full, LessKernels
+from less_fast import step as step_module
+from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from paper_checks.check import FAILS, HOLDS, IN_PART, UNMEASURED, Setting, verdict
+from paper_checks.memory import check as memory
+
+
+@pytest.fixture(scope="module")
+def here():
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().requires_grad_(False)
+    kernels = [LessKernels.from_pretrained(where) for where in (KERNELS, PAPER_KERNELS)]
+    return Setting(model, AutoTokenizer.from_pretrained(MODEL), *kernels, length=128, quick=True)
+
+
+def check(name, setting):
+    return importlib.import_module(f"paper_checks.{name}").check(setting)
+
+
+@pytest.mark.parametrize("name", command.NAMES)
+def test_every_check_runs_and_says_what_it_found(name, here):
+    module = importlib.import_module(f"paper_checks.{name}")
+    found = module.check(here)
+    assert found.verdict in (HOLDS, IN_PART, FAILS, UNMEASURED)
+    assert all(isinstance(text, str) and text for text in (module.CLAIM, module.PAPER, found.sentence))
+    json.dumps(found.figures)
+    assert all(len(row) == len(found.headings) for row in found.rows)
+
+
+def test_a_report_holds_every_check_and_its_pictures(tmp_path, capsys):
+    names = ["memory", "residual_rank"]
+    assert command.main([*names, "--quick", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [*report["checks"]] == names
+    assert report["about"]["quick"] is True
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / file).read_text()
+        for name in names:
+            assert report["checks"][name]["sentence"] in text.replace("&#x27;", "'").replace("&quot;", '"')
+    assert "residual_rank.png" in (tmp_path / "report.md").read_text()
+    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "residual_rank.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["perplexiti"], "no check is called perplexiti"), (["--model", "some/model"], "--model needs --kernels")],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_kernels_of_another_model_are_refused(tmp_path, capsys):
+    LessKernels(2, 4, 4, 64, hidden=3).save_pretrained(tmp_path)
+    assert command.main(["memory", "--kernels", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "these kernels are for another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verdict_needs_all_parts_to_hold():
+    assert [verdict(parts) for parts in ([True] * 2, [True, False], [False] * 2)] == [HOLDS, IN_PART, FAILS]
+
+
+def without_state(setting):
+    """The same setting with kernels that add nothing."""
+    broken = copy.deepcopy(setting)
+    for kernels in (broken.kernels, broken.paper_kernels):
+        for layer in kernels.layers:
+            layer.k3.fill_(-1e3 if kernels is broken.kernels else 0)
+    return broken
+
+
+@pytest.mark.parametrize("name", ["perplexity", "transfer", "attention_maps", "performer", "long_sequences", "unequal_budgets"])
+def test_kernels_that_add_nothing_change_the_verdict(name, here):
+    healthy, broken = check(name, here).verdict, check(name, without_state(here)).verdict
+    assert healthy != broken
+    assert broken in (IN_PART, FAILS)
+
+
+def test_a_budget_that_is_ignored_changes_the_verdict_on_memory(here, monkeypatch):
+    assert memory(here).verdict == HOLDS
+    monkeypatch.setattr(Setting, "policies", lambda setting: [Full()])
+    assert memory(here).verdict != HOLDS
+
+
+def test_a_copy_in_the_place_of_replacement_changes_the_verdict(here, monkeypatch):
+    assert check("inplace", here).verdict == HOLDS
+    evict = step_module._evict
+
+    def elsewhere(group, *given):
+        evict(group, *given)
+        group.k = group.k.clone()
+
+    monkeypatch.setattr(step_module, "_evict", elsewhere)
+    assert check("inplace", here).verdict != HOLDS
+
+
+@pytest.mark.parametrize("name", ["parallel_equals_recurrent", "near_ties", "residual_rank"])
+def test_a_planted_error_changes_the_verdict_of_the_exact_checks(name, here, monkeypatch):
+    module = importlib.import_module(f"paper_checks.{name}")
+    assert module.check(here).verdict in (HOLDS, IN_PART)
+    if name == "parallel_equals_recurrent":  # rows swapped
+        own = module.divergence
+        monkeypatch.setattr(module, "divergence", lambda model, ids, *given: own(model, ids.flip(1), *given))
+    elif name == "near_ties":  # everything is close
+        monkeypatch.setattr(module, "CLOSE", 1e9)
+    else:  # the map and its residual swapped
+        own = torch.linalg.svdvals
+        monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: own(torch.eye(matrix.shape[-1]) + 0 * matrix))
+    before = module.check(here).verdict
+    assert before != HOLDS
