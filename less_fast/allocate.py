@@ -5,7 +5,7 @@ A few heads carry most of the damage that eviction does. `Curves` say what each 
 """
 
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ class Curves:
     """What each KV head costs at each budget under one kind of policy, all other heads keeping everything.
 
     budgets: ascending. less, bare: with the low-rank state and without it, nested lists (layers x KV heads x budgets).
+    refined: better tables for some totals, {"less" or "bare": {total: table}}.
     policy, window, windows, by: how they were measured: the policy, the tokens of a window, how many windows, kl or error.
     """
 
@@ -27,6 +28,7 @@ class Curves:
     window: int
     windows: int
     by: str
+    refined: dict[str, dict[str, Table]] = field(default_factory=dict)
 
     def __post_init__(self):
         kinds = [kind for kind in (self.bare, self.less) if kind is not None]
@@ -47,11 +49,13 @@ def average(parts: list[Curves]) -> Curves:
 
 
 def table(curves: Curves, total: int, less: bool) -> Table | None:
-    """The budgets of least damage with the given sum, each at least the first of the curves': greedy along the curves.
+    """The refined table of the given sum, or the budgets of least damage by the curves, each at least their first: greedy.
 
     Where a curve bends the wrong way its lower convex hull is followed: the best step may be a long one. None where the total
     lies beyond what the curves cover: below the least budget of every head, or above the largest.
     """
+    if known := curves.refined.get("less" if less else "bare", {}).get(str(total)):
+        return known
     damage = curves.less if less else curves.bare
     heads = {(layer, g): curve for layer, row in enumerate(damage) for g, curve in enumerate(row)}
     if not curves.budgets[0] * len(heads) <= total <= curves.budgets[-1] * len(heads):

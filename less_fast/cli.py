@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from . import bench as benchmark
 from .allocate import table as budget_table
+from .compare import baseline_plus, held_bytes, plot
 from .compare import compare as compare_caches
-from .compare import held_bytes, plot
 from .damage import MEASURES, check_policy, measure
+from .damage import refine as refine_table
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache, check_kernels, check_model, sizes
 from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
@@ -393,6 +394,9 @@ def allocate(
     ] = MeasureName.kl,
     length: LengthOption = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows that are measured.")] = CURVE_WINDOWS,
+    refine: Annotated[
+        str, typer.Option(help="Budgets whose tables are refined by trial, separated by commas; curves there are used again.")
+    ] = "",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
     seed: SeedOption = 0,
@@ -405,19 +409,28 @@ def allocate(
         raise Bad(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
     rule = POLICIES[policy.value]
     check_policy(rule)
+    rules = [_budgeted(policy, budget, length) for budget in refine.split(",") if budget]
     texts = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
     chosen, _ = _training_windows(tokenizer, texts, dataset, length, windows, 0, seed)
-    with tqdm(desc="curves", unit="budget") as progress:
+    found = learned.curves.get(type(rule).__name__)
+    if found is None or not rules:
+        with tqdm(desc="curves", unit="budget") as progress:
 
-        def tell(done, of):
-            progress.total = of
-            progress.update(done - progress.n)
+            def tell(done, of):
+                progress.total = of
+                progress.update(done - progress.n)
 
-        found = learned.curves[type(rule).__name__] = measure(network, chosen, rule, learned, by=by.value, progress=tell)
-    learned.save_pretrained(out or kernels)
+            found = learned.curves[type(rule).__name__] = measure(network, chosen, rule, learned, by=by.value, progress=tell)
+        learned.save_pretrained(out or kernels)
     heads = sum(len(layer) for layer in found.bare)
+    for one in tqdm(rules, desc="refining", unit="budget", disable=not rules):
+        for kind, rule, some in (("less", one, learned), ("bare", baseline_plus(network, one, learned), None)):
+            if budgets := budget_table(found, rule.budget * heads, kind == "less"):
+                better, _ = refine_table(network, chosen, rule, some, budgets)
+                found.refined.setdefault(kind, {})[str(rule.budget * heads)] = better
+        learned.save_pretrained(out or kernels)
     for share in (2, 5, 10):
         tokens = length * share // 100
         if budgets := budget_table(found, tokens * heads, less=True):

@@ -19,14 +19,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import distributed
-from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from .allocate import Curves, average
-from .damage import measure
-from .hf import attention_modules, check_model, fingerprint, predictions, sizes
+from .damage import divergence, measure
+from .hf import attention_modules, check_model, fingerprint, sizes
 from .kernels import FAMILIES, Features, LessKernels
-from .parallel import dense, eviction_times, linear_parallel, low_rank_part, merge
+from .parallel import low_rank_part, merge
 from .recording import SHARD, Recorded, Recording, bytes_on_disk
 
 CURVE_WINDOWS = 8  # windows on which damage is measured
@@ -327,27 +326,6 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
         kernels.load_state_dict(start)
     work.save(name, {"figures": figures, "kernels": kernels.state_dict()})
     return figures
-
-
-def divergence(model, ids: torch.Tensor, policy, kernels: LessKernels | None) -> torch.Tensor:
-    """KL(full cache || streaming with the kernels) in nats per token, of texts ids (N, T); differentiable.
-
-    policy: one, or a table of them (layers x KV heads).
-    """
-
-    def streamed(rule, layer):
-        def attention(q, k, v, scale):
-            e = eviction_times(q.detach(), k.detach(), v.detach(), rule, scale)
-            return linear_parallel(q, k, v, e, layer, scale).to(q.dtype)
-
-        return attention
-
-    count = sizes(model)["layers"]
-    rules = policy if isinstance(policy, list) else [policy] * count
-    with torch.no_grad():
-        wanted = predictions(model, ids, [dense] * count)
-    found = predictions(model, ids, [*map(streamed, rules, kernels.layers if kernels else [None] * count)])
-    return kl_div(found, wanted, log_target=True, reduction="sum") / ids.numel()
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
 from less_fast.allocate import Curves, average, table
 from less_fast.compare import compare
-from less_fast.damage import grid, measure
+from less_fast.damage import RIVALS, divergence, grid, measure, refine
 from less_fast.hf import attention_modules
 from less_fast.kernels import CONFIG
 
@@ -135,6 +135,41 @@ def test_curves_of_windows_apart_average_to_those_of_all():
     assert np.allclose(apart.less, together.less)
     assert apart.windows == together.windows == 3
     assert average([measure(model, ids, H2O(2, 2), **given)]).less is None
+
+
+def test_a_refined_table_costs_what_is_said_and_no_move_among_its_largest_heads_costs_less():
+    model, ids, start = make_model(), tokens(3, 40), [[20, 2], [2, 16], [2, 2]]
+    kernels = make_kernels(model)
+
+    def cost(table):
+        return divergence(model, ids, [[H2O(1, 1).with_budget(budget) for budget in row] for row in table], kernels).item()
+
+    found, said = refine(model, ids, H2O(1, 1), kernels, start)
+    assert found != start == [[20, 2], [2, 16], [2, 2]]
+    assert np.sum(found) == np.sum(start)
+    with torch.no_grad():
+        assert cost(found) == pytest.approx(said)
+        assert said < cost(start)
+        places = sorted(product(range(3), range(2)), key=lambda place: -found[place[0]][place[1]])[:RIVALS]
+        for source, target in permutations(places, 2):
+            moved = np.array(found)
+            half = moved[source] // 2
+            moved[source] -= half
+            moved[target] += half
+            assert cost(moved.tolist()) >= said * (1 - 1e-9)
+
+
+def test_refining_never_gives_a_head_more_than_a_whole_window():
+    found, _ = refine(make_model(), tokens(1, 20), H2O(1, 1), None, [[16, 16], [2, 2], [16, 2]])
+    assert np.max(found) <= 19
+
+
+def test_a_refined_table_comes_before_the_curves_for_its_own_total_alone():
+    better = [[5, 3]]
+    curves = curves_of([[[3.0, 1.0]] * 2], [2, 9], less=[[[3.0, 1.0]] * 2], refined={"less": {"8": better}})
+    assert table(curves, 8, less=True) == better
+    assert table(curves, 8, less=False) != better
+    assert table(curves, 10, less=True) != better
 
 
 def test_the_grid_begins_where_the_policy_can_and_ends_at_the_whole_window():

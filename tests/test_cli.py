@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -244,6 +245,12 @@ def test_allocate_adds_curves_for_another_policy_and_keeps_the_rest(command, sto
     assert (after.curves["Lambda"].by, after.curves["Lambda"].windows) == ("error", 2)
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
     assert (before.about, before.sizes) == (after.about, after.sizes)
+    code, _, _ = command("allocate", "--kernels", where, *small, "--refine", "8")
+    refined = LessKernels.from_pretrained(where).curves["Lambda"]
+    assert (replace(refined, refined={}), code) == (after.curves["Lambda"], 0)
+    assert [(kind, [*tables]) for kind, tables in refined.refined.items()] == [("less", ["128"]), ("bare", ["192"])]
+    assert [np.sum(table) for tables in refined.refined.values() for table in tables.values()] == [128, 192]
+    after = LessKernels.from_pretrained(where)
     code, _, _ = command("allocate", "--kernels", where, "--out", tmp_path / "other", *small[:-2], "--policy", "window")
     assert set(LessKernels.from_pretrained(tmp_path / "other").curves) == {*after.curves, "Window"}
     assert LessKernels.from_pretrained(where).curves == after.curves

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from less_fast import H2O, LessKernels, token_kinds
+from less_fast import H2O, Lambda, LessKernels, token_kinds
 from less_fast.compare import compare
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.text import dataset_texts, tokenized, windows
@@ -117,10 +117,21 @@ def test_less_beats_the_bare_policy_and_equal_memory_on_held_out_text(embedded):
     model, tokenizer = embedded
     texts = (text for _, text in corpus.documents("test"))
     kernels = {"ours": LessKernels.from_pretrained(KERNELS), "paper": LessKernels.from_pretrained(PAPER_KERNELS)}
-    full, bare, plus, ours, paper = compare(model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], kernels)
+    rows = compare(model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], kernels)
+    full, bare, plus, ours, paper, plus_by_head, ours_by_head = rows
     assert full.perplexity < ours.perplexity < paper.perplexity < plus.perplexity < bare.perplexity
-    assert ours.bytes == paper.bytes <= plus.bytes
-    assert [row.kernels for row in (full, bare, plus, ours, paper)] == [None, None, None, "ours", "paper"]
+    assert full.perplexity < ours_by_head.perplexity < plus_by_head.perplexity < ours.perplexity
+    assert ours.bytes == ours_by_head.bytes == paper.bytes <= plus.bytes == plus_by_head.bytes
+    assert [row.kernels for row in rows] == [None, None, None, "ours", "paper", None, "ours"]
+
+
+def test_the_embedded_kernels_bring_tables_of_every_total_for_h2o_and_lambda():
+    kernels = LessKernels.from_pretrained(KERNELS)
+    for policy in (H2O(10, 10), H2O(26, 25), H2O(51, 51), Lambda(4, 16), Lambda(4, 98)):
+        table = np.array(kernels.budgets_for(policy))
+        assert table.shape == (4, 4)
+        assert table.sum() == 16 * policy.budget
+        assert table.max() > 3 * policy.budget
 
 
 @pytest.mark.parametrize(("folder", "family"), [(KERNELS, "exponential"), (PAPER_KERNELS, "paper")])

@@ -14,9 +14,10 @@ from transformers import DynamicCache
 
 import less_fast.train as train_module
 from less_fast import H2O, Lambda, LessCache
+from less_fast.damage import divergence
 from less_fast.hf import sizes
 from less_fast.recording import Recording, bytes_on_disk
-from less_fast.train import RECIPES, Work, divergence, train
+from less_fast.train import RECIPES, Work, train
 
 RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, table_steps=12, joint_rate=0.02)
 POLICY = H2O(3, 3)
