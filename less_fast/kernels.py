@@ -321,6 +321,7 @@ class LessKernels(nn.Module):
         stored = {**self.sizes, "about": self.about, "curves": {name: asdict(some) for name, some in self.curves.items()}}
         aside = {name: folder / f".{name}.new" for name in (WEIGHTS, CONFIG, CARD)}
         save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, aside[WEIGHTS])
+        aside[WEIGHTS].chmod(0o644)  # it is written for its owner alone
         aside[CONFIG].write_text(json.dumps(stored, indent=2) + "\n")
         aside[CARD].write_text(_card(self))
         for name, file in aside.items():
