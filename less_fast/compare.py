@@ -214,10 +214,10 @@ def plot(rows: list[Row], path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
     names = {"bare": "bare policy", "baseline+": "Baseline+ (equal memory)", "less": "LESS"}
-    for index, (cache, kernels) in enumerate(dict.fromkeys((row.cache, row.kernels) for row in rows[1:])):
-        line = [row for row in rows if (row.cache, row.kernels) == (cache, kernels)]
+    for index, kind in enumerate(dict.fromkeys((row.cache, row.kernels, row.budgets) for row in rows[1:])):
+        line = [row for row in rows if (row.cache, row.kernels, row.budgets) == kind]
         held = [row.bytes / 1e6 for row in line]
-        label = names[cache] + (f", {kernels}" if kernels else "")
+        label = ", ".join(filter(None, (names[kind[0]], kind[1], kind[2] if kind[2] != "uniform" else None)))
         axes.errorbar(
             held, [row.perplexity for row in line], [row.stderr for row in line],
             color=f"C{index}", marker="o", capsize=3, label=label,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(polic
 def test_compare_takes_every_policy_and_half_precision(command, story, policy):
     code, out, _ = command("compare", "--text", story, *SMALLEST, "--policy", policy, "--dtype", "bfloat16")
     assert code == 0
-    bare, plus, less, _ = json.loads(out)["rows"][1:]
+    bare, plus, less, *_ = json.loads(out)["rows"][1:]
     assert {row["policy"].split("(")[0] for row in (bare, plus, less)} == {type(POLICIES[policy]).__name__}
     assert bare["bytes"] < less["bytes"] <= plus["bytes"]
     assert bare["budget"] == less["budget"] == 16
@@ -163,8 +164,12 @@ def test_generate_streams_text_and_says_what_the_cache_holds(command):
     assert out.startswith("def main():\n")
     assert len(out) > 40
     said = " ".join(err.split())
-    assert "each KV head keeps 16" in said
+    table = LessKernels.from_pretrained(KERNELS).budgets_for(H2O(8, 8))
+    seen = int(re.search(r"(\d+) through the cache", said)[1])
+    assert f"each KV head keeps {np.min(table)} to {min(np.max(table), seen)}, the others are folded into 8 features" in said
     assert "bytes held" in said
+    _, _, err = command("generate", "import ", "--max-new-tokens", 20, "--budget", 16, "--policy", "tova")
+    assert "each KV head keeps 16, the others" in " ".join(err.split())
 
 
 def test_generate_with_fastgen_keeps_at_most_the_budget_and_folds_into_any_kernels(command):
