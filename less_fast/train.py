@@ -163,11 +163,10 @@ def train(
         "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
     }
     order = about | {"text": hashlib.sha256(torch.cat([windows, validation]).numpy().tobytes()).hexdigest(), "curves": curves}
+    kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
+    kernels.to(model.device)
     with TemporaryDirectory() as temporary:
-        work = Work(Path(folder or temporary), order)
-        started = time.perf_counter()
-        kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
-        kernels.to(model.device)
+        work, started = Work(Path(folder or temporary), order), time.perf_counter()
         about["validation"] = _each_layer(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
             return None

@@ -70,7 +70,7 @@ def setting(chosen) -> Setting:
         loaded.append(kernels)
     texts = [file.read_text(encoding="utf-8") for file in chosen.data or []] or None
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    return Setting(model, tokenizer, *loaded, texts, 128 if chosen.quick else chosen.length, chosen.quick, chosen.seed)
+    return Setting(model, tokenizer, *loaded, texts, 256 if chosen.quick else chosen.length, chosen.quick, chosen.seed)
 
 
 def main(arguments=None):

@@ -20,7 +20,7 @@ def check(setting: Setting) -> Found:
     rows = compare(setting.model, setting.windows(32), setting.policies(), {"learned": learned, **controls})
     found = [row for row in rows if row.cache == "less" and row.budgets == "uniform"]
     best = {row.budget: row.perplexity for row in found if row.kernels == "learned"}
-    parts = [row.perplexity > best[row.budget] for row in found if row.kernels != "learned"]
+    parts = [row.perplexity > best[row.budget] if row.kernels != "learned" else row.recovered > 0 for row in found]
     lines = [[row.kernels, str(row.budget), f"{row.perplexity:.2f}", f"{row.recovered:.1%}"] for row in found]
     recovered = {name: [f"{row.recovered:.1%}" for row in found if row.kernels == name] for name in ("learned", "performer")}
     ours, theirs = (", ".join(recovered[name]) for name in ("learned", "performer"))

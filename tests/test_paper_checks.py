@@ -20,7 +20,7 @@ from paper_checks.memory import check as memory
 def here():
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().requires_grad_(False)
     kernels = [LessKernels.from_pretrained(where) for where in (KERNELS, PAPER_KERNELS)]
-    return Setting(model, AutoTokenizer.from_pretrained(MODEL), *kernels, length=128, quick=True)
+    return Setting(model, AutoTokenizer.from_pretrained(MODEL), *kernels, length=256, quick=True)
 
 
 def check(name, setting):

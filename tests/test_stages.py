@@ -222,6 +222,12 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path):
     assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
 
 
+def test_a_recipe_that_cannot_be_leaves_no_work_behind(tmp_path):
+    with pytest.raises(ValueError, match="a hidden width of at least 1, not 0"):
+        quick_training(tmp_path / "work", replace(RECIPES["paper"], hidden=0))
+    assert not (tmp_path / "work").exists()
+
+
 def test_an_order_names_everything_that_the_weights_depend_on(tmp_path):
     quick_training(tmp_path)
     order = json.loads((tmp_path / "order.json").read_text())
