@@ -72,13 +72,12 @@ def table(curves: Curves, total: int, less: bool) -> Table | None:
 
 
 def _steps(head, curve, budgets):
-    """(negative gain per token, head, tokens) along the lower convex hull of a curve, made to fall."""
-    lowest = [min(curve[: i + 1]) for i in range(len(curve))]
+    """(negative gain per token, head, tokens) along the lower convex hull of a curve."""
     here = 0
     while here < len(budgets) - 1:
 
         def gain(to, here=here):
-            return (lowest[here] - lowest[to]) / (budgets[to] - budgets[here])
+            return (curve[here] - curve[to]) / (budgets[to] - budgets[here])
 
         to = max(range(here + 1, len(budgets)), key=gain)
         yield -gain(to), head, budgets[to] - budgets[here]

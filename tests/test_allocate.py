@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
 from less_fast.allocate import Curves, average, table
-from less_fast.compare import compare
+from less_fast.compare import Contender, compare, window_losses
 from less_fast.damage import RIVALS, divergence, grid, measure, refine
 from less_fast.hf import attention_modules
 from less_fast.kernels import CONFIG
@@ -257,6 +257,11 @@ def test_compare_measures_tables_beside_uniform_budgets_at_equal_memory(allocate
         ("less", 4, "by head", "ours"),
     ]
     full, bare, uniform_plus, ours, _, plus, less = rows
+    for row, some, is_less in ((plus, None, False), (less, kernels, True)):
+        rule = H2O(2, 2).with_budget(row.budget)
+        table = kernels.budgets_for(rule, is_less)
+        contender = Contender("less", rule, None, lambda chunk: LessCache.for_model(model, rule, some, table, chunk))  # noqa: B023
+        assert np.log(row.perplexity) == pytest.approx(window_losses(model, tokens(4, 60), contender).mean().item(), rel=1e-6)
     assert ours.bytes == less.bytes <= plus.bytes == uniform_plus.bytes
     assert len({row.perplexity for row in rows if row.kernels != "plain"}) == 6
     for row, against in ((ours, uniform_plus), (less, plus)):

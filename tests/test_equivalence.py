@@ -460,6 +460,15 @@ def test_merging_stays_finite_in_float32_and_gives_all_to_the_larger_part(lse):
     assert_close(merge(exact, torch.tensor([lse]), low_rank, mass), [[3.0 if lse < 0 else 2.0]], 1e-6)
 
 
+@given(st.floats(-58, 85), st.floats(-85, 85))
+def test_merging_in_float32_weighs_both_parts_by_their_size(lse, log_mass):
+    """Features may reach e^80 in all; either part may be the larger one by far."""
+    mass = torch.tensor([log_mass], dtype=torch.float64).exp().float()
+    merged = merge(torch.tensor([[2.0]]), torch.tensor([lse], dtype=torch.float32), 3 * mass[:, None], mass)
+    share = 1 / (1 + np.exp(lse - np.log(mass.item())))
+    assert merged.item() == pytest.approx(2 + share, abs=1e-4)
+
+
 @given(cases(**EVICTING, chunks=streaming, k3=some_kernels))
 def test_gradients_of_the_parallel_form_equal_differences_of_the_reference(case):
     """In the direction of a random change of all kernels; both sides of |x| = 0 are left to hypothesis to find."""

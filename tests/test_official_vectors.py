@@ -251,6 +251,7 @@ def save_as_the_authors(file, folder, layers=1):
     weights = {name: torch.from_numpy(file[f"w_{name}"]) for name in names}
     state = {names[name] + ".weight" * (name in ("k1", "k2", "ik") and w.ndim == 2): w for name, w in weights.items()}
     for index in range(layers):
+        state["scalingD"] = weights["sD"] * (1 if index == layers - 1 else 2)  # the last is that of the file
         more = {"train_mses": torch.zeros(3), "val_mses": torch.ones(3), "config": {"lr": 0.001, "model_name": "llama2"}}
         torch.save({"model_state_dict": state} | more, folder / f"layer_{index}.pth")
 
@@ -274,7 +275,12 @@ def test_imported_checkpoints_hold_the_authors_state(name, tmp_path):
 
 
 class Unwanted:
-    pass
+    """Says that it was unpickled."""
+
+    unpickled = False
+
+    def __reduce__(self):
+        return setattr, (Unwanted, "unpickled", True)
 
 
 @pytest.mark.parametrize(
@@ -294,3 +300,4 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         less_fast.LessKernels.from_official(tmp_path)
+    assert not Unwanted.unpickled

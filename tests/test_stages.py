@@ -107,6 +107,25 @@ def test_a_joint_stage_that_only_harms_is_undone():
     assert_equal_weights(harmed, quick_training(recipe=replace(RECIPE, joint_steps=0)))
 
 
+def test_a_joint_stage_that_only_harms_is_undone_even_after_a_kill(tmp_path, monkeypatch):
+    """What was there before it began is stored with each checkpoint."""
+    wild, own, steps = replace(RECIPE, joint_rate=30.0, clip=None), train_module.divergence, []
+
+    def dies(*given):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) > 11:  # the checkpoint after ten steps is written
+            raise Killed
+        return own(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "divergence", dies)
+        with pytest.raises(Killed):
+            quick_training(tmp_path, wild)
+    harmed = quick_training(tmp_path, wild)
+    assert not harmed.about["joint"]["kept"]
+    assert_equal_weights(harmed, quick_training(recipe=replace(RECIPE, joint_steps=0)))
+
+
 class Killed(BaseException):
     pass
 
