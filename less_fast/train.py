@@ -299,10 +299,11 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
     adam = torch.optim.Adam(weights, lr=recipe.joint_rate)
     pace = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.joint_rate, steps)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
+    start = copy.deepcopy(kernels.state_dict())
     if before is None:
-        figures, start = {"before": _divergences(model, validation, judged, kernels)}, copy.deepcopy(kernels.state_dict())
+        figures = {"before": _divergences(model, validation, judged, kernels)}
     else:
-        figures, start, first = before["figures"], before["start"], before["step"]
+        figures, first = before["figures"], before["step"]
         _restore(before, kernels, adam, pace)
     with tqdm(total=steps, initial=first, desc=f"all layers, {name}", unit="step") as progress:
         progress.set_postfix_str(f"divergence {_spelled(figures['before'])}")
@@ -316,7 +317,7 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
             _step(adam, pace, kernels, recipe.clip)
             progress.update()
             if (step + 1) % CHECKPOINT == 0:
-                work.save(name, {"figures": figures, "start": start, "step": step + 1} | _snapshot(kernels, adam, pace))
+                work.save(name, {"figures": figures, "step": step + 1} | _snapshot(kernels, adam, pace))
         kernels.eval()
         figures["after"] = _divergences(model, validation, judged, kernels)
         progress.set_postfix_str(f"divergence {_spelled(figures['before'])} -> {_spelled(figures['after'])}")

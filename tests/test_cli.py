@@ -16,7 +16,7 @@ from models import make_kernels, make_kinds, make_model, tokens
 from test_official_vectors import read, save_as_the_authors
 
 from less_fast import H2O, LessCache, LessKernels, cli
-from less_fast.compare import baseline_plus, held_bytes, share_recovered
+from less_fast.compare import Row, baseline_plus, held_bytes, plot, share_recovered
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.policies import POLICIES
 
@@ -149,6 +149,19 @@ def test_compare_draws_a_picture(command, story, tmp_path):
     code, _, _ = command("compare", "--text", story, *SMALL, "--plot", tmp_path / "figure.png")
     assert code == 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_compare_has_a_line_for_each_kind_of_cache_and_of_budgets(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="the extra `plot` is not installed")
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))
+    kinds = [("bare", "uniform", None), ("less", "uniform", "ours"), ("less", "by head", "ours"), ("less", "uniform", "others")]
+    rows = [Row("full", None, None, None, None, 8.0, 0.1, *[None] * 4, 100, 1.0)]
+    rows += [Row(cache, "", b, how, name, 9.0, 0.1, *[None] * 4, b, 1.0) for b in (5, 10) for cache, how, name in kinds]
+    plot(rows, tmp_path / "x.png", "")
+    legend = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert legend[1:] == ["bare policy", "LESS, ours", "LESS, ours, by head", "LESS, others"]
+    assert [len(line.lines[0].get_xdata()) for line in drawn[0].axes[0].containers] == [2] * 4
 
 
 def test_compare_without_kernels_leaves_less_out_and_says_so(command, story):

@@ -108,7 +108,6 @@ def test_a_joint_stage_that_only_harms_is_undone():
 
 
 def test_a_joint_stage_that_only_harms_is_undone_even_after_a_kill(tmp_path, monkeypatch):
-    """What was there before it began is stored with each checkpoint."""
     wild, own, steps = replace(RECIPE, joint_rate=30.0, clip=None), train_module.divergence, []
 
     def dies(*given):
