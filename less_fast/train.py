@@ -97,7 +97,6 @@ class Work:
                 f"{folder} holds an unfinished training with another {', '.join(other)}: go on with the options it was begun "
                 f"with, or delete that folder"
             )
-        self.resumed = file.exists()
         if process() == 0:
             self._write(file, lambda aside: aside.write_text(json.dumps(order, indent=2) + "\n"))
 
@@ -177,8 +176,8 @@ def train(
             about["joint"] = {"budgets": budgets} | _distill("joint", kernels, model, windows, few, *given)
         if curves:
             kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
-        if curves and recipe.table_steps:
-            rules = [rule for rule in rules if kernels.budgets_for(rule)]
+        rules = [rule for rule in rules if curves and kernels.budgets_for(rule)]
+        if rules and recipe.table_steps:
             tables = [[[policy.with_budget(b) for b in row] for row in kernels.budgets_for(rule)] for rule in rules]
             given = [*chain(*zip(tables, rules))], tables, recipe.table_steps, recipe, work
             budgets = [rule.budget for rule in rules]

