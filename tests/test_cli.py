@@ -362,12 +362,14 @@ def spoiled(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sentence):
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where some would put their output
     code, out, err = command(*arguments)
     assert code == 2
     assert out == ""
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["paper", "exponential", "perform"])
