@@ -139,8 +139,9 @@ def _contenders(model, policies, kernels, token_kinds) -> Iterator[Contender]:
         for name in kernels:
             yield one("less", policy, name, plus=more[name])
         for name, learned in kernels.items():
-            if table := learned.budgets_for(policy):
-                yield one("baseline+", more[name], table=learned.budgets_for(more[name], less=False))
+            table, bare_table = learned.budgets_for(policy), learned.budgets_for(more[name], less=False)
+            if table and bare_table:
+                yield one("baseline+", more[name], table=bare_table)
                 yield one("less", policy, name, table, more[name])
 
 

@@ -357,7 +357,6 @@ class LessKernels(nn.Module):
             raise ValueError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()
 
-
     @classmethod
     def from_official(cls, folder: str | os.PathLike) -> "LessKernels":
         """Reads the layer_*.pth files that the authors' train_kernels.py writes, for Llama or for Falcon.

@@ -15,7 +15,7 @@ PAPER = "qualitative"
 def reconstructed(q, k, e, scale, kernels):
     """The map of LESS (N, Hq, T, T): kept tokens by their logits, folded ones by phi.psi."""
     G, T = q.shape[1] // k.shape[1], q.shape[2]
-    i, e = torch.arange(T), e.repeat_interleave(G, 1)
+    i, e = torch.arange(T, device=q.device), e.repeat_interleave(G, 1)
     logits = (q * scale @ k.repeat_interleave(G, 1).mT).double()
     low_rank = (kernels.phi(q) @ kernels.psi(k).repeat_interleave(G, 1).mT).double()
     kept = (i <= i[:, None]) & (i[:, None] <= e[:, :, None])
@@ -36,7 +36,7 @@ def check(setting: Setting) -> Found:
             for name, matrix in (("bare", bare), ("LESS", ours)):
                 distance = (full.sqrt() - matrix.sqrt()).square().sum(-1).div(2).sqrt()  # (N, Hq, T)
                 found[name].append(distance[:, :, policy.budget + 1 :].mean((0, 2)))
-            shown.update({"full cache": full[0, 0], f"{policy}": bare[0, 0], "LESS": ours[0, 0]})
+            shown.update({"full cache": full[0, 0].cpu(), f"{policy}": bare[0, 0].cpu(), "LESS": ours[0, 0].cpu()})
             return dense(q, k, v, scale)
 
         return attend

@@ -16,7 +16,7 @@ def maps(q, k, e, scale):
     """Attention maps (N, Hq, T, T) of the full cache and of what is kept."""
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     e = e.repeat_interleave(G, 1)  # (N, Hq, T)
-    i = torch.arange(T)
+    i = torch.arange(T, device=q.device)
     causal = i <= i[:, None]
     logits = q * scale @ k.repeat_interleave(G, 1).mT
     kept = causal & (i[:, None] <= e[:, :, None])

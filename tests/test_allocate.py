@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make_kernels, make_model, recorded, tokens
+from models import make_kernels, make_model, tokens
 from torch.nn.functional import kl_div
 
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
@@ -122,7 +122,6 @@ def test_damage_by_error_is_the_relative_change_of_the_layers_output():
             outputs += seen
         per_window = [((a - b).square().sum() / b.square().sum()).item() for a, b in zip(*outputs)]
         assert curves.less[layer][head][0] == pytest.approx(np.mean(per_window), rel=1e-6)
-    assert len(recorded(model, ids, 0)) == 4
 
 
 @torch.no_grad()
