@@ -608,7 +608,7 @@ def _print_table(record, rows):
             f"{row.bytes:,}",
             f"{row.tokens_per_second:,.0f}",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     print("gap recovered: of the perplexity that the bare policy loses; equal memory: of the loss that Baseline+ still has")
     print(f"perplexity: {record['chunking']}; tokens/s: decoding in {record['dtype']} on {record['device']}, caches in turns")
 
