@@ -1,9 +1,8 @@
 """LESS, exactly: the readable float64 specification.
 
 LESS (Dong, Yang, Zhang, Wang, Chi, Chen, "Get More with LESS", ICML 2024, arXiv 2402.09398) pairs an eviction policy for
-the key-value cache with a small recurrent state that absorbs whatever the policy evicts, so that every past token can
-still be queried. This file says what is computed, in plain numpy with explicit loops. Read it from top to bottom. It is
-slow on purpose; `less_fast` computes the same in fixed-shape tensors and is tested against it.
+the key-value cache with a small recurrent state that absorbs what the policy evicts, so that every past token can still be
+queried. Here is what is computed, in numpy with explicit loops; `less_fast` computes the same and is tested against it.
 
 One attention layer, one sequence. From letter to the paper's symbol:
 
@@ -387,26 +386,26 @@ def empty_state(kv_heads, head_dim, kernels=None):
 
 
 def attend_literal(logits, v, phi, H, z):
-    """out = (phi H + sum_j e^logit_j v_j) / (phi.z + sum_j e^logit_j), as it is written.
-
-    logits (E,), v (E, D), phi (R,), H (R, D), z (R,) -> (D,). Overflows for logits beyond 700.
-    """
+    """out = (phi H + sum_j e^logit_j v_j) / (phi.z + sum_j e^logit_j): it overflows for logits beyond 700.
+    logits (E,), v (E, D), phi (R,), H (R, D), z (R,) -> (D,)."""
     return (phi @ H + np.exp(logits) @ v) / (phi @ z + np.exp(logits).sum())
 
 
-def attend(logits, v, phi, H, z):
+def attend(logits, v, phi, H, z, sink=-math.inf):
     """The same, stably: attention over the E visible tokens plus one virtual token, whose logit is log(phi.z) and whose value is
     phi H / (phi.z); where phi.z is not positive there is none."""
     mass = phi @ z
     if mass > 0:
         logits = np.append(logits, math.log(mass))
         v = np.vstack([v, phi @ H / mass])
-    return softmax(logits) @ v
+    return softmax(logits, sink) @ v
 
 
-def softmax(logits):
-    weight = np.exp(logits - logits.max())
-    return weight / weight.sum()
+def softmax(logits, sink=-math.inf):
+    """`sink`: the logit of nothing, which takes its share and gives no value (gpt-oss has one for each query head)."""
+    largest = max(logits.max(), sink)
+    weight = np.exp(logits - largest)
+    return weight / (weight.sum() + math.exp(sink - largest))
 
 
 # Extend: attend, score, evict and fold.
@@ -414,12 +413,13 @@ def softmax(logits):
 LARGEST = 1e12  # a token with larger numbers is broken
 
 
-def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None, kinds=None):
+def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None, kinds=None, softcap=None, sinks=None):
     """The one verb of LESS: m >= 1 new tokens enter; attend, score, evict, fold. Returns (out (m, Hq, D), new state).
 
     q (Hq, m, D); k, v (Hkv, m, D); policy: one, or a list with one for each KV head; kernels None: the bare policy;
     scale: 1/sqrt(D) unless given; victims: None, or for each KV head the positions to evict instead of the policy's choice
-    (a test replays another implementation's choice at a near-tie); kinds (m,): of the tokens, for policies that ask.
+    (a test replays another implementation's choice at a near-tie); kinds (m,): of the tokens, for policies that ask;
+    softcap: logits l become softcap tanh(l / softcap) (Gemma 2); sinks (Hq,): a logit of nothing for each query head.
 
     A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace: it is not seen, scored, kept,
     folded or counted, and its own output is NaN.
@@ -437,7 +437,7 @@ def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None, kinds
     if not sound.all():
         out = np.full((m, Hq, D), np.nan)
         if sound.any():
-            rest = (policy, kernels, scale, victims, None if kinds is None else kinds[sound])
+            rest = (policy, kernels, scale, victims, None if kinds is None else kinds[sound], softcap, sinks)
             out[sound], state = extend(state, q[:, sound], k[:, sound], v[:, sound], *rest)
         return out, state
     G = Hq // Hkv
@@ -459,8 +459,10 @@ def extend(state, q, k, v, policy, kernels=None, scale=None, victims=None, kinds
         for i in range(m):
             seen = visible[g][i]
             logits = scale * entries[g].k[seen] @ q[a, i]
-            out[i, a] = attend(logits, entries[g].v[seen], phi[i], entries[g].H, entries[g].z)
-            p[g][i, a % G, seen] = softmax(logits)  # the low-rank mass is left out of the scores
+            logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+            sink = -math.inf if sinks is None else sinks[a]
+            out[i, a] = attend(logits, entries[g].v[seen], phi[i], entries[g].H, entries[g].z, sink)
+            p[g][i, a % G, seen] = softmax(logits, sink)  # the low-rank mass is left out of the scores
     heads = []
     for g, rule in enumerate(policies):
         # 2. score
@@ -507,12 +509,12 @@ class Trace:
     z: list = field(default_factory=list)  # [c][g] -> (R,)
 
 
-def run(q, k, v, policy, kernels=None, chunks=None, scale=None, kinds=None):
+def run(q, k, v, policy, kernels=None, chunks=None, scale=None, kinds=None, softcap=None, sinks=None):
     """Applies `extend` to a whole sequence, chunk by chunk.
 
     q (Hq, T, D); k, v (Hkv, T, D); policy: one, or a list with one for each KV head; kernels None: the bare policy;
     chunks: lengths that sum to T, one token at a time (streaming) unless given, and different chunkings are different
-    computations; kinds (T,): of the tokens, for policies that ask. Returns a Trace.
+    computations; kinds (T,): of the tokens, for policies that ask; softcap and sinks as in `extend`. Returns a Trace.
     """
     T = q.shape[1]
     chunks = [1] * T if chunks is None else list(chunks)
@@ -523,8 +525,8 @@ def run(q, k, v, policy, kernels=None, chunks=None, scale=None, kinds=None):
     start = 0
     for m in chunks:
         now = slice(start, start + m)
-        kind = None if kinds is None else kinds[now]
-        trace.out[now], state = extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, kinds=kind)
+        rest = (None, None if kinds is None else kinds[now], softcap, sinks)
+        trace.out[now], state = extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, *rest)
         start += m
         order = [np.argsort(head.position) for head in state.heads]
         trace.kept.append([head.position[o] for head, o in zip(state.heads, order)])
@@ -588,11 +590,8 @@ def training_loss(out, full, projection, e):
 
 
 def memory(policies, head_dim, kernels=None):
-    """Numbers held by one layer and sequence, as a dict; policies: one for each KV head.
-
-    entries: (B + 1) * 2D keys and values (one slot is scratch); low_rank: R * (D + 1), none without kernels, or about 4 tokens
-    of 2D at R = 8; bookkeeping: a position and a score for each slot.
-    """
+    """Numbers held by one layer and sequence, as a dict; policies: one for each KV head. entries: (B + 1) * 2D keys and values
+    (one slot is scratch); low_rank: R * (D + 1), about 4 tokens of 2D at R = 8; bookkeeping: a position and a score a slot."""
     return {
         "entries": sum((rule.budget + 1) * 2 * head_dim for rule in policies),
         "low_rank": sum(kernels.rank(g) * (head_dim + 1) for g in range(len(policies))) if kernels else 0,

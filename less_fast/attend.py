@@ -12,12 +12,15 @@ def attend(
     real: torch.Tensor | None,
     scale: float,
     low_rank: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The paper's equation 3 for a block of queries, stably, in float32 or wider.
 
     q (N, H, G, m, D): G query heads for each of H KV heads; k, v (N, H, S, D); visible (N, H, m, S) bool, true throughout the
     first `clear` slots; real (N, m) bool: which queries see anything at all (pads do not), None for all; low_rank: None, or phi
-    (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R).
+    (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R); softcap: logits l become softcap tanh(l / softcap);
+    sinks (H, G): the logit of nothing, which takes its share of each query's attention and gives no value.
     Returns out (N, H, G, m, D) and p (N, H, G, m, S), the softmax over the visible tokens alone. A query that is not real gets
     zeros in both; where phi.z is not positive there is no virtual token.
     """
@@ -25,16 +28,21 @@ def attend(
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide).reshape(N, H, G * m, D), k.to(wide), v.to(wide)
     logits = (q * scale @ k.mT).view(N, H, G, m, -1)  # (N, H, G, m, S)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if clear < k.shape[2]:
         logits[..., clear:].masked_fill_(~visible[:, :, None, :, clear:], torch.finfo(wide).min)
-    p = logits.softmax(-1)  # (N, H, G, m, S)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.to(wide)[:, :, None, None].expand(N, -1, -1, m, 1)], -1)  # (N, H, G, m, S + 1)
+    weight = logits.softmax(-1)
     if real is not None:
         real = real[:, None, None, :, None]  # (N, 1, 1, m, 1)
-        p.mul_(real)
-    out = (p.view(N, H, G * m, -1) @ v).view(N, H, G, m, D)
+        weight.mul_(real)
+    p = weight[..., : k.shape[2]]  # (N, H, G, m, S)
+    out = (p.reshape(N, H, G * m, -1) @ v).view(N, H, G, m, D)
     if low_rank is not None:
         phi, state, norm = low_rank
-        lse = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # (N, H, G, m, 1), of the visible tokens
+        lse = logits.amax(-1, keepdim=True) - weight.amax(-1, keepdim=True).log()  # (N, H, G, m, 1)
         mass = (phi * norm[:, :, None, None]).sum(-1, keepdim=True).clamp_(min=0)  # (N, H, G, m, 1)
         mean = (phi.flatten(2, 3) @ state).view(N, H, G, m, D) / mass.masked_fill(mass == 0, 1)
         share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention

@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from .architecture import sizes
 from .compare import held_bytes, wait
-from .hf import LessCache, sizes
+from .hf import LessCache
 from .state import LayerState
 from .step import compiled, extend, traceable
 

@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from . import bench as benchmark
 from .allocate import table as budget_table
+from .architecture import check_kernels, check_model, sizes
 from .compare import baseline_plus, held_bytes, plot
 from .compare import compare as compare_caches
 from .damage import MEASURES, check_policy, measure
 from .damage import refine as refine_table
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
-from .hf import LessCache, check_kernels, check_model, sizes
+from .hf import LessCache
 from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
 from .plan import SHAPES, config_of
 from .plan import plan as plan_costs

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
-from .hf import LessCache, sizes
+from .architecture import sizes
+from .hf import LessCache
 from .kernels import LessKernels
 from .plan import held
 

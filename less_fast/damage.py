@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import kl_div
 
 from .allocate import Curves, Table
-from .hf import attention_modules, check_model, predictions, sizes
+from .architecture import attention_modules, check_model, output_weight, sizes
+from .hf import predictions
 from .kernels import LessKernels
 from .parallel import dense, eviction_times, linear_parallel
 
@@ -168,7 +169,7 @@ def _divergences(model, ids, index, full, out, wanted, kv_heads):
 
 def _output_errors(module, full, out, kv_heads):
     """For each KV head: |change of the layer's output|^2 / |output|^2, the mean over texts. full, out (N, Hq, T, D)."""
-    weight = module.o_proj.weight.unflatten(1, (out.shape[1], -1))  # (hidden size, Hq, D)
+    weight = output_weight(module).unflatten(1, (out.shape[1], -1))  # (hidden size, Hq, D)
 
     def size(x, heads):  # (N,)
         return torch.einsum("nhtd,ohd->nto", x[:, heads], weight[:, heads]).square().sum((1, 2))

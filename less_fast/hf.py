@@ -6,42 +6,65 @@ dense attention. A model that changes its keys after the cache loses the pointer
 """
 
 import copy
+import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import wraps
+from types import MethodType
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .architecture import calls_sdpa, check_kernels, check_model, layers_of, less_layers, sizes
 from .kernels import Features, LessKernels
 from .state import LayerState, check_fit
 from .step import compiled, extend, traceable
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-_NOT_SUPPORTED_IN_ATTENTION = ("position_bias", "softcap", "s_aux", "sliding_window", "output_attentions")
+OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions)
 
 
 class TaggingLayer(CacheLayerMixin):
-    """A cache layer whose `update` returns the new keys with a pointer to itself: the attention function calls `attend`."""
+    """A cache layer whose `update` returns the new keys with a pointer to itself: the attention function calls `attend`.
+
+    `unread`: keys were handed out, and the attention function has not come for them. `reached`: keys came in this forward pass.
+    """
 
     is_sliding = False
 
-    def __init__(self):
+    def __init__(self, by_sdpa: bool = False):
         super().__init__()
-        self.unread = False  # keys were handed out, and the attention function has not come for them
+        self.by_sdpa = by_sdpa  # the model calls scaled_dot_product_attention itself
+        self.unread = self.reached = False
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        tagged = key_states.view(key_states.shape)  # never tag the model's own tensor
+        tagged = key_states.as_subclass(_Keys) if self.by_sdpa else key_states.view(key_states.shape)  # never the model's own
         tagged.less_layer = self
-        self.unread = True
+        self.unread = self.reached = True
         return tagged, value_states
 
+    def read(self, query, key, value, valid, scaling, softcap=None, sinks=None) -> torch.Tensor:
+        """What the attention function calls, once for the keys of one update."""
+        if not self.unread:
+            raise ValueError("this model attends twice to the keys that it gave its cache once, and a LessCache counts once")
+        if value.shape != key.shape:
+            raise ValueError(
+                f"this model's values, {tuple(value.shape)}, have another shape than its keys, {tuple(key.shape)} (multi-head "
+                f"latent attention has): LESS serves keys and values of one head_dim"
+            )
+        self.unread = False
+        return self.attend(query, key, value, valid, scaling, softcap, sinks)
+
     @abstractmethod
-    def attend(self, module, query, key, value, valid, scaling) -> torch.Tensor:
+    def attend(self, query, key, value, valid, scaling, softcap, sinks) -> torch.Tensor:
         """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
 
     def get_max_length(self) -> int:
@@ -56,40 +79,47 @@ class TaggingLayer(CacheLayerMixin):
 class LessLayer(TaggingLayer):
     """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come."""
 
-    def __init__(self, policies: list, query_heads: int, kernels: Features | None, chunk: int | None, compile: bool):
-        super().__init__()
-        self.policies, self.query_heads, self.kernels, self.chunk = policies, query_heads, kernels, chunk
-        self.is_compileable = all(traceable(policy) for policy in policies)
-        self.compile, self.step = compile, extend
+    def __init__(self, policy, kernels: Features | None, chunk: int | None, compile: bool, by_sdpa: bool):
+        super().__init__(by_sdpa)
+        self.policy, self.kernels, self.chunk = policy, kernels, chunk
+        self.is_compileable = not by_sdpa and all(map(traceable, policy if isinstance(policy, list) else [policy]))
+        self.compile = compile
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
         self.seen: torch.Tensor | int = 0  # columns seen, pads included: what transformers calls the sequence length
 
-    def lazy_initialization(self, key_states, value_states):
-        N, kv_heads, _, head_dim = key_states.shape
+    def allocate(self, batch: int, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        """An empty state, and the kernels where it lies."""
         if self.kernels is not None:
-            wanted = key_states.device, torch.promote_types(key_states.dtype, torch.float32)
+            wanted = device, torch.promote_types(dtype, torch.float32)
             if any((weight.device, weight.dtype) != wanted for weight in self.kernels.state_dict().values()):
                 self.kernels = copy.deepcopy(self.kernels).to(*wanted)
-        shape = N, self.query_heads, kv_heads, head_dim
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.state = LayerState.allocate(self.policies, *shape, self.kernels, self.dtype, self.device)
-        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)  # as an int, compiled code would depend on it
-        if self.compile:
-            ranks = self.kernels and tuple(self.kernels.ranks)
-            self.step = compiled(tuple(self.policies), *shape, type(self.kernels), ranks, self.dtype, self.device)
-        if self.device.type == "cuda" and self.is_compileable:  # CUDA graphs may only change what stays where it is
+        self.dtype, self.device = dtype, device
+        self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
+        if device.type == "cuda" and self.is_compileable:  # CUDA graphs may only change what stays where it is
             for tensor in [self.seen, *(tensor for _, tensor in self.state.tensors())]:
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def attend(self, module, query, key, value, valid, scaling):
-        m, chunk, kinds, self.kinds = query.shape[2], self.chunk or query.shape[2], self.kinds, None
-        step, out = self.step if m == 1 else extend, []
+    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+        (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
+        if self.state is None:
+            self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
+        if self.batch_size != N:
+            raise ValueError(
+                f"this cache holds {self.batch_size} sequences, and {N} came: make a cache for these, or repeat or select its "
+                f"rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
+            )
+        step, chunk, kinds, self.kinds, out = extend, self.chunk or m, self.kinds, None, []
+        if m == 1 and self.compile:
+            rules = tuple(self.policy) if isinstance(self.policy, list) else self.policy
+            features = type(self.kernels), self.kernels and tuple(self.kernels.ranks)
+            step = compiled(rules, query.shape, key.shape, *features, key.dtype, key.device, softcap, sinks is None)
         for start in range(0, m, chunk):
             now = slice(start, start + chunk)
             q, k, v = (x[:, :, now] for x in (query, key, value))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
-            out.append(step(self.state, q, k, v, mask, scaling, kind))
+            out.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
         self.seen += m
         return torch.cat(out, 2) if len(out) > 1 else out[0]
 
@@ -101,7 +131,7 @@ class LessLayer(TaggingLayer):
         return self.seen
 
     def reset(self):
-        self.unread = False
+        self.unread = self.reached = False
         if self.state is not None:
             self.seen.zero_()
             self.state.reset()
@@ -142,6 +172,8 @@ class LessCache(Cache):
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
+        Layers of the model with full attention are LESS's; all others keep the layer that transformers has for them.
+
         policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
         kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). Those on the
             model's device are shared by all caches; others are copied there for each cache.
@@ -151,85 +183,175 @@ class LessCache(Cache):
         chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
         token_kinds: (vocabulary,) integers, the kind of each token id, for policies that ask (FastGen): `token_kinds(tokenizer)`.
-            The cache then reads the input ids of every forward pass through a hook on the model.
+            The cache then reads the input ids of every forward pass.
         compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
             takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
             GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
         Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
         """
-        config = check_model(model)
-        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        _check_version()
+        config, shape = check_model(model), sizes(model)
+        layers, kv_heads = shape["layers"], shape["kv_heads"]
         if kernels is not None:
             check_kernels(model, kernels)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, not {chunk}")
-        policies = [[policy] * kv_heads] * layers
         if isinstance(budgets, str) and budgets != "uniform":
             raise ValueError(f'budgets are a table, None or "uniform", not {budgets!r}')
         if budgets is None and kernels is not None:
             budgets = kernels.budgets_for(policy)
+        policies = [policy] * layers
         if budgets is not None and budgets != "uniform":
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
             policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
         if policy.kinds and not (isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1):
             raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
-        heads = {name: size for name, size in sizes(model).items() if name != "layers"}
-        of_layers = list(zip(policies, kernels.layers if kernels else [None] * layers))
-        for rule, features in of_layers:
-            check_fit(rule, **heads, kernels=features)
+        heads = {name: size for name, size in shape.items() if name != "layers"}
+        features = kernels.layers if kernels else [None] * layers
+        for rule, some in zip(policies, features):
+            check_fit(rule, **heads, kernels=some)
         if compile and not traceable(policy):
             raise ValueError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
+        place, places = _tensor_parallel(model)
+        if places > 1:
+            policies, features = _of_place(policies, features, kv_heads, place, places)
         use_less_attention(model)
-        query_heads = config.num_attention_heads
-        cache = cls(layers=[LessLayer(rules, query_heads, features, chunk, compile) for rules, features in of_layers])
+        own, by_sdpa = layers_of(model), calls_sdpa(model)
+        for index in less_layers(model):
+            own[index] = LessLayer(policies[index], features[index], chunk, compile, by_sdpa)
+        cache = cls(layers=own)
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
-            _tell_token_kinds(model.base_model)
+        _watch(model)
         return cache
 
+    @property
+    def less_layers(self) -> list[LessLayer]:
+        """The layers that are LESS's; all others are transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, LessLayer)]
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if any(layer.unread for layer in self.layers):
-            raise ValueError(
-                "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its "
-                'attention is no longer "less"; this model or setting is not supported'
-            )
+        if any(layer.unread for layer in self.less_layers):
+            raise ValueError(_UNREAD)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held over all layers, measured from the tensors: entries, low_rank, bookkeeping."""
-        parts = [layer.state.memory() for layer in self.layers if layer.state]
-        return {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
+        """Bytes held over all layers, measured from the tensors: entries, low_rank and bookkeeping of LESS's layers, and others:
+        what the layers hold that are transformers' own."""
+        parts = [layer.state.memory() for layer in self.less_layers if layer.state]
+        held = {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
+        rest = [tensor for layer in self.layers if not isinstance(layer, LessLayer) for tensor in _tensors(vars(layer).values())]
+        return held | {"others": sum(tensor.nbytes for tensor in rest)}
 
 
-def _tell_token_kinds(decoder) -> None:
-    """Lets every forward pass of the decoder tell its LessCache, where that asks, of what kind the input ids are."""
-    if any(hook is _token_kinds_hook for hook in decoder._forward_pre_hooks.values()):
-        return
-    decoder.register_forward_pre_hook(_token_kinds_hook, with_kwargs=True)
+_UNREAD = (
+    "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention is no "
+    'longer "less"; this model or setting is not supported'
+)
 
 
-def _token_kinds_hook(decoder, args, kwargs):
+def _tensors(values):
+    """Every tensor among some values and the dicts among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+# What every forward pass with a LessCache is watched for.
+
+
+def _watch(model) -> None:
+    """Lets the model's decoder tell `_before` and `_after` of every forward pass, once."""
+    decoder = model.get_decoder()
+    if not any(hook is _before for hook in decoder._forward_pre_hooks.values()):
+        decoder.register_forward_pre_hook(_before, with_kwargs=True)
+        decoder.register_forward_hook(_after, with_kwargs=True)
+    if getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None):
+        model.prepare_inputs_for_generation = MethodType(_keeping_the_cache(type(model)), model)
+
+
+def _before(decoder, args, kwargs):
+    """Refuses what would run wrong, and hands the kinds of the tokens on where the cache asks."""
     cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
-    if isinstance(cache, LessCache) and cache.token_kinds is not None:
+    if not isinstance(cache, LessCache):
+        return
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
+    if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise ValueError("a LessCache does not support output_attentions: most of what it attends to is no longer there")
+    if decoder.training:
+        raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
+    if cache.token_kinds is not None:
         if ids is None:
             raise ValueError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
-        for layer in cache.layers:
+        for layer in cache.less_layers:
             layer.kinds = cache.token_kinds[ids]
+
+
+def _after(decoder, args, kwargs, output):
+    """Refuses a model that left the cache out."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LessCache):
+        return
+    if any(layer.unread for layer in cache.less_layers):
+        raise ValueError(_UNREAD)
+    if not all(layer.reached for layer in cache.less_layers):
+        raise ValueError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")
+    for layer in cache.less_layers:
+        layer.reached = False
+
+
+def _keeping_the_cache(kind):
+    """The class's prepare_inputs_for_generation, refusing to drop a LessCache (Phi-3 does, where its rotation changes)."""
+    own = kind.prepare_inputs_for_generation
+
+    @wraps(own)
+    def prepare(self, *args, past_key_values=None, **kwargs):
+        inputs = own(self, *args, past_key_values=past_key_values, **kwargs)
+        if isinstance(past_key_values, LessCache) and inputs.get("past_key_values") is not past_key_values:
+            raise ValueError(
+                f"{kind.__name__} rotates keys in another way beyond {self.config.original_max_position_embeddings} tokens and "
+                f"drops its cache there, and folded keys cannot be rotated again: stay below that length"
+            )
+        return inputs
+
+    return prepare
+
+
+# Several devices.
+
+
+def _tensor_parallel(model) -> tuple[int, int]:
+    """(which part of the heads is here, how many parts there are)."""
+    mesh = getattr(model, "_device_mesh", None)
+    return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+
+
+def _of_place(policies, features, kv_heads, place, places):
+    """The policies and kernels of the heads that are here."""
+    if kv_heads % places:
+        raise ValueError(f"{kv_heads} KV heads cannot be shared out among {places} processes")
+    if any(rule.pooled for rule in policies if not isinstance(rule, list)):
+        raise ValueError(f"{policies[0]} pools over all heads of a layer, and tensor parallelism takes them apart")
+    heads = list(range(kv_heads))[place * kv_heads // places : (place + 1) * kv_heads // places]
+    mine = [[rule[head] for head in heads] if isinstance(rule, list) else rule for rule in policies]
+    return mine, [some and some.of_heads(heads) for some in features]
 
 
 class FunctionLayer(TaggingLayer):
     """Attention over one whole text by a function of q (N, Hq, T, D), k, v (N, Hkv, T, D) and the scale."""
 
-    def __init__(self, attention: Callable):
-        super().__init__()
+    def __init__(self, attention: Callable, by_sdpa: bool):
+        super().__init__(by_sdpa)
         self.attention = attention
 
-    def lazy_initialization(self, key_states, value_states):
-        self.is_initialized = True
-
-    def attend(self, module, query, key, value, valid, scaling):
+    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+        if softcap is not None or sinks is not None:
+            raise ValueError("kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks")
         return self.attention(query, key, value, scaling)
 
     def get_seq_length(self) -> int:
@@ -240,81 +362,38 @@ def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> tor
     """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer attends by a function of its own.
 
     attentions: for each layer a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k rotated.
+    Raises ValueError for a model that has other layers than those with full attention.
     """
     check_model(model)
+    if len(less_layers(model)) < len(attentions):
+        raise ValueError(
+            f"kernels and budget tables are made for models whose layers all have full attention, and {type(model).__name__} "
+            f"has others: use it with the bare policy"
+        )
     use_less_attention(model)
-    cache = Cache(layers=[FunctionLayer(attention) for attention in attentions])
+    cache = Cache(layers=[FunctionLayer(attention, calls_sdpa(model)) for attention in attentions])
     logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def check_model(model):
-    """The model's text config. ValueError, with the reason, for a model that LESS cannot serve."""
-    config = model.config.get_text_config(decoder=True)
-    if config.model_type not in SUPPORTED:
-        raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}")
-    sliding = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None:
-        sliding = {"sliding_attention"}
-    if sliding:
-        raise ValueError(
-            f"this model has layers of type {', '.join(sorted(sliding))}; only full attention is supported "
-            f"(a sliding window has constant memory already)"
-        )
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{type(model).__name__} does not let its attention be replaced, so LESS cannot serve it")
-    return config
-
-
 def use_less_attention(model) -> None:
-    """Registers "less" with transformers, once, and switches the model to it."""
+    """Registers "less" with transformers, once, and switches the model to it, unless it calls torch's attention itself."""
     AttentionInterface.register("less", less_attention)
     AttentionMaskInterface.register("less", less_mask)
+    if calls_sdpa(model):
+        return
     model.set_attn_implementation("less")
     if model.config.get_text_config(decoder=True)._attn_implementation != "less":
         raise ValueError(f"{type(model).__name__} did not accept the attention implementation 'less'")
 
 
-def attention_modules(model) -> list[torch.nn.Module]:
-    """The model's attention modules in the order of their layers."""
-    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
-    return sorted(found, key=lambda module: module.layer_idx)
-
-
-def fingerprint(model) -> list[float]:
-    """What tells this model from another of the same shape: for each layer, the norm of its key projection."""
-    return [round(module.k_proj.weight.detach().float().norm().item(), 4) for module in attention_modules(model)]
-
-
-def sizes(model) -> dict[str, int]:
-    """The sizes that kernels for this model must have."""
-    return sizes_of(model.config)
-
-
-def sizes_of(config) -> dict[str, int]:
-    """The same from a model's config."""
-    config = config.get_text_config(decoder=True)
-    return dict(
-        layers=config.num_hidden_layers,
-        query_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
-
-
-def check_kernels(model, kernels: LessKernels) -> None:
-    """ValueError, with the reason, where the kernels were made for another model."""
-    for name, wanted in sizes(model).items():
-        if kernels.sizes[name] != wanted:
-            raise ValueError(
-                f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model"
-            )
-    known = kernels.about.get("fingerprint")
-    if known and any(abs(a - b) > 0.01 * b for a, b in zip(known, fingerprint(model))):
-        raise ValueError(
-            "these kernels are for another model of the same shape (its key projections differ): train kernels for this one "
-            "with `less-kv train`"
-        )
+def _check_version():
+    """ImportError for a transformers that is too old; a warning for one that is newer than all that were tested."""
+    found = Version(transformers.__version__)
+    if found < Version(OLDEST):
+        raise ImportError(f"LessCache needs transformers {OLDEST} or newer, and this is {found}: pip install -U transformers")
+    if found.release[:2] > Version(NEWEST).release[:2]:
+        warnings.warn(f"LessCache was tested with transformers up to {NEWEST}, and {found} is newer", stacklevel=3)
 
 
 def less_mask(
@@ -342,29 +421,62 @@ def less_mask(
 
 
 def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """The attention function: LESS for keys that come from a LessLayer, dense attention for all others."""
+    """The attention function: LESS for keys that come from a LessLayer, the model's own dense attention for all others."""
     layer = getattr(key, "less_layer", None)
     if layer is None:
-        if _of_padding(attention_mask, query):
-            attention_mask = sdpa_mask(
-                *(query.shape[0], query.shape[2], key.shape[2]), attention_mask=attention_mask[:, 0, :, 0], device=query.device
-            )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    layer.unread = False
-    valid = attention_mask[:, 0, :, 0] if _of_padding(attention_mask, query) else None
-    if valid is None and attention_mask is not None:
-        raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
-    refused = [name for name in _NOT_SUPPORTED_IN_ATTENTION if kwargs.get(name)]
-    if refused:
-        raise ValueError(f"a LessCache does not support {', '.join(refused)}")
-    if kwargs.get("use_cache") is False:
-        raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
-    if module.training:
-        raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
-    out = layer.attend(module, query, key, value, valid, scaling)
+        return _dense(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    refused = [name for name in ("position_bias", "sliding_window") if kwargs.get(name) is not None]
+    if refused or kwargs.get("is_causal") is False:
+        raise ValueError(f"a LessCache does not support {', '.join(refused) or 'attention that is not causal'}")
+    valid = _valid(attention_mask, query)
+    out = layer.read(query, key, value, valid, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _dense(module, query, key, value, mask, scaling, dropout, **kwargs):
+    """As without LESS: by scaled_dot_product_attention or, with a softcap or sinks, by the model's own eager function."""
+    if _of_padding(mask, query):
+        sizes = query.shape[0], query.shape[2], key.shape[2]
+        mask = sdpa_mask(*sizes, attention_mask=mask[:, 0, :, 0], device=query.device)
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, mask.expand(query.shape[0], -1, -1, -1), scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _valid(mask, query):
+    """(N, m) bool or None: which of the new tokens are no pads, from the mask that `less_mask` or transformers' own made."""
+    if mask is None:
+        return None
+    if _of_padding(mask, query):
+        return mask[:, 0, :, 0]
+    raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
 
 
 def _of_padding(mask, query):
     """Whether it is a mask of `less_mask`'s own, (N, 1, m, 1)."""
     return mask is not None and mask.dtype == torch.bool and mask.shape == (query.shape[0], 1, query.shape[2], 1)
+
+
+class _Keys(torch.Tensor):
+    """Keys that point to their LessLayer, for a model that calls scaled_dot_product_attention by itself."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[1], cls):
+            return _sdpa(*args, **kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
+
+
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """In the place of scaled_dot_product_attention; of a causal mask (N, 1, m, m) the diagonal tells tokens from pads."""
+    m = query.shape[2]
+    if attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape[-2:] != (m, m)):
+        raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
+    valid = None if attn_mask is None else attn_mask[:, 0].diagonal(dim1=1, dim2=2)
+    return key.less_layer.read(query, key.as_subclass(torch.Tensor), value, valid, scale)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from .hf import sizes_of
+from .architecture import sizes_of
 from .kernels import LessKernels
 from .state import LayerState
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .hf import predictions, sizes
+from .architecture import sizes
+from .hf import predictions
 from .parallel import dense, eviction_times, exact_part
 
 SHARD = 8  # windows in a file

@@ -35,17 +35,21 @@ def extend(
     valid: torch.Tensor | None = None,
     scale: float | None = None,
     kinds: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """m >= 1 new tokens enter a layer; returns their attention output (N, Hq, m, D) and changes `state` in place.
 
     q (N, Hq, m, D), rotated and not scaled; k, v (N, Hkv, m, D) in the state's dtype;
     valid (N, m) bool: False for pads, anywhere in the row; pads are not seen, scored, kept, folded or counted, and their
-    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask.
+    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask;
+    softcap: logits l become softcap tanh(l / softcap) (Gemma 2); sinks (Hq,): for each query head the logit of nothing, which
+    takes its share of the attention and gives no value (gpt-oss).
     A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace, like a pad, but its own output is
     NaN: what is broken shows where it is broken, and the state stays sound.
     Raises ValueError where shapes or dtypes do not fit the state, or kinds are missing.
     """
-    _check(state, q, k, v, valid, kinds)
+    _check(state, q, k, v, valid, kinds, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     sound = _sound(q, k, v)  # (N, m)
     real = sound if valid is None else sound & valid
@@ -61,7 +65,8 @@ def extend(
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
         entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first)
         occupied = plain and entries.k is group.k and _surely(state.n > group.policy.budget)  # every slot holds a token
-        outs.append(_attend_and_score(group, entries, queries, arrived, real, scale, plain, occupied).flatten(1, 2).to(q.dtype))
+        how = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
+        outs.append(_attend_and_score(group, entries, queries, arrived, real, how, plain, occupied).flatten(1, 2).to(q.dtype))
         _evict(group, entries, real, state.n, occupied)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 1).index_select(1, state.place)  # (N, Hq, m, D)
     if plain:
@@ -129,11 +134,12 @@ def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
 
-def _attend_and_score(group, entries, q, arrived, real, scale, plain, occupied):
-    """q (N, H, G, m, D), arrived and real (N, m) -> (N, H, G, m, D); the entries' scores are updated in place."""
-    m = q.shape[3]
+def _attend_and_score(group, entries, q, arrived, real, how, plain, occupied):
+    """q (N, H, G, m, D), arrived and real (N, m), how: scale, softcap and sinks (H, G) -> (N, H, G, m, D); the entries' scores
+    are updated in place."""
+    m, (scale, *unusual) = q.shape[3], how
     before = entries.position.shape[2] - m  # slots before the chunk
-    if before == 0 and m > 1 and not group.policy.scored and real.all():  # a first chunk that nobody scores
+    if before == 0 and m > 1 and unusual == [None, None] and not group.policy.scored and real.all():  # a first chunk, not scored
         heads = q.flatten(1, 2), entries.k, entries.v
         return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
     blocks = []
@@ -151,7 +157,7 @@ def _attend_and_score(group, entries, q, arrived, real, scale, plain, occupied):
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
         k, v = entries.k[:, :, seen], entries.v[:, :, seen]
-        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if plain else real[:, now], scale, low_rank)
+        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if plain else real[:, now], scale, low_rank, *unusual)
         blocks.append(out)
         if group.policy.scored:
             visible = visible.expand(-1, q.shape[1], -1, -1)
@@ -237,7 +243,7 @@ def _highest(rank):
     return torch.inf if rank.is_floating_point() else torch.iinfo(rank.dtype).max
 
 
-def _check(state, q, k, v, valid, kinds):
+def _check(state, q, k, v, valid, kinds, sinks):
     kept = state.groups[0].k
     N, D = kept.shape[0], kept.shape[-1]
     m = q.shape[2] if q.ndim == 4 else 0
@@ -247,6 +253,7 @@ def _check(state, q, k, v, valid, kinds):
         "v": (v.shape, (N, state.kv_heads, m, D)),
         "valid": ((N, m) if valid is None else valid.shape, (N, m)),
         "kinds": ((N, m) if kinds is None else kinds.shape, (N, m)),
+        "sinks": ((state.query_heads,) if sinks is None else sinks.shape, (state.query_heads,)),
     }
     for name, (shape, wanted) in fits.items():
         if m < 1 or tuple(shape) != wanted:

@@ -22,8 +22,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from .allocate import Curves, average
+from .architecture import attention_modules, check_model, fingerprint, output_weight, sizes
 from .damage import divergence, measure
-from .hf import attention_modules, check_model, fingerprint, sizes
 from .kernels import FAMILIES, Features, LessKernels
 from .parallel import low_rank_part, merge
 from .recording import SHARD, Recorded, Recording, bytes_on_disk
@@ -214,7 +214,7 @@ def _each_layer(kernels, model, windows, validation, policy, recipe, work, disk)
         wait_for_all()
         with tqdm(total=recipe.epochs * len(now[mine]), desc="layers", unit="epoch", disable=process() > 0) as progress:
             for index in now[mine]:
-                projection = modules[index].o_proj.weight.detach().float().T  # (Hq * D, hidden size)
+                projection = output_weight(modules[index]).detach().float().T  # (Hq * D, hidden size)
                 _train_layer(kernels.layers[index], index, *recordings, projection, recipe, work, progress)
         wait_for_all()
         for index in now[mine]:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from less_fast import LessKernels
+from less_fast.architecture import check_kernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
-from less_fast.hf import check_kernels
 
 from .check import Setting
 

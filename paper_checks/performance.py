@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast.architecture import sizes
 from less_fast.bench import attention_steps, decode, fill, prefill
-from less_fast.hf import sizes
 from less_fast.step import compiled
 
 HERE = Path(__file__).parent

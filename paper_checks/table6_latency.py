@@ -24,9 +24,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LessKernels
+from less_fast.architecture import sizes
 from less_fast.bench import decode, prefill
 from less_fast.compare import baseline_plus
-from less_fast.hf import sizes
 from less_fast.plan import SHAPES, plan
 
 HERE = Path(__file__).parent

@@ -170,6 +170,8 @@ class Case:
     k3: float | str | None  # scale of the kernels' third matrix (0: no low-rank part), a control kernel, or the bare policy
     scale: float | None
     seed: int
+    softcap: float | None = None
+    sinking: bool = False  # each query head has a sink
 
     @property
     def length(self):
@@ -193,6 +195,11 @@ class Case:
         heads = self.layer.query_heads, self.layer.kv_heads, self.layer.kv_heads
         return tuple(rng.normal(size=(h, self.length, self.layer.head_dim)) for h in heads)
 
+    @property
+    def sinks(self):
+        """(Hq,) logits of nothing, or None."""
+        return np.random.default_rng([self.seed, 4]).normal(size=self.layer.query_heads) * 3 if self.sinking else None
+
     def kinds(self, *more):
         """(T,): the kinds of the tokens of that sequence."""
         return np.random.default_rng([self.seed, 3, *more]).choice(3, self.length, p=[0.6, 0.25, 0.15])
@@ -200,20 +207,25 @@ class Case:
     def run(self, **instead):
         """The reference on this case."""
         given = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks)
-        return less_ref.run(**given | dict(scale=self.scale, kinds=self.kinds()) | instead)
+        unusual = dict(softcap=self.softcap, sinks=self.sinks)
+        return less_ref.run(**given | dict(scale=self.scale, kinds=self.kinds()) | unusual | instead)
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
 KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "fourier", "elu"])
 NON_NEGATIVE = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "elu"])
 """For lower precision: a sum of signed features near zero may round to either side, and the virtual token comes or goes."""
+PLAIN = st.just((None, False))
+ANY_ATTENTION = st.sampled_from([(None, False), (None, False), (1.5, False), (None, True), (0.7, True)])
+"""A softcap, and whether there are sinks."""
 
 
 @st.composite
-def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS):
+def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS, attention=PLAIN):
     """`chunks`: a function from the length to a strategy; `policy`: a strategy for single policies."""
     layer = draw(layers())
     table = draw(policy_tables(layer.kv_heads, policy))
+    softcap, sinking = draw(attention)
     return Case(
         layer=layer if not table[0].fast.pooled else replace(layer, ranks=None),
         chunks=draw(chunks(draw(length))),
@@ -221,6 +233,8 @@ def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS)
         k3=draw(k3),
         scale=draw(st.sampled_from([None, None, 0.3, 1.7])),
         seed=draw(st.integers(0, 2**16)),
+        softcap=softcap,
+        sinking=sinking,
     )
 
 

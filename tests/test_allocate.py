@@ -14,9 +14,9 @@ from torch.nn.functional import kl_div
 
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
 from less_fast.allocate import Curves, average, table
+from less_fast.architecture import attention_modules
 from less_fast.compare import Contender, compare, window_losses
 from less_fast.damage import RIVALS, divergence, grid, measure, refine
-from less_fast.hf import attention_modules
 from less_fast.kernels import CONFIG
 
 

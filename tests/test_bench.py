@@ -12,7 +12,7 @@ from test_equivalence import heads_of
 from transformers import DynamicCache
 
 from less_fast import H2O, LayerState, Window, bench
-from less_fast.hf import sizes
+from less_fast.architecture import sizes
 from less_fast.plan import held
 
 ROOT = Path(__file__).parent.parent

@@ -12,6 +12,7 @@ from closeness import BUDGETS, FLOAT64, assert_close, error
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
+    ANY_ATTENTION,
     ANY_POLICY,
     NON_NEGATIVE,
     ONE_AT_A_TIME,
@@ -113,13 +114,14 @@ def extend(case, state, qkv, now, valid=None, kinds=None):
     """The fast path's on one chunk of a batch."""
     kinds = kinds_of(case, len(state.n)) if kinds is None else kinds
     valid = None if valid is None else torch.from_numpy(valid[:, now])
-    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now])
+    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
+    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now], case.softcap, sinks)
 
 
 def extend_reference(case, state, row, kinds, victims=None, kernels=None):
     """The reference's on q, k, v and kinds of one row's chunk."""
     kernels = case.kernels if kernels is None else kernels
-    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds)
+    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds, case.softcap, case.sinks)
 
 
 def assert_extends_alike(case, state, reference, qkv, chunks):
@@ -162,14 +164,14 @@ def with_pads(qkv, valid, fill=torch.nan):
     return tuple(x.masked_fill(pads, fill) for x in qkv)
 
 
-@given(cases(policy=ANY_POLICY))
+@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION))
 @example(APART)
 @example(YOUNG)
 def test_extend_equals_the_reference_after_every_chunk(case):
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
-@given(padded(cases(policy=ANY_POLICY)), st.sampled_from([torch.nan, 1.0]))
+@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.sampled_from([torch.nan, 1.0]))
 @example((APART, np.tri(4, APART.length, 8, dtype=bool)), torch.nan)
 def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid, fill):
     case, valid = case_and_valid
@@ -180,7 +182,7 @@ def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case
     assert state.n.tolist() == valid.sum(1).tolist()
 
 
-@given(padded(cases(policy=ANY_POLICY)), st.integers(1, 7), st.integers(1, 7))
+@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.integers(1, 7), st.integers(1, 7))
 def test_long_chunks_equal_the_reference_in_blocks_of_any_size(case_and_valid, queries, entries):
     case, valid = case_and_valid
     rows = len(valid)

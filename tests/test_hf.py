@@ -5,11 +5,11 @@ import torch
 from closeness import assert_close
 from models import FAMILIES, make_kernels, make_kinds, make_model, recorded, reference_kernels, reference_policy, tokens
 from test_equivalence import heads_of
-from transformers import AutoModelForCausalLM, GPT2Config, set_seed
+from transformers import set_seed
 
 import less_ref
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Scissorhands, SnapKV, Window
-from less_fast.hf import attention_modules
+from less_fast.architecture import attention_modules
 
 FASTGEN, KINDS = FastGen(11, 2, 2, 0.6), make_kinds(seed=3)  # heads choose differently, and some hold less than the budget
 
@@ -334,18 +334,6 @@ def test_another_cache_under_less_attention_is_dense(model):
 
 
 # What cannot work is refused.
-
-
-def test_models_with_other_attention_are_refused():
-    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
-    with pytest.raises(ValueError, match="type 'gpt2' are not supported"):
-        LessCache.for_model(gpt2, H2O(2, 2))
-    sliding = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(ValueError, match="sliding_attention; only full attention is supported"):
-        LessCache.for_model(sliding, H2O(2, 2))
-    with pytest.raises(ValueError, match="only full attention is supported"):
-        LessCache.for_model(make_model("mistral", sliding_window=8), H2O(2, 2))
-    assert sliding.config._attn_implementation != "less"
 
 
 def test_kernels_of_another_model_are_refused(model):

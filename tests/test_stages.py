@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 import less_fast.train as train_module
 from less_fast import H2O, Lambda, LessCache
+from less_fast.architecture import sizes
 from less_fast.damage import divergence
-from less_fast.hf import sizes
 from less_fast.recording import Recording, bytes_on_disk
 from less_fast.train import RECIPES, Work, train
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import H2O, FastGen, LayerKernels, LessCache, LessKernels, Window
-from less_fast.hf import attention_modules
+from less_fast.architecture import attention_modules
 from less_fast.kernels import CONFIG, FAMILIES, WEIGHTS, _dropout_mask
 from less_fast.recording import prepare
 from less_fast.train import RECIPES, Recipe, loss, projected_error, train
