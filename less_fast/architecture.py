@@ -20,7 +20,7 @@ def check_model(model):
         raise ValueError(f"{name} has an encoder, whose tokens its decoder attends to, too: LESS serves decoders alone")
     if getattr(config, "alibi", False):
         raise ValueError(f"{name} adds a bias for the distance to its logits (alibi): LESS serves plain dot products")
-    if any(getattr(module, "is_causal", True) is False for module in attention_modules(model)):
+    if any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules()):
         raise ValueError(f"{name} attends to later tokens, too (is_causal is False): LESS serves causal attention")
     if not model._can_set_attn_implementation() and not calls_sdpa(model):
         raise ValueError(f"{name} has attention code of its own, which cannot be replaced, so LESS cannot serve it")
@@ -81,6 +81,11 @@ def fingerprint(model) -> list[float]:
     return [round(norm(module), 4) for module in attention_modules(model)]
 
 
+def same(one: list[float], other: list[float]) -> bool:
+    """Whether two fingerprints are of one model, in whatever dtype it was."""
+    return len(one) == len(other) and all(abs(a - b) <= 0.01 * b for a, b in zip(one, other))
+
+
 def sizes(model) -> dict[str, int]:
     """The sizes that kernels for this model must have."""
     return sizes_of(model.config)
@@ -109,7 +114,7 @@ def check_kernels(model, kernels) -> None:
                 f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model"
             )
     known = kernels.about.get("fingerprint")
-    if known and any(abs(a - b) > 0.01 * b for a, b in zip(known, fingerprint(model))):
+    if known and not same(known, fingerprint(model)):
         raise ValueError(
             "these kernels are for another model of the same shape (its key projections differ): train kernels for this one "
             "with `less-kv train`"

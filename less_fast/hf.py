@@ -6,10 +6,13 @@ dense attention. A model that changes its keys after the cache loses the pointer
 """
 
 import copy
+import os
 import sys
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import wraps
 from types import MethodType
 
@@ -21,10 +24,22 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .architecture import calls_sdpa, check_kernels, check_model, layers_of, less_layers, sizes
+from .architecture import (
+    attention_modules,
+    calls_sdpa,
+    check_kernels,
+    check_model,
+    fingerprint,
+    layers_of,
+    less_layers,
+    same,
+    sizes,
+)
 from .kernels import Features, LessKernels
+from .policies import Policy
 from .state import LayerState, check_fit
 from .step import compiled, extend, traceable
+from .store import digest, read, write
 
 OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions)
 
@@ -94,7 +109,7 @@ class LessLayer(TaggingLayer):
             wanted = device, torch.promote_types(dtype, torch.float32)
             if any((weight.device, weight.dtype) != wanted for weight in self.kernels.state_dict().values()):
                 self.kernels = copy.deepcopy(self.kernels).to(*wanted)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.is_initialized = dtype, device, True
         self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
         if device.type == "cuda" and self.is_compileable:  # CUDA graphs may only change what stays where it is
@@ -204,7 +219,8 @@ class LessCache(Cache):
         if budgets is not None and budgets != "uniform":
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
-            policies = [[policy.with_budget(int(budget)) for budget in row] for row in budgets]
+            budgets = [[int(budget) for budget in row] for row in budgets]
+            policies = [[policy.with_budget(budget) for budget in row] for row in budgets]
         if policy.kinds and not (isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1):
             raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
         heads = {name: size for name, size in shape.items() if name != "layers"}
@@ -221,10 +237,80 @@ class LessCache(Cache):
         for index in less_layers(model):
             own[index] = LessLayer(policies[index], features[index], chunk, compile, by_sdpa)
         cache = cls(layers=own)
+        cache.model = weakref.ref(model)
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
+        cache.kernels, cache.made = kernels, {"policy": policy, "budgets": budgets or "uniform", "chunk": chunk, "places": places}
         _watch(model)
+        return cache
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes all that the cache holds into one file: a compressed prompt, to be loaded again as often as one likes.
+
+        The kernels are not in it. ValueError where a layer of the model keeps something that cannot be saved (recurrent layers),
+        or heads lie on several processes; OSError where the file cannot be written, and one that was there is there still.
+        """
+        strange = {type(layer).__name__ for layer in self.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+        if strange or self.made["places"] > 1 or self.model() is None:
+            what = ", ".join(strange) or ("its heads on several processes" if self.model() is not None else "no model any more")
+            raise ValueError(f"this cache cannot be saved: it has {what}")
+        tensors, lengths = {}, []
+        for index, layer in enumerate(self.layers):
+            held = layer.state.tensors() if isinstance(layer, LessLayer) and layer.state else ()
+            held = dict(held) or {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
+            tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
+            lengths.append(int(layer.get_seq_length()) if held else 0)
+        policy = self.made["policy"]
+        about = {
+            "model": _identity(self.model()),
+            "policy": [type(policy).__name__, asdict(policy)],
+            "budgets": self.made["budgets"],
+            "chunk": self.made["chunk"],
+            "kernels": self.kernels and digest(self.kernels.state_dict()),
+            "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in self.less_layers],
+            "lengths": lengths,
+        }
+        tensors |= {} if self.token_kinds is None else {"token_kinds": self.token_kinds}
+        write(path, tensors, about)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: PreTrainedModel, kernels: LessKernels | None = None, compile: bool = False
+    ) -> "LessCache":
+        """A cache that `save` wrote, for the same model and the same kernels; it goes on bit for bit where that one was.
+
+        For several continuations of one prompt load it several times, or repeat its rows (`batch_repeat_interleave`).
+        Raises FileNotFoundError where there is no file, and ValueError, with the reason, where it is broken, is none of `save`,
+        or was saved with another model or other kernels, or under a policy that is not imported.
+        """
+        tensors, about = read(path)
+        if "model" not in about:
+            raise ValueError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
+        check_model(model)
+        theirs, mine = about["model"], _identity(model)
+        if not same(theirs.pop("fingerprint"), mine.pop("fingerprint")) or theirs != mine:
+            raise ValueError(f"{path} was saved with another model: {theirs}, and this one has {mine}, or other weights")
+        if about["kernels"] != (kernels and digest(kernels.state_dict())):
+            raise ValueError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
+        name, fields = about["policy"]
+        known = {kind.__name__: kind for kind in _subclasses(Policy)}
+        if name not in known:
+            raise ValueError(f"{path} was saved under the policy {name}, which is not there: import it first")
+        given = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile
+        cache = cls.for_model(model, known[name](**fields), kernels, *given)
+        heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
+        for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
+            mine = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
+            device = next(modules[index].parameters()).device if mine else None
+            if isinstance(layer, LessLayer) and (its := next(heads)):
+                (N, *_, D), dtype = mine["0.k"].shape, mine["0.k"].dtype
+                layer.allocate(N, *its, D, dtype, device)
+                layer.state.take_over(mine)
+                layer.seen.fill_(length)
+            elif mine:
+                layer.lazy_initialization(mine["keys"].to(device), mine["values"].to(device))
+                layer.keys, layer.values, layer.cumulative_length = mine["keys"].to(device), mine["values"].to(device), length
         return cache
 
     @property
@@ -250,6 +336,16 @@ _UNREAD = (
     "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention is no "
     'longer "less"; this model or setting is not supported'
 )
+
+
+def _identity(model):
+    return {**sizes(model), "dtype": str(model.dtype), "fingerprint": fingerprint(model)}
+
+
+def _subclasses(kind):
+    for some in kind.__subclasses__():
+        yield some
+        yield from _subclasses(some)
 
 
 def _tensors(values):
@@ -328,7 +424,10 @@ def _keeping_the_cache(kind):
 def _tensor_parallel(model) -> tuple[int, int]:
     """(which part of the heads is here, how many parts there are)."""
     mesh = getattr(model, "_device_mesh", None)
-    return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+    if mesh is None:
+        return 0, 1
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+    return mesh.get_local_rank(), mesh.size()
 
 
 def _of_place(policies, features, kv_heads, place, places):

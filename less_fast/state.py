@@ -7,13 +7,11 @@ with a budget table no head pays for another's budget. Only `step.py` changes wh
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .kernels import Features
+from .store import read, write
 
 
 @dataclass
@@ -121,22 +119,23 @@ class LayerState:
                 setattr(group, name, getattr(group, name).index_select(0, rows))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as one safetensors file: written aside, then renamed."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.new")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, aside, metadata=self._identity())
-        aside.rename(path)
+        """Writes the state as one safetensors file: written aside, then renamed. OSError where that fails."""
+        write(path, dict(self.tensors()), self._identity())
 
     def load(self, path: str | os.PathLike) -> None:
-        """Takes over a saved state. ValueError, and nothing changed, where it was saved with other policies or sizes."""
-        with safe_open(path, "pt", device=str(self.n.device)) as file:
-            if file.metadata() != self._identity():
-                raise ValueError(f"{path} holds a state of {file.metadata()}, not of {self._identity()}")
-            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        self.n = loaded["n"]
+        """Takes over a saved state. ValueError, and nothing changed, where the file is broken or was saved with other policies or
+        sizes."""
+        tensors, about = read(path)
+        if about != self._identity():
+            raise ValueError(f"{path} holds a state of {about}, not of {self._identity()}")
+        self.take_over(tensors)
+
+    def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Puts other tensors, named as `tensors` names them, in the place of these."""
+        self.n = tensors["n"].to(self.n.device)
         for index, group in enumerate(self.groups):
             for name in Group.TENSORS:
-                setattr(group, name, loaded[f"{index}.{name}"])
+                setattr(group, name, tensors[f"{index}.{name}"].to(self.n.device))
 
     def _identity(self):
         group, heads = self.groups[0], torch.arange(self.kv_heads, device=self.n.device)

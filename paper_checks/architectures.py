@@ -108,7 +108,8 @@ def measure(model_type: str) -> Row:
         return Row(model_type, refused=" ".join(str(why).split()))
     served, layers = len(less_layers(model)), len(DynamicCache(config=model.config).layers)
     real = mask.bool()
-    return Row(model_type, f"{served} of {layers}", difference(got[0], wanted[0]), difference(got[1][real], wanted[1][real]), reference)
+    full, padded = difference(got[0], wanted[0]), difference(got[1][real], wanted[1][real])
+    return Row(model_type, f"{served} of {layers}", full, padded, reference)
 
 
 @torch.no_grad()
@@ -182,9 +183,9 @@ def main():
 
 HEAD = """# Architectures
 
-What `python paper_checks/architectures.py --out paper_checks/ARCHITECTURES.md` found with transformers {version}, torch {torch}: tiny random
-models of every type of causal language model, float32. Differences are the largest of all logits (of the layer's outputs in the
-last column), relative to the largest value.
+What `python paper_checks/architectures.py --out paper_checks/ARCHITECTURES.md` found with transformers {version}, torch {torch}:
+tiny random models of every type of causal language model, float32. Differences are the largest of all logits (of the layer's
+outputs in the last column), relative to the largest value.
 
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["allocate", "kernels", "policies", "state", "attend", "step", "parallel", "architecture", "hf"]
+ORDER = ["allocate", "kernels", "policies", "store", "state", "attend", "step", "parallel", "architecture", "hf"]
 ORDER += ["damage", "recording", "train", "text", "demo", "plan", "compare", "bench", "cli"]
 
 
