@@ -87,23 +87,27 @@ def same(one: list[float], other: list[float]) -> bool:
 
 
 def sizes(model) -> dict[str, int]:
-    """The sizes that kernels for this model must have."""
+    """The sizes that kernels for this model must have. ValueError where layers differ in them (Gemma 4's do)."""
     return sizes_of(model.config)
 
 
 def sizes_of(config) -> dict[str, int]:
     """The same from a model's config."""
     config = config.get_text_config(decoder=True)
+    heads = {_heads(layer) for layer in getattr(config, "per_layer_config", [config])}
+    if len(heads) > 1:
+        raise ValueError("the layers of this model differ in their heads: use the bare policy, without kernels or a budget table")
+    query_heads, kv_heads, head_dim = heads.pop()
+    return dict(layers=config.num_hidden_layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def _heads(config):
+    """Query heads, KV heads as the cache is given them, head_dim."""
     query_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
     if getattr(config, "multi_query", False):  # Falcon and GPTBigCode; a newer Falcon copies its KV heads before the cache
         kv_heads = query_heads if getattr(config, "new_decoder_architecture", False) else 1
-    return dict(
-        layers=config.num_hidden_layers,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
-    )
+    return query_heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // query_heads
 
 
 def check_kernels(model, kernels) -> None:

@@ -191,9 +191,9 @@ def generate(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    shape, seen = sizes(network), int(cache.get_seq_length())
-    full = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * seen * network.dtype.itemsize
-    kept = sorted({min(group.policy.budget or seen, seen) for layer in cache.layers for group in layer.state.groups})
+    seen, groups = int(cache.get_seq_length()), [group for layer in cache.less_layers for group in layer.state.groups]
+    full = sum(2 * group.k.shape[1] * group.k.shape[3] * seen * group.k.itemsize for group in groups) + cache.memory()["others"]
+    kept = sorted({min(group.policy.budget or seen, seen) for group in groups})
     kept = " to ".join(map(str, dict.fromkeys([kept[0], kept[-1]])))
     ranks = sorted({rank for layer in learned.layers for rank in layer.ranks}) if learned else []
     others = f"folded into {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} features" if learned else "forgotten"

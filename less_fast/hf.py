@@ -205,8 +205,8 @@ class LessCache(Cache):
         Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         _check_version()
-        config, shape = check_model(model), sizes(model)
-        layers, kv_heads = shape["layers"], shape["kv_heads"]
+        config = check_model(model)
+        layers, (place, places) = config.num_hidden_layers, _tensor_parallel(model)
         if kernels is not None:
             check_kernels(model, kernels)
         if chunk is not None and chunk < 1:
@@ -215,21 +215,24 @@ class LessCache(Cache):
             raise ValueError(f'budgets are a table, None or "uniform", not {budgets!r}')
         if budgets is None and kernels is not None:
             budgets = kernels.budgets_for(policy)
-        policies = [policy] * layers
-        if budgets is not None and budgets != "uniform":
+        policies, features = [policy] * layers, kernels.layers if kernels else [None] * layers
+        uniform = budgets is None or budgets == "uniform"
+        if kernels or places > 1 or not uniform:
+            heads = sizes(model)
+            kv_heads = heads["kv_heads"]
+            del heads["layers"]
+        if not uniform:
             if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
             budgets = [[int(budget) for budget in row] for row in budgets]
             policies = [[policy.with_budget(budget) for budget in row] for row in budgets]
         if policy.kinds and not (isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1):
             raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
-        heads = {name: size for name, size in shape.items() if name != "layers"}
-        features = kernels.layers if kernels else [None] * layers
-        for rule, some in zip(policies, features):
-            check_fit(rule, **heads, kernels=some)
+        if kernels or not uniform:
+            for rule, some in zip(policies, features):
+                check_fit(rule, **heads, kernels=some)
         if compile and not traceable(policy):
             raise ValueError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
-        place, places = _tensor_parallel(model)
         if places > 1:
             policies, features = _of_place(policies, features, kv_heads, place, places)
         use_less_attention(model)
@@ -339,7 +342,9 @@ _UNREAD = (
 
 
 def _identity(model):
-    return {**sizes(model), "dtype": str(model.dtype), "fingerprint": fingerprint(model)}
+    config = model.config.get_text_config(decoder=True)
+    kind = {"type": config.model_type, "layers": config.num_hidden_layers, "dtype": str(model.dtype)}
+    return kind | {"fingerprint": fingerprint(model)}
 
 
 def _subclasses(kind):
@@ -540,11 +545,12 @@ def _dense(module, query, key, value, mask, scaling, dropout, **kwargs):
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - query.shape[2])
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, mask.expand(query.shape[0], -1, -1, -1), scaling=scaling, dropout=dropout, **kwargs)
+    return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def _valid(mask, query):

@@ -39,7 +39,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, IsADirectoryError) as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no state of a cache, or not all of it: {error}") from error
     if metadata.get(FORMAT) != VERSION:
         known = f"of version {metadata.get(FORMAT)}, and this program reads {VERSION}"

@@ -24,7 +24,7 @@ from less_fast.architecture import less_layers
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=256, sliding_window=6, rotary_dim=4,
-    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_kv_heads=2, eos_token_id=None, bos_token_id=None,
+    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_kv_heads=2, eos_token_id=2, bos_token_id=1,
     pad_token_id=0, n_embd=32, n_layer=4, n_head=4, n_positions=256, n_inner=48, d_model=32, n_layers=4, n_heads=4, num_layers=4,
     num_heads=4, ffn_dim=48, word_embed_proj_dim=32, embedding_size=32, attention_chunk_size=6, moe_intermediate_size=16,
     num_local_experts=4, num_experts=4, num_experts_per_tok=2, n_routed_experts=4, shared_expert_intermediate_size=16,
@@ -37,19 +37,22 @@ SIZES = dict(
 )  # fmt: skip
 """What a config may be asked for, each taken where it knows the name."""
 
-OWN = {
+MLA = dict(num_key_value_heads=4, qk_nope_head_dim=4)
+OWN = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MLA) | {
     "bamba": dict(attn_layer_indices=[1, 3]),
     "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"] * 2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "ministral3": dict(sliding_window=None),
     "mistral": dict(sliding_window=None),
+    "mixtral": dict(sliding_window=None),
     "phi3": dict(sliding_window=None),
     "recurrent_gemma": dict(num_key_value_heads=1),
     "starcoder2": dict(sliding_window=None),
     "xglm": dict(scale_embedding=False),
 }
-"""What a type wants besides, or to have some full attention; a sliding window in every layer would leave LESS nothing to do."""
+"""What a type wants besides, or else has no full attention: a window in every layer would leave LESS nothing to do."""
 
 ROOM, SMALL = H2O(heavy=40, recent=40), H2O(heavy=3, recent=4)
 PROMPT, LENGTH = 12, 24

@@ -1,0 +1,340 @@
+"""Decoders of many architectures: with room for everything LESS is the full cache, with little it is the reference; and what
+cannot work is refused, each class of models with its own sentence."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from models import make_kernels, make_model, tokens
+from test_hf import FASTGEN, KINDS, feed, generate, left_padded
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, FalconConfig, T5Config
+
+from less_fast import H2O, TOVA, LessCache
+from less_fast.architecture import fingerprint, less_layers, sizes
+from paper_checks.architectures import ROOM, SMALL, measure, tiny
+
+PROMISED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "gpt_oss", "olmo2",
+    "stablelm", "starcoder2", "cohere", "granite", "falcon",
+)  # fmt: skip
+MIXED = {"gemma2": [1, 3], "gemma3_text": [1, 3], "gpt_oss": [1, 3]}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_with_room_it_is_the_full_cache_and_with_little_the_reference(name):
+    row = measure(name)
+    assert not row.refused
+    assert max(row.full, row.padded) < 1e-5
+    assert row.reference < 1e-6
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_with_room_generation_gives_the_full_caches_tokens_even_padded(name):
+    model = tiny(name)
+    ids, mask = left_padded([9, 4], 9)
+    wanted = generate(model, ids, mask=mask, pad_token_id=0)
+    assert torch.equal(generate(model, ids, LessCache.for_model(model, ROOM), mask, pad_token_id=0), wanted)
+    assert torch.equal(generate(model, ids, mask=mask, pad_token_id=0), wanted)  # without the cache it is what it was
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_of_a_mixed_model_the_layers_with_full_attention_are_less(name):
+    model = tiny(name)
+    assert less_layers(model) == MIXED[name]
+    cache = LessCache.for_model(model, SMALL)
+    feed(model, tokens(2, 40), cache, prompt=20)
+    before = cache.memory()
+    feed(model, tokens(2, 40), cache, prompt=20)
+    assert cache.memory() == before  # the other layers are constant, too
+    assert before["others"] > 0
+
+
+def test_a_hybrid_model_keeps_its_recurrent_layers():
+    model = tiny("qwen3_5_text")
+    assert 0 < len(less_layers(model)) < 4
+    wanted = feed(model, tokens(2, 24), DynamicCache(config=model.config), prompt=12)
+    torch.testing.assert_close(feed(model, tokens(2, 24), LessCache.for_model(model, ROOM), prompt=12), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_rows_of_a_mixed_model_are_repeated_selected_and_reordered_together(name):
+    model, ids = tiny(name), tokens(2, 20)
+    cache, straight = LessCache.for_model(model, SMALL), LessCache.for_model(model, SMALL)
+    feed(model, ids, cache, prompt=12)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    feed(model, ids[[1, 0, 0]], straight, prompt=12)
+    more = tokens(3, 5, seed=1)
+    torch.testing.assert_close(feed(model, more, cache, prompt=1), feed(model, more, straight, prompt=1))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_the_cache_a_softcap_and_sinks_stay_as_they_were(name, padded):
+    model = tiny(name)
+    ids, mask = left_padded([9, 4], 9) if padded else (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    wanted = model(ids, attention_mask=mask).logits
+    LessCache.for_model(model, SMALL)
+    assert torch.equal(model(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
+
+
+def test_layers_that_differ_in_their_heads_work_without_kernels_and_tables():
+    model = tiny("gemma4_text", global_head_dim=16)
+    assert measure("gemma4_text").reference < 1e-5
+    feed(model, tokens(1, 20), LessCache.for_model(model, SMALL), prompt=12)
+    with pytest.raises(ValueError, match="differ in their heads"):
+        LessCache.for_model(model, SMALL, budgets=[[7, 7]] * 4)
+
+
+def test_kernels_serve_a_model_with_a_softcap():
+    """Kernels cannot be trained for it yet, but the state that they fill is used."""
+    model, ids = tiny("gemma2").double(), tokens(1, 24)
+    cache, bare = LessCache.for_model(model, SMALL, make_kernels(model)), LessCache.for_model(model, SMALL)
+    assert (feed(model, ids, cache, prompt=12) - feed(model, ids, bare, prompt=12)).abs().max() > 1e-3
+    assert cache.memory()["low_rank"] > 0 == bare.memory()["low_rank"]
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("falcon", 1), ("gpt_bigcode", 1), ("gpt2", 4), ("gpt_neox", 4), ("phi3", 2)])
+def test_sizes_are_those_of_what_the_cache_is_given(name, kv_heads):
+    model = tiny(name)
+    assert sizes(model) == dict(layers=4, query_heads=4, kv_heads=kv_heads, head_dim=8)
+    cache = LessCache.for_model(model, SMALL)
+    feed(model, tokens(1, 9), cache, prompt=9)
+    state = cache.layers[0].state
+    assert (state.query_heads, state.kv_heads, state.groups[0].k.shape[-1]) == (4, kv_heads, 8)
+    assert len(fingerprint(model)) == 4
+
+
+# What cannot work is refused.
+
+
+def refused(model, match, at_once=True):
+    if at_once:
+        with pytest.raises(ValueError, match=match):
+            LessCache.for_model(model, SMALL)
+        assert model.config.get_text_config(decoder=True)._attn_implementation != "less"
+    else:
+        cache = LessCache.for_model(model, SMALL)
+        with pytest.raises(ValueError, match=match):
+            feed(model, tokens(1, 9), cache, prompt=9)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gptj", "mpt", "rwkv"])
+def test_attention_code_of_its_own_is_refused(name):
+    refused(tiny(name), "attention code of its own")
+
+
+def test_alibi_is_refused():
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    refused(AutoModelForCausalLM.from_config(config).eval(), "alibi")
+
+
+def test_attention_to_later_tokens_is_refused():
+    refused(tiny("bert"), "attends to later tokens")
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    refused(AutoModelForSeq2SeqLM.from_config(config).eval(), "has an encoder")
+
+
+@pytest.mark.parametrize("name", ["mamba", "ministral"])
+def test_a_model_without_full_attention_is_refused(name):
+    refused(tiny(name), "memory is constant already")
+
+
+def test_multi_head_latent_attention_is_refused_at_the_first_step():
+    refused(tiny("deepseek_v3"), "did not take its keys", at_once=False)
+
+
+def test_values_of_another_size_than_keys_are_refused_at_the_first_step():
+    layer = LessCache.for_model(make_model(), SMALL).layers[0]
+    key, value = layer.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"another shape than its keys.*latent"):
+        layer.read(torch.zeros(1, 4, 3, 8), key, value, None, None)
+
+
+def test_anything_that_is_no_model_of_transformers_is_refused():
+    with pytest.raises(ValueError, match="use LayerState and extend"):
+        LessCache.for_model(torch.nn.Linear(2, 2), SMALL)
+
+
+class Altered(torch.nn.Module):
+    """An attention module whose way with its cache is altered."""
+
+    def __init__(self, inner, update):
+        super().__init__()
+        self.inner, self.change, self.layer_idx = inner, update, inner.layer_idx
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        return self.inner(*args, past_key_values=past_key_values and self.change(past_key_values), **kwargs)
+
+
+class Twice:
+    """Attends twice to the keys of one update."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def update(self, key, value, layer_idx):
+        key, value = self.cache.update(key, value, layer_idx)
+        key.less_layer.read(torch.randn(1, 4, key.shape[2], 8, dtype=key.dtype), key, value, None, None)
+        return key, value
+
+
+class Copied(Twice):
+    """Changes its keys after the cache."""
+
+    def update(self, key, value, layer_idx):
+        key, value = self.cache.update(key, value, layer_idx)
+        return key * 1, value
+
+
+class Ignored(Twice):
+    """Leaves the cache alone."""
+
+    def update(self, key, value, layer_idx):
+        return key, value
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (Twice, "attends twice to the keys"),
+        (Copied, "did not take its keys from the LessCache"),
+        (Ignored, "did not give its keys to the cache"),
+    ],
+)
+def test_attention_that_uses_its_cache_in_another_way_is_refused_at_the_first_step_in_every_layer(layer, change, match):
+    model = make_model()
+    block = model.model.layers[layer]
+    block.self_attn = Altered(block.self_attn, change)
+    cache = LessCache.for_model(model, SMALL)
+    with pytest.raises(ValueError, match=match):
+        feed(model, tokens(1, 9), cache, prompt=9)
+
+
+def test_kernels_are_not_made_for_models_with_other_layers_or_a_softcap():
+    from less_fast.hf import predictions
+    from less_fast.parallel import dense
+
+    with pytest.raises(ValueError, match="layers all have full attention"):
+        predictions(tiny("gemma2"), tokens(1, 9), [dense] * 4)
+    softcap = tiny("gemma2", layer_types=["full_attention"] * 4)
+    with pytest.raises(ValueError, match="not yet with a softcap or sinks"):
+        predictions(softcap, tokens(1, 9), [dense] * 4)
+
+
+# Phi-3 drops a cache where its rotation changes.
+
+
+def test_a_model_that_would_drop_its_cache_is_refused_there_and_serves_below():
+    model = tiny("phi3", original_max_position_embeddings=20)
+    with pytest.raises(ValueError, match="beyond 20 tokens and drops its cache"):
+        generate(model, tokens(1, 15), LessCache.for_model(model, SMALL), new=10)
+    with pytest.raises(ValueError, match="beyond 20 tokens and drops its cache"):
+        generate(model, tokens(1, 25), LessCache.for_model(model, SMALL), new=10)
+    assert generate(model, tokens(1, 9), LessCache.for_model(model, SMALL), new=10).shape == (1, 19)
+    assert generate(model, tokens(1, 15), new=10).shape == (1, 25)  # without LESS it does as it always did
+
+
+def test_copies_of_a_watched_model_are_watched_and_their_own():
+    model = tiny("phi3", original_max_position_embeddings=20)
+    LessCache.for_model(model, SMALL)
+    twin = copy.deepcopy(model)
+    assert twin.prepare_inputs_for_generation.__self__ is twin
+    with pytest.raises(ValueError, match="drops its cache"):
+        generate(twin, tokens(1, 15), LessCache.for_model(twin, SMALL), new=10)
+
+
+# Versions of transformers.
+
+
+def test_a_version_that_is_too_old_is_refused_and_one_that_is_newer_warns(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(transformers, "__version__", "5.2.0")
+    with pytest.raises(ImportError, match="needs transformers 5"):  # of whatever version is installed
+        LessCache.for_model(model, SMALL)
+    monkeypatch.setattr(transformers, "__version__", "99.1.0")
+    with pytest.warns(UserWarning, match="was tested with transformers up to"):
+        LessCache.for_model(model, SMALL)
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 4), TOVA(8), FASTGEN], ids=repr)
+def test_generation_goes_far_beyond_the_context_of_a_rotary_model(policy):
+    model = make_model(max_position_embeddings=32)
+    cache = LessCache.for_model(model, policy, make_kernels(model), token_kinds=KINDS)
+    out = generate(model, tokens(1, 10), cache, new=150)
+    assert out.shape == (1, 160)
+    assert int(cache.get_seq_length()) == 159
+
+
+def test_a_prompt_that_generate_feeds_in_chunks_is_the_prompt_fed_in_chunks():
+    model, ids = make_model(), tokens(2, 21)
+    kernels = make_kernels(model)
+    one, other = (LessCache.for_model(model, H2O(4, 4), kernels) for _ in range(2))
+    wanted = generate(model, ids, LessCache.for_model(model, H2O(4, 4), kernels, chunk=8))
+    assert torch.equal(generate(model, ids, one, prefill_chunk_size=8), wanted)
+    assert not torch.equal(generate(model, ids, other), wanted)
+
+
+def test_tokens_stream_out_one_by_one():
+    from transformers.generation.streamers import BaseStreamer
+
+    class Heard(BaseStreamer):
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    model, heard = make_model(), Heard()
+    out = generate(model, tokens(1, 7), LessCache.for_model(model, H2O(2, 2)), streamer=heard)
+    assert [token for part in heard.parts for token in part] == out[0].tolist()
+    assert heard.ended
+    assert [len(part) for part in heard.parts] == [7] + [1] * 12
+
+
+def test_a_pipeline_generates_as_the_model_does(tmp_path):
+    from transformers import AutoTokenizer, pipeline
+
+    from less_fast.demo import MODEL
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    cache, straight = (LessCache.for_model(model, H2O(8, 8)) for _ in range(2))
+    inputs = tokenizer("def main():\n", return_tensors="pt")
+    wanted = model.generate(**inputs, past_key_values=straight, max_new_tokens=20, do_sample=False)
+    said = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        "def main():\n", past_key_values=cache, max_new_tokens=20, do_sample=False
+    )
+    assert said[0]["generated_text"] == tokenizer.decode(wanted[0], skip_special_tokens=True)
+    assert int(cache.get_seq_length()) == int(straight.get_seq_length()) == wanted.shape[1] - 1
+
+
+def test_another_batch_size_is_refused_even_after_a_reset():
+    model = make_model()
+    cache = LessCache.for_model(model, H2O(2, 2))
+    feed(model, tokens(2, 8), cache, prompt=8)
+    cache.reset()
+    with pytest.raises(ValueError, match="this cache holds 2 sequences, and 3 came"):
+        feed(model, tokens(3, 8), cache, prompt=8)
+
+
+def test_other_caches_beside_it_are_refused_by_generate():
+    model = make_model()
+    with pytest.raises(ValueError, match="cache_implementation"):
+        generate(model, tokens(1, 8), LessCache.for_model(model, H2O(2, 2)), cache_implementation="static")
+
+
+def test_speculative_decoding_is_refused():
+    model, draft = make_model(), make_model(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        generate(model, tokens(1, 8), LessCache.for_model(model, H2O(2, 2)), assistant_model=draft)
