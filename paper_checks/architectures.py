@@ -8,6 +8,7 @@ less_ref holds. A model that is refused says why. --out writes the table.
 import argparse
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ MLA = dict(num_key_value_heads=4, qk_nope_head_dim=4)
 OWN = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MLA) | {
     "bamba": dict(attn_layer_indices=[1, 3]),
     "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma4_text": dict(layer_types=["sliding_attention", "full_attention"] * 2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
@@ -170,6 +172,25 @@ def markdown(found) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(found) -> str:
+    """The same on one screen: types that fare alike in one line."""
+    groups = {}
+    for row in found:
+        if isinstance(row, Row):
+            served = "" if row.refused else "all" if len({*row.layers.split(" of ")}) == 1 else "those with full attention"
+            why = re.sub(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|Decoder|ConditionalGeneration)\b", "it", row.refused).split(":")[0]
+            groups.setdefault((why, served), []).append(row)
+    lines = ["| types | layers served | logits | small budget, from less_ref |", "|---|---|---|---|"]
+    for (why, served), alike in sorted(groups.items(), key=lambda group: (group[0][0] != "", -len(group[1]))):
+        names = ", ".join(row.model_type for row in alike)
+        if why:
+            lines.append(f"| {names} | refused: {why} | | |")
+        else:
+            logits, reference = max(max(row.full, row.padded) for row in alike), max(row.reference for row in alike)
+            lines.append(f"| {names} | {served} | {logits:.0e} | {reference:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="all that are causal language models unless named")
@@ -181,7 +202,8 @@ def main():
         found.append(row)
         print(row, flush=True)
     if chosen.out:
-        chosen.out.write_text(HEAD.format(version=transformers.__version__, torch=torch.__version__) + markdown(found))
+        head = HEAD.format(version=transformers.__version__, torch=torch.__version__)
+        chosen.out.write_text(f"{head}{summary(found)}\n## One by one\n\n{markdown(found)}")
 
 
 HEAD = """# Architectures
