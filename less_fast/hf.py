@@ -321,11 +321,6 @@ class LessCache(Cache):
         """The layers that are LESS's; all others are transformers' own."""
         return [layer for layer in self.layers if isinstance(layer, LessLayer)]
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if any(layer.unread for layer in self.less_layers):
-            raise ValueError(_UNREAD)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
     def memory(self) -> dict[str, int]:
         """Bytes held over all layers, measured from the tensors: entries, low_rank and bookkeeping of LESS's layers, and others:
         what the layers hold that are transformers' own."""
@@ -333,12 +328,6 @@ class LessCache(Cache):
         held = {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
         rest = [tensor for layer in self.layers if not isinstance(layer, LessLayer) for tensor in _tensors(vars(layer).values())]
         return held | {"others": sum(tensor.nbytes for tensor in rest)}
-
-
-_UNREAD = (
-    "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention is no "
-    'longer "less"; this model or setting is not supported'
-)
 
 
 def _identity(model):
@@ -377,8 +366,8 @@ def _watch(model) -> None:
 
 def _before(decoder, args, kwargs):
     """Refuses what would run wrong, and hands the kinds of the tokens on where the cache asks."""
-    cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
-    if not isinstance(cache, LessCache):
+    cache = _cache_among(args, kwargs)
+    if cache is None:
         return
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
@@ -387,6 +376,7 @@ def _before(decoder, args, kwargs):
     if decoder.training:
         raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
     if cache.token_kinds is not None:
+        ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
         for layer in cache.less_layers:
@@ -395,15 +385,22 @@ def _before(decoder, args, kwargs):
 
 def _after(decoder, args, kwargs, output):
     """Refuses a model that left the cache out."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LessCache):
+    cache = _cache_among(args, kwargs)
+    if cache is None:
         return
     if any(layer.unread for layer in cache.less_layers):
-        raise ValueError(_UNREAD)
+        raise ValueError(
+            "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention is "
+            'no longer "less"; this model or setting is not supported'
+        )
     if not all(layer.reached for layer in cache.less_layers):
         raise ValueError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")
     for layer in cache.less_layers:
         layer.reached = False
+
+
+def _cache_among(args, kwargs):
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, LessCache)), None)
 
 
 def _keeping_the_cache(kind):

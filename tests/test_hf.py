@@ -378,12 +378,12 @@ def test_fastgen_refuses_embeddings_in_place_of_ids(model):
     assert cache.get_seq_length() == 0
 
 
-def test_the_kinds_of_one_pass_never_serve_another(model):
-    """A cache given by position is not seen by the hook."""
-    cache, ids = LessCache.for_model(model, FASTGEN, token_kinds=KINDS), tokens(2, 1)
-    feed(model, ids, cache, prompt=1)
-    with pytest.raises(ValueError, match="needs the kinds of the tokens"):
-        model.base_model(ids, None, None, cache)
+def test_a_cache_given_by_position_is_watched_too(model):
+    cache, other = (LessCache.for_model(model, FASTGEN, token_kinds=KINDS) for _ in range(2))
+    with torch.no_grad():
+        hidden = model.base_model(tokens(2, 14), None, None, cache).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), feed(model, tokens(2, 14), other, prompt=14))
+    assert_same_states(cache, [other] * 2, [0, 1])
 
 
 def test_calls_that_would_run_wrong_are_refused(model):
