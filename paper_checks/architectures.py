@@ -56,6 +56,13 @@ OWN = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", 
 }
 """What a type wants besides, or else has no full attention: a window in every layer would leave LESS nothing to do."""
 
+KNOWN = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "gpt_oss", "olmo2",
+    "stablelm", "starcoder2", "cohere", "granite", "falcon",
+}  # fmt: skip
+"""Named first in a summary, and each tested."""
+NAMED = 15  # in one line of a summary
+
 ROOM, SMALL = H2O(heavy=40, recent=40), H2O(heavy=3, recent=4)
 PROMPT, LENGTH = 12, 24
 
@@ -182,7 +189,8 @@ def summary(found) -> str:
             groups.setdefault((why, served), []).append(row)
     lines = ["| types | layers served | logits | small budget, from less_ref |", "|---|---|---|---|"]
     for (why, served), alike in sorted(groups.items(), key=lambda group: (group[0][0] != "", -len(group[1]))):
-        names = ", ".join(row.model_type for row in alike)
+        names = sorted((row.model_type for row in alike), key=lambda name: name not in KNOWN)
+        names = ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
         if why:
             lines.append(f"| {names} | refused: {why} | | |")
         else:

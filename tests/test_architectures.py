@@ -12,12 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCac
 
 from less_fast import H2O, TOVA, LessCache
 from less_fast.architecture import fingerprint, less_layers, sizes
-from paper_checks.architectures import ROOM, SMALL, measure, tiny
+from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 
-PROMISED = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "gpt_oss", "olmo2",
-    "stablelm", "starcoder2", "cohere", "granite", "falcon",
-)  # fmt: skip
+PROMISED = sorted(KNOWN)
 MIXED = {"gemma2": [1, 3], "gemma3_text": [1, 3], "gpt_oss": [1, 3]}
 
 
@@ -202,6 +199,7 @@ class Ignored(Twice):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -210,11 +208,12 @@ class Ignored(Twice):
         (Ignored, "did not give its keys to the cache"),
     ],
 )
-def test_attention_that_uses_its_cache_in_another_way_is_refused_at_the_first_step_in_every_layer(layer, change, match):
+def test_attention_that_uses_its_cache_in_another_way_is_refused_at_that_step_in_every_layer(layer, change, match, later):
     model = make_model()
-    block = model.model.layers[layer]
+    cache, block = LessCache.for_model(model, SMALL), model.model.layers[layer]
+    if later:
+        feed(model, tokens(1, 9), cache, prompt=9)
     block.self_attn = Altered(block.self_attn, change)
-    cache = LessCache.for_model(model, SMALL)
     with pytest.raises(ValueError, match=match):
         feed(model, tokens(1, 9), cache, prompt=9)
 
