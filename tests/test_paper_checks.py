@@ -143,14 +143,18 @@ def test_transferred_kernels_that_add_nothing_or_do_as_well_as_matched_ones_chan
     assert found(weak, strong, nothing) == IN_PART
 
 
-def test_a_rank_that_is_ignored_changes_the_verdict_on_kernel_sizes(here, monkeypatch):
+def test_a_rank_that_is_ignored_or_too_small_changes_the_verdict_on_kernel_sizes(here, monkeypatch):
     by_rank = {1: here.paper_kernels, 8: here.kernels}
     monkeypatch.setattr(Setting, "train", lambda setting, policy, rank, hidden: by_rank[rank])
     for kernels in by_rank.values():
         monkeypatch.setitem(kernels.about, "validation", [{"less": 1, "bare": 2}])
     assert check("kernel_size", here).verdict == HOLDS
-    monkeypatch.setitem(by_rank, 1, here.kernels)
-    assert check("kernel_size", here).verdict != HOLDS
+    monkeypatch.setattr("paper_checks.kernel_size.SUFFICES", 1.1)
+    assert check("kernel_size", here).verdict == IN_PART
+    monkeypatch.undo()
+    monkeypatch.setattr(Setting, "train", lambda setting, policy, rank, hidden: here.kernels)
+    monkeypatch.setitem(here.kernels.about, "validation", [{"less": 1, "bare": 2}])
+    assert check("kernel_size", here).verdict == IN_PART
 
 
 def test_uniform_tables_change_the_verdict_on_tables_of_other_texts(here, monkeypatch):
