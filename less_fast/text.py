@@ -37,7 +37,7 @@ def dataset_texts(name: str, characters: int) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError("--dataset needs the library datasets: pip install 'less-kv[eval]'") from None
+        raise ValueError("a data set needs the library datasets: pip install 'less-kv[eval]'") from None
     texts, enough = [], 0
     try:
         for row in load_dataset(where, config or None, split=split or "train", streaming=True):
@@ -45,7 +45,7 @@ def dataset_texts(name: str, characters: int) -> list[str]:
             enough += len(texts[-1])
             if enough >= characters:
                 break
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:  # the last two: no text there, an empty file
         raise ValueError(f"no texts from the data set {name!r}: {type(error).__name__} {error}") from error
     return texts
 

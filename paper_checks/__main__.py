@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from less_fast import LessKernels
 from less_fast.architecture import check_kernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from less_fast.text import dataset_texts
 
-from .check import Setting
+from .check import MOST, Setting
 
 NAMES = (
     "parallel_equals_recurrent",
@@ -26,6 +27,7 @@ NAMES = (
     "attention_maps",
     "perplexity",
     "unequal_budgets",
+    "tables_of_other_texts",
     "performer",
     "transfer",
     "long_sequences",
@@ -42,7 +44,11 @@ def options(arguments):
     parser.add_argument("--model", default=str(MODEL), help="folder or hub name; the embedded model unless given")
     parser.add_argument("--kernels", help="folder or hub name of kernels for the model; embedded model: its own")
     parser.add_argument("--paper-kernels", help="the same of the paper's own family, to stand beside them")
-    parser.add_argument("--data", type=Path, action="append", help="text file, may be repeated; the held-out standard library")
+    parser.add_argument(
+        "--data",
+        action="append",
+        help="text file, or a data set as NAME[,CONFIG[,SPLIT[,COLUMN]]], may be repeated; the standard library unless given",
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,9 +74,20 @@ def setting(chosen) -> Setting:
         if kernels:
             check_kernels(model, kernels)
         loaded.append(kernels)
-    texts = [file.read_text(encoding="utf-8") for file in chosen.data or []] or None
+    length = 256 if chosen.quick else chosen.length
+    texts = [text for name in chosen.data for text in texts_of(name, length)] if chosen.data else None
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    return Setting(model, tokenizer, *loaded, texts, 256 if chosen.quick else chosen.length, chosen.quick, chosen.seed)
+    found = Setting(model, tokenizer, *loaded, texts, length, chosen.quick, chosen.seed)
+    if texts is not None:
+        for split, most in MOST.items():
+            found.windows(most, split=split)  # refused now where they are too short
+    return found
+
+
+def texts_of(name: str, length: int) -> list[str]:
+    """The text of a file, or the first texts of a data set: enough for all windows of `length` tokens."""
+    file = Path(name)
+    return [file.read_text(encoding="utf-8")] if file.is_file() else dataset_texts(name, 16 * length * sum(MOST.values()))
 
 
 def main(arguments=None):
@@ -85,7 +102,7 @@ def main(arguments=None):
     about = {
         "model": "embedded" if chosen.model == str(MODEL) else chosen.model,
         "kernels": "embedded" if chosen.kernels == str(KERNELS) else chosen.kernels,
-        "text": ", ".join(file.name for file in chosen.data or []) or "held-out standard library",
+        "text": ", ".join(chosen.data or []) or "held-out standard library",
         "length": here.length,
         "seed": here.seed,
         "device": torch.cuda.get_device_name() if chosen.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",

@@ -1,16 +1,23 @@
 """What a check of a claim is: the setting that it runs in, and what it found."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from less_fast import H2O, LessKernels
+from less_fast import H2O, LessCache, LessKernels
+from less_fast.compare import Contender, window_losses
 from less_fast.demo import corpus
 from less_fast.text import windows as cut_windows
+from less_fast.train import RECIPES, train
 
 HOLDS, IN_PART, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured here"
 SHARES = (0.02, 0.05, 0.10)  # of a window's tokens: the budgets of the paper's tables
+MOST = {"train": 28, "test": 64}  # windows that a check takes
+QUICK = {"train": 8, "test": 2}  # the same in a quick run
+VALIDATION = 4  # of those for training
+SMALL = replace(RECIPES["exponential"], epochs=8, batch=1, joint_steps=0, joint_budgets=(), table_steps=0)
+"""How kernels are trained within a check: each layer alone, on few windows."""
 
 
 @dataclass
@@ -26,10 +33,39 @@ class Setting:
     quick: bool = False  # a smoke run: everything, as small as can be
     seed: int = 0
 
-    def windows(self, count: int, length: int | None = None) -> torch.Tensor:
-        """Held-out windows (count, length) of tokens; two in a quick run."""
-        texts = self.texts or [text for _, text in corpus.documents("test")][: 4 if self.quick else None]
-        return cut_windows(self.tokenizer, texts, length or self.length, 2 if self.quick else count, self.seed)
+    def windows(self, count: int, length: int | None = None, split: str = "test") -> torch.Tensor:
+        """Windows (count, length) of tokens, a few in a quick run: held out, or of the split "train".
+
+        Texts that were given have no splits: a third of their windows is for training. ValueError where they are too short.
+        """
+        count, length = min(count, QUICK[split]) if self.quick else count, length or self.length
+        if self.texts is None:
+            texts = [text for _, text in corpus.documents(split)][:: 20 if split == "train" else 1]  # of that there is plenty
+            return cut_windows(self.tokenizer, texts[: 4 if self.quick else None], length, count, self.seed)
+        every = cut_windows(self.tokenizer, self.texts, length, seed=self.seed)
+        third = len(every) // 3
+        found = (every[:third] if split == "train" else every[third:])[:count]
+        if len(found) < count:
+            raise ValueError(
+                f"the text has {len(every)} windows of {length} tokens, a third of them for training, and {count} are wanted "
+                f"{'for that' if split == 'train' else 'of the others'}: give more text or a shorter length"
+            )
+        return found
+
+    def train(self, policy, **changes) -> LessKernels:
+        """Kernels trained within a check for `policy`, each layer alone: the recipe SMALL with some of its fields changed."""
+        windows = self.windows(MOST["train"], split="train")
+        recipe = replace(SMALL, seed=self.seed, **changes)
+        return train(self.model, windows[VALIDATION:], windows[:VALIDATION], policy, recipe)
+
+    def losses(self, windows: torch.Tensor, policy=None, kernels: LessKernels | None = None, budgets="uniform") -> torch.Tensor:
+        """Mean negative log-likelihood of each window (W, T), streaming: (W,) float64. policy None: with the full cache."""
+
+        def make(chunk):
+            return LessCache.for_model(self.model, policy, kernels, budgets, chunk)
+
+        kind = "full" if policy is None else "bare" if kernels is None else "less"
+        return window_losses(self.model, windows, Contender(kind, policy, None, make))
 
     def policies(self) -> list[H2O]:
         """H2O at the paper's budgets."""

@@ -68,10 +68,18 @@ def test_texts_come_from_a_data_set_until_there_are_enough(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(",,test", "no texts from"), (",,train,none", "no texts from"), (",,train,text,more", "a data set is NAME")],
+    [
+        (",,test", "no texts from"),
+        (",,train,none", "no texts from"),
+        (",,train,number", "no texts from"),
+        ("/empty", "no texts from"),
+        (",,train,text,more", "a data set is NAME"),
+    ],
 )
 def test_data_sets_that_are_not_there_are_refused(tmp_path, name, message):
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a", "number": 1}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").touch()
     with pytest.raises(ValueError, match=message):
         dataset_texts(str(tmp_path) + name, 1)
 
