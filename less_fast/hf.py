@@ -390,8 +390,8 @@ def _after(decoder, args, kwargs, output):
         return
     if any(layer.unread for layer in cache.less_layers):
         raise ValueError(
-            "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention is "
-            'no longer "less"; this model or setting is not supported'
+            "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention "
+            'is no longer "less"; this model or setting is not supported'
         )
     if not all(layer.reached for layer in cache.less_layers):
         raise ValueError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")

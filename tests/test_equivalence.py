@@ -572,6 +572,7 @@ REFUSED = Case(Layer(2, 2, 4, 2, 3), (3,), (WINDOW,) * 2, 1.0, None, 0)
         (dict(k=torch.zeros(1, 2, 3, 4, dtype=torch.float16)), "q, k, v are torch.float32, torch.float16"),
         (dict(valid=torch.ones(1, 4, dtype=torch.bool)), "valid has shape (1, 4); this state wants (1, 3)"),
         (dict(valid=torch.ones(1, 3)), "valid must be bool"),
+        (dict(sinks=torch.ones(2)), "sinks has shape (2,); this state wants (4,)"),
     ],
 )
 def test_extend_refuses_what_does_not_fit_and_changes_nothing(change, message):

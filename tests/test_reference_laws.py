@@ -12,6 +12,7 @@ from closeness import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    ANY_ATTENTION,
     ANY_POLICY,
     EVICTING_POLICIES,
     ONE_AT_A_TIME,
@@ -33,13 +34,15 @@ UNSCORED = policies("Lambda", "Window")
 SCORED = policies("H2O")
 
 
-def dense(q, k, v, scale=None):
+def dense(q, k, v, scale=None, softcap=None, sinks=None):
     """Causal attention with the full cache: (T, Hq, D)."""
-    (_, T, D), G = q.shape, q.shape[0] // k.shape[0]
+    (Hq, T, D), G = q.shape, q.shape[0] // k.shape[0]
     k, v = np.repeat(k, G, 0), np.repeat(v, G, 0)
     logits = (D**-0.5 if scale is None else scale) * q @ k.transpose(0, 2, 1)
+    logits = logits if softcap is None else np.tanh(logits / softcap) * softcap
     weight = np.exp(np.where(np.tri(T, dtype=bool), logits, -np.inf))
-    return (weight / weight.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
+    nothing = np.exp(np.full(Hq, -np.inf) if sinks is None else sinks)[:, None, None]
+    return (weight / (weight.sum(-1, keepdims=True) + nothing) @ v).transpose(1, 0, 2)
 
 
 def history(case, trace, g):
@@ -92,6 +95,28 @@ def test_the_full_policy_is_full_attention_in_every_chunking(case):
 def test_a_first_chunk_attends_densely_whatever_the_policy(case):
     q, k, v = case.qkv()
     assert_close(case.run().out, dense(q, k, v, case.scale))
+
+
+@given(cases(policy=policies("Full"), attention=ANY_ATTENTION))
+def test_a_softcap_bounds_the_logits_and_a_sink_takes_its_share(case):
+    assert_close(case.run().out, dense(*case.qkv(), case.scale, case.softcap, case.sinks))
+
+
+@given(cases(attention=ANY_ATTENTION))
+def test_a_softcap_beyond_all_logits_and_sinks_far_below_them_change_nothing(case):
+    plain, same = case.run(softcap=None, sinks=None), case.run(softcap=1e9, sinks=np.full(case.layer.query_heads, -1e3))
+    assert_close(same.out, plain.out)
+    assert all(np.array_equal(a, b) for one, other in zip(same.kept, plain.kept) for a, b in zip(one, other))
+
+
+@given(cases(policy=SCORED, attention=st.just((None, True))))
+def test_the_scores_of_h2o_leave_out_what_the_sink_takes(case):
+    """A query gives away 1, to what is kept and to its sink."""
+    everything = [replace(rule, heavy=case.length) for rule in case.reference]
+    given_away = sum(score.sum() for score in case.run(policy=everything).score[-1])
+    assert 0 < given_away < case.length * case.layer.query_heads
+    without = sum(score.sum() for score in case.run(policy=everything, sinks=None).score[-1])
+    assert_close(without, case.length * case.layer.query_heads)
 
 
 @given(cases(k3=st.just(0.0)))
