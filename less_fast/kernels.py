@@ -4,7 +4,6 @@ three untrained families that it, or the field, compares with."""
 import json
 import math
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
 from numbers import Integral
@@ -20,6 +19,7 @@ from torch.nn.functional import elu, gelu
 from .allocate import Curves, Table, table
 
 WEIGHTS, CONFIG, CARD = "kernels.safetensors", "config.json", "README.md"
+CARD_BEGINS = "---\nlibrary_name: less-kv\n"
 MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, or a broken file
 
 
@@ -327,11 +327,8 @@ class LessKernels(nn.Module):
 
         Raises OSError, and leaves the folder as it was, where they cannot be written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         aside = {name: folder / f".{name}.new" for name in (WEIGHTS, CONFIG, CARD)}
-        if taken := [name for name in aside if (folder / name).is_dir()]:
-            raise IsADirectoryError(f"{folder / taken[0]} is a folder, and kernels have a file of that name")
         stored = {**self.sizes, "about": self.about, "curves": {name: asdict(some) for name, some in self.curves.items()}}
         try:
             save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, aside[WEIGHTS])
@@ -394,9 +391,12 @@ class LessKernels(nn.Module):
             try:
                 loaded = torch.load(files[index], map_location="cpu", weights_only=True)
                 layers.append(_official_weights(loaded["model_state_dict"]))
-                settings = loaded.get("config", {})
-            except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {error}") from error
+                settings = dict(loaded.get("config", {}))
+            except Exception as error:  # a broken pickle raises anything
+                why = " ".join(f"{type(error).__name__} {error}".split())
+                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {why}") from error
+            if wrong := [name for name, weight in layers[-1].items() if weight.ndim != 3]:
+                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {wrong[0]} has no heads")
         (query_heads, head_dim, hidden), (kv_heads, _, rank) = layers[0]["q1"].shape, layers[0]["k2"].shape
         about = {"origin": "the authors' checkpoint", "settings": {name: str(value) for name, value in settings.items()}}
         kernels = cls(len(layers), query_heads, kv_heads, head_dim, rank, hidden, about)
@@ -406,6 +406,17 @@ class LessKernels(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the layers in {folder} differ in shape: {error}") from error
         return kernels.requires_grad_(False).eval()
+
+
+def make_folder(folder: str | os.PathLike) -> Path:
+    """The folder, there now, for kernels. OSError where there can be none, or files of other things would be replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if taken := [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).is_dir()]:
+        raise IsADirectoryError(f"{folder / taken[0]} is a folder, and kernels have a file of that name")
+    if (card := folder / CARD).exists() and not card.read_bytes().startswith(CARD_BEGINS.encode()):
+        raise FileExistsError(f"{card} is no model card of kernels, and would be replaced by one: choose another folder")
+    return folder
 
 
 def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
@@ -435,7 +446,7 @@ def _card(kernels: LessKernels) -> str:
     about, sizes = kernels.about, kernels.sizes
     features = sum(sum(layer.ranks) for layer in kernels.layers) / (sizes["layers"] * sizes["kv_heads"])
     lines = [
-        *("---", "library_name: less-kv", "tags: [less, kv-cache, long-context]", "---", ""),
+        CARD_BEGINS + "tags: [less, kv-cache, long-context]\n---\n",
         f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
         "",
         f"Kernels of the {sizes['family']} family for {sizes['layers']} layers, {sizes['query_heads']} query heads and "

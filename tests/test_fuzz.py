@@ -1,11 +1,15 @@
 """Whatever comes through the door: a call ends in a result, or is refused in one sentence, and what lay on disk lies there."""
 
+import io
 import json
+import os
 import shutil
+import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,10 +18,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import make_kernels, make_kinds, make_model
 from safetensors.torch import load_file, save_file
+from test_official_vectors import read, save_as_the_authors
+from transformers import AutoTokenizer
 
 import less_fast
-from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessKernels, cli
 from less_fast.allocate import Curves
+from less_fast.demo import MODEL, corpus
+from less_fast.hf import sizes
 from less_fast.kernels import CARD, CONFIG, FAMILIES, WEIGHTS
 from less_fast.policies import POLICIES
 
@@ -200,3 +208,111 @@ def test_a_spoiled_folder_of_kernels_is_read_or_refused_and_left_as_it_is(saved,
             kernels.budgets_for(H2O(2, 3))
             kernels.save_pretrained(Path(place) / "again")
         assert contents(folder) == before
+
+
+# The command line.
+
+WORDS = ["", " ", "0", "1", "2", "3", "-1", "1.5", "nan", "inf", "-inf", "1e400", "5%", "-5%", "nan%", "inf%", "1e30%", "%", ","]
+WORDS += ["1,,2", "8,9", "none", "full", "tova", "fastgen", "lambda", "snapkv", "elu", "performer", "paper", "error", "cuda"]
+WORDS += ["meta", "cpu:x", "float16", "no/such", "a/b/c", "é", "\udcff", "x\ny", "--json", "a,b,c,d,e", "x.png", "/dev/null"]
+WORDS += ["/no/x.png", "model", "kernels", "official", "story.txt", "short.txt", "binary", "empty", "folder"]
+WORDS += ["1000000000000", "99999999999999999999", "-99999999999999999999", "1e15", "9" * 30]
+ON_MODEL = {"--model": "model", "--policy": "h2o", "--dtype": "float32"}
+ON_DEVICE = ON_MODEL | {"--device": "cpu", "--seed": 0}
+ON_TEXT = ON_DEVICE | {"--text": "story.txt", "--length": 32}
+OF_KERNELS = {"--family": "exponential", "--rank": 2, "--hidden": 3}
+COMMANDS = {
+    "compare": ON_TEXT | {"--kernels": "kernels", "--budgets": 8, "--windows": 2, "--plot": "x.png"},
+    "generate --max-new-tokens 3": ON_DEVICE | {"prompt": "x =", "--kernels": "kernels", "--budget": 8, "--temperature": 0.7},
+    "bench --no-compile --rounds 1": ON_DEVICE | OF_KERNELS | {"--budget": 8, "--batch": 1, "--length": 32, "--plot": "x.png"},
+    "plan": ON_MODEL | OF_KERNELS | {"--budget": 8, "--batch": 1, "--length": 32, "--memory": 1},
+    "train --sequences 2 --validation 1 --epochs 1 --joint-steps 1 --table-steps 1": ON_TEXT
+    | OF_KERNELS
+    | {"--out": "out", "--budget": 8, "--batch": 1, "--disk": 1},
+    "allocate": ON_TEXT | {"--out": "out", "--kernels": "kernels", "--by": "kl", "--windows": 1, "--refine": 8},
+    "import-official": {"folder": "official", "--out": "out"},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with all that the commands above name: a model of one layer, kernels for it, texts, good and bad."""
+    home = tmp_path_factory.mktemp("home")
+    model = make_model(vocab_size=2048, num_hidden_layers=1).float()
+    model.save_pretrained(home / "model")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(home / "model")
+    LessKernels(**sizes(model), rank=2, hidden=3, family="exponential").save_pretrained(home / "kernels")
+    (home / "official").mkdir()
+    save_as_the_authors(read("D_gen_llama_less_h2o_long_dyn_f64.npz"), home / "official", layers=2)
+    (home / "story.txt").write_text("".join(text for _, text in corpus.documents("validation"))[:3000])
+    (home / "short.txt").write_text("x = 1")
+    (home / "binary").write_bytes(bytes(range(256)))
+    (home / "empty").touch()
+    (home / "folder").mkdir()
+    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        yield home
+
+
+@contextmanager
+def copied(home):
+    """A copy of the folder, which is the working directory for a while."""
+    here = Path.cwd()
+    with TemporaryDirectory() as place:
+        os.chdir(shutil.copytree(home, Path(place) / "home"))
+        try:
+            yield Path.cwd()
+        finally:
+            os.chdir(here)
+
+
+def run(command, options):
+    """(exit code, standard error) of a command; its positional arguments are options whose names do not begin with dashes."""
+    words = [word for name, value in options.items() for word in ([name, value] if name.startswith("--") else [value])]
+    error = io.StringIO()
+    argv = patch.object(sys, "argv", ["less-kv", *command.split(), *map(str, words)])
+    with argv, redirect_stdout(io.StringIO()), redirect_stderr(error), pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0, error.getvalue()
+
+
+def files(folder):
+    return {path: content for path, content in contents(folder).items() if content is not None}
+
+
+def assert_done_or_refused_in_one_sentence(place, command, options):
+    """And nothing is written but where a command that succeeded was to write."""
+    before = files(place)
+    code, error = run(command, options)
+    after = files(place)
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    if code == 0:
+        targets = [place / str(options[name]) for name in ("--out", "--plot") if name in options]
+        assert all(any(path.is_relative_to(target) for target in targets) for path in changed)
+    else:
+        assert (code, changed) == (2, set())
+        assert error.startswith("Usage: ") or [line[:9] for line in error.splitlines()] == ["less-kv: "], error
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("command", COMMANDS)
+@given(data=st.data())
+def test_a_command_with_any_options_is_done_or_refused(home, command, data):
+    with copied(home) as place:
+        assert_done_or_refused_in_one_sentence(place, command, data.draw(spoiled(COMMANDS[command], st.sampled_from(WORDS))))
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("generate --max-new-tokens 3", ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]),
+        ("plan", ["model/config.json"]),
+        ("allocate", ["kernels/config.json", "kernels/kernels.safetensors", "story.txt"]),
+        ("import-official", ["official/layer_0.pth"]),
+    ],
+)
+def test_a_command_on_spoiled_files_is_done_or_refused(home, command, names, data):
+    with copied(home) as place:
+        spoil_bytes(place / data.draw(st.sampled_from(names)), data)
+        assert_done_or_refused_in_one_sentence(place, command, COMMANDS[command])

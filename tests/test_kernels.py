@@ -246,6 +246,18 @@ def test_kernels_go_to_the_hub_as_a_whole_folder_with_a_card(monkeypatch):
     assert "4 query heads and 2 KV heads of 8, 8 features" in card
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, CARD])
+def test_kernels_are_not_saved_over_folders_or_a_readme_of_something_else(name, tmp_path):
+    if name == CARD:
+        (tmp_path / name).write_text("# My project")
+    else:
+        (tmp_path / name).mkdir()
+    before = [*tmp_path.iterdir()]
+    with pytest.raises(OSError, match=r"is a folder|is no model card of kernels"):
+        LessKernels(1, 2, 2, 4, hidden=3).save_pretrained(tmp_path)
+    assert [*tmp_path.iterdir()] == before
+
+
 def test_a_disk_that_is_full_loses_no_kernels_that_were_there(tmp_path, monkeypatch):
     LessKernels(1, 2, 2, 4, hidden=3).save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -258,4 +270,4 @@ def test_a_disk_that_is_full_loses_no_kernels_that_were_there(tmp_path, monkeypa
             patch.setattr(f"less_fast.kernels.{name}", full)
             with pytest.raises(OSError, match="no space left"):
                 LessKernels(1, 2, 2, 4, hidden=3).save_pretrained(tmp_path)
-        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
