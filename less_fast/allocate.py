@@ -31,11 +31,26 @@ class Curves:
     refined: dict[str, dict[str, Table]] = field(default_factory=dict)
 
     def __post_init__(self):
-        kinds = [kind for kind in (self.bare, self.less) if kind is not None]
-        if any(len(curve) != len(self.budgets) for kind in kinds for layer in kind for curve in layer):
-            raise ValueError(f"curves need one figure for each of the {len(self.budgets)} budgets")
-        if sorted(set(self.budgets)) != self.budgets or not self.budgets:
-            raise ValueError(f"the budgets of curves ascend, and {self.budgets} do not")
+        if not _is_array(self.budgets, 1, "i") or min(self.budgets) < 1 or sorted(set(self.budgets)) != self.budgets:
+            raise ValueError(f"the budgets of curves are integers of at least 1 that ascend, and {self.budgets!r} are not")
+        for kind in [self.bare] if self.less is None else [self.bare, self.less]:
+            if not _is_array(kind, 3, "if") or np.shape(kind)[2] != len(self.budgets):
+                raise ValueError(f"curves need one figure for each of the {len(self.budgets)} budgets, layers x KV heads of them")
+        if not isinstance(self.refined, dict) or not all(isinstance(tables, dict) for tables in self.refined.values()):
+            raise ValueError("refined tables are told apart by less or bare, then by their totals")
+        for total, found in (pair for tables in self.refined.values() for pair in tables.items()):
+            fits = _is_array(found, 2, "i") and np.shape(found) == np.shape(self.bare)[:2] and np.min(found) > 0
+            if not fits or str(np.sum(found)) != total:
+                raise ValueError(f"the refined table for {total} tokens in all is none: layers x KV heads of at least 1 token")
+
+
+def _is_array(lists, ndim: int, kinds: str) -> bool:
+    """Whether nested lists are an array of finite numbers, integers (i) or floats (f), and hold something."""
+    try:
+        found = np.array(lists)
+    except ValueError:  # ragged
+        return False
+    return found.ndim == ndim and found.size > 0 and found.dtype.kind in kinds and bool(np.isfinite(found).all())
 
 
 def average(parts: list[Curves]) -> Curves:
@@ -52,11 +67,14 @@ def table(curves: Curves, total: int, less: bool) -> Table | None:
     """The refined table of the given sum, or the budgets of least damage by the curves, each at least their first: greedy.
 
     Where a curve bends the wrong way its lower convex hull is followed: the best step may be a long one. None where the total
-    lies beyond what the curves cover: below the least budget of every head, or above the largest.
+    lies beyond what the curves cover: below the least budget of every head, or above the largest; and for LESS where they
+    were measured without kernels.
     """
     if known := curves.refined.get("less" if less else "bare", {}).get(str(total)):
         return known
     damage = curves.less if less else curves.bare
+    if damage is None:
+        return None
     heads = {(layer, g): curve for layer, row in enumerate(damage) for g, curve in enumerate(row)}
     if not curves.budgets[0] * len(heads) <= total <= curves.budgets[-1] * len(heads):
         return None

@@ -1,6 +1,7 @@
 """The command `less-kv`. Bad input ends in one sentence and exit code 2."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -30,7 +31,7 @@ from .damage import MEASURES, check_policy, measure
 from .damage import refine as refine_table
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache
-from .kernels import CONFIG, FAMILIES, Control, Features, LessKernels
+from .kernels import CONFIG, FAMILIES, MOST, Control, Features, LessKernels, make_folder
 from .plan import SHAPES, config_of
 from .plan import plan as plan_costs
 from .policies import POLICIES
@@ -46,6 +47,7 @@ app = typer.Typer(
     help="LESS: text generation in constant memory. Without options each command runs on the embedded model.",
 )
 errors = Console(stderr=True)
+LONGEST = 2**31 - 1  # positions are int32
 
 
 class Bad(Exception):
@@ -74,14 +76,15 @@ TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may b
 DatasetOption = Annotated[
     str, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT[,COLUMN]]] of a data set instead of files (needs datasets).")
 ]
-LengthOption = Annotated[int, typer.Option("--length", min=32, help="Tokens in a window.")]
+LengthOption = Annotated[int, typer.Option("--length", min=32, max=LONGEST, help="Tokens in a window.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
 HiddenOption = Annotated[
-    int | None, typer.Option("--hidden", min=0, help="Hidden width of the kernels; 32 (paper: 512) unless given.")
+    int | None, typer.Option("--hidden", min=0, max=MOST, help="Hidden width of the kernels; 32 (paper: 512) unless given.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+RankOption = Annotated[int, typer.Option("--rank", min=1, max=MOST, help="Features of the low-rank state.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random.")]
 
 
 @app.command()
@@ -125,7 +128,8 @@ def compare(
         _check_plot(picture)
     contents = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
-    learned = {_named(some): _load_kernels(network, model, some, seed) for some in kernels if some != "none"}
+    learned = {_named(some): _load_kernels(network, model, some, seed) for some in kernels}
+    learned = {name: some for name, some in learned.items() if some is not None}
     contents = contents or [content for _, content in corpus.documents("test")]
     chosen = cut_windows(tokenizer, contents, length, windows, seed)
     source = ", ".join(file.name for file in text) or f"held-out standard library ({corpus.digest('test')})"
@@ -174,6 +178,8 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise Bad("the prompt is empty")
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise Bad("the prompt holds bytes that are no UTF-8 text")
     rule = _budgeted(policy, budget, None)
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
@@ -209,10 +215,10 @@ def bench(
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
     family: FamilyOption = FamilyName.exponential,
-    rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
+    rank: RankOption = 8,
     hidden: HiddenOption = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
-    length: Annotated[int, typer.Option(min=32, help="Tokens of each sequence before the measured ones.")] = 4096,
+    length: Annotated[int, typer.Option(min=32, max=LONGEST, help="Tokens of each sequence before the measured ones.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache, of 8 tokens or one prompt each.")] = 4,
     compile: Annotated[bool, typer.Option(help="Measure compiled code, too; compiling takes a minute or more.")] = True,
     device: DeviceOption = "cpu",
@@ -233,7 +239,7 @@ def bench(
         batches = [int(number) for number in batch.split(",")]
     except ValueError:
         batches = [0]
-    if min(batches) < 1:
+    if min(batches) < 1 or max(batches) > LONGEST:
         raise Bad(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
     if picture:
         _check_plot(picture)
@@ -277,7 +283,7 @@ def plan(
     policy: PolicyOption = PolicyName.h2o,
     budget: Annotated[str, typer.Option(help="What each KV head keeps: tokens, or a share of the length.")] = "5%",
     family: FamilyOption = FamilyName.exponential,
-    rank: Annotated[int, typer.Option(min=0, help="Features of the low-rank state; 0 plans the bare policy.")] = 8,
+    rank: Annotated[int, typer.Option(min=0, max=MOST, help="Features of the low-rank state; 0 plans the bare policy.")] = 8,
     hidden: HiddenOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each sequence, prompt and generated.")] = 4096,
@@ -289,10 +295,12 @@ def plan(
     if policy.value == "full":
         raise Bad("--policy full is the full cache itself: choose another policy")
     rule = _budgeted(policy, budget, length)
+    if not math.isfinite(memory):
+        raise Bad(f"--memory is a number of gigabytes, not {memory}")
     try:
         config = config_of(model or str(MODEL))
-    except (OSError, ValueError) as error:
-        raise Bad(f"no config of a model at {model}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever transformers says of a file that is broken
+        raise Bad(f"no config of a model at {model}: {_first_line(error)}") from None
     hidden = _recipe(family, hidden).hidden
     limits = dict(memory=int(memory * 1e9) or None, family=family.value)
     costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), **limits)
@@ -330,8 +338,8 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each layer alone; 10 (paper: 40) unless given.")] = None,
     joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers together; 150 (paper: 0) unless given.")] = None,
     table_steps: Annotated[int | None, typer.Option(min=0, help="The same under budget tables; 100 (paper: 0).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 2,
-    rank: Annotated[int, typer.Option(min=1, help="Features of the low-rank state.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Windows in a step.")] = 2,
+    rank: RankOption = 8,
     hidden: HiddenOption = None,
     curves: Annotated[bool, typer.Option(help="Measure each KV head at each budget at the end, for budget tables.")] = True,
     disk: Annotated[float, typer.Option(min=0.0, help="Gigabytes that recordings may take: layers are recorded in turns.")] = 20,
@@ -351,6 +359,8 @@ def train(
         raise Bad("--policy full evicts nothing, so there is nothing to learn: choose another policy")
     if POLICIES[policy.value].selective:
         raise Bad(f"training needs a policy that evicts one token at a time, and {policy.value} does not: train with h2o, say")
+    if not math.isfinite(disk):
+        raise Bad(f"--disk is a number of gigabytes, not {disk}")
     rule = _budgeted(policy, budget, length)
     if rule.budget > length - 2:
         raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
@@ -358,7 +368,7 @@ def train(
     device = _join_torchrun(device)
     network, tokenizer = _load(model, device, dtype)
     training, held_out = _training_windows(tokenizer, texts, dataset, length, sequences, validation, seed)
-    out.mkdir(parents=True, exist_ok=True)  # what cannot be written should be known before the training
+    make_folder(out)  # what cannot be written should be known before the training
     recipe = replace(_recipe(family, hidden), rank=rank, seed=seed, batch=batch)
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs, halve_every=recipe.halve_every and max(1, epochs // 4))
@@ -406,6 +416,8 @@ def allocate(
 
     Caches with these kernels and a policy of the kind then give each head the budget that does most, as many in all.
     """
+    if kernels in ("", "none"):
+        raise Bad("budget tables come with kernels: say which with --kernels")
     if out is None and not Path(kernels).is_dir():
         raise Bad(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
     rule = POLICIES[policy.value]
@@ -415,6 +427,7 @@ def allocate(
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
     chosen, _ = _training_windows(tokenizer, texts, dataset, length, windows, 0, seed)
+    make_folder(out or kernels)  # what cannot be written should be known before the measuring
     found = learned.curves.get(type(rule).__name__)
     if found is None or not rules:
         with tqdm(desc="curves", unit="budget") as progress:
@@ -491,6 +504,8 @@ def _budgeted(policy: PolicyName, budget: str, length: int | None):
         return example
     try:
         number = float(budget.strip().removesuffix("%"))
+        if not math.isfinite(number):
+            raise ValueError
     except ValueError:
         raise Bad(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}") from None
     if budget.strip().endswith("%"):
@@ -514,10 +529,14 @@ def _read(file: Path) -> str:
 def _device(device: str) -> torch.device:
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
-        raise Bad(f"no device {device!r} here: {str(error).splitlines()[0]}") from None
+        raise Bad(f"no device {device!r} here: {_first_line(error)}") from None
     return place
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _load(model: str, device: str, dtype: Dtype):
@@ -527,9 +546,11 @@ def _load(model: str, device: str, dtype: Dtype):
     try:
         network = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype.value)).to(place).eval()
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise Bad(f"no usable model at {where}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever transformers says of a file that is broken
+        raise Bad(f"no usable model at {where}: {_first_line(error)}") from None
     check_model(network)
+    if min(sizes(network).values()) < 1:
+        raise Bad(f"the model at {where} has no layers or no heads: {sizes(network)}")
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise Bad(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
@@ -661,6 +682,14 @@ def main():
         app()
     except BrokenPipeError:
         os._exit(0)  # the reader of our output has gone
-    except (Bad, ValueError, OSError) as error:
-        print("less-kv: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except (Bad, ValueError, OSError, SafetensorError) as error:
+        _refuse(str(error))
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        _refuse("there is not so much memory here: take a smaller budget, batch or length")
+
+
+def _refuse(sentence: str):
+    print("less-kv: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(2)

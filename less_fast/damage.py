@@ -145,7 +145,7 @@ def refine(model, windows: torch.Tensor, policy, kernels: LessKernels | None, ta
             half = min(table[from_layer][from_head] // 2, windows.shape[1] - 1 - table[to_layer][to_head])
             moved[from_layer][from_head] -= half
             moved[to_layer][to_head] += half
-            if half < 1 or (key := str(moved)) in tried:
+            if half < 1 or not _takes(policy, moved[from_layer][from_head]) or (key := str(moved)) in tried:
                 continue
             tried.add(key)
             if (found := cost(moved)) < best:

@@ -37,7 +37,7 @@ from .architecture import (
 )
 from .kernels import Features, LessKernels
 from .policies import Policy
-from .state import LayerState, check_fit
+from .state import LayerState, check_fit, need_kernels, need_policy, need_whole
 from .step import compiled, extend, traceable
 from .store import digest, read, write
 
@@ -206,12 +206,16 @@ class LessCache(Cache):
         """
         _check_version()
         config = check_model(model)
+        need_policy(policy)
+        need_kernels(kernels, LessKernels)
+        if chunk is not None:
+            need_whole("chunk", chunk)
+        if not isinstance(compile, bool):
+            raise ValueError(f"compile is True or False, not {compile!r}")
         layers, (place, places) = config.num_hidden_layers, _tensor_parallel(model)
         if kernels is not None:
             check_kernels(model, kernels)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1 token, not {chunk}")
-        if isinstance(budgets, str) and budgets != "uniform":
+        if not (budgets is None or isinstance(budgets, list | tuple) or (isinstance(budgets, str) and budgets == "uniform")):
             raise ValueError(f'budgets are a table, None or "uniform", not {budgets!r}')
         if budgets is None and kernels is not None:
             budgets = kernels.budgets_for(policy)
@@ -222,11 +226,13 @@ class LessCache(Cache):
             kv_heads = heads["kv_heads"]
             del heads["layers"]
         if not uniform:
-            if len(budgets) != layers or any(len(row) != kv_heads for row in budgets):
+            rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
+            if [len(row) for row in rows] != [kv_heads] * layers:
                 raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
-            budgets = [[int(budget) for budget in row] for row in budgets]
+            budgets = rows
             policies = [[policy.with_budget(budget) for budget in row] for row in budgets]
-        if policy.kinds and not (isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1):
+        table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
+        if policy.kinds and not table:
             raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
         if kernels or not uniform:
             for rule, some in zip(policies, features):

@@ -3,11 +3,10 @@ three untrained families that it, or the field, compares with."""
 
 import json
 import math
-import operator
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +19,8 @@ from torch.nn.functional import elu, gelu
 from .allocate import Curves, Table, table
 
 WEIGHTS, CONFIG, CARD = "kernels.safetensors", "config.json", "README.md"
+CARD_BEGINS = "---\nlibrary_name: less-kv\n"
+MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, or a broken file
 
 
 class Features(nn.Module):
@@ -31,15 +32,17 @@ class Features(nn.Module):
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int]):
         super().__init__()
-        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
-        self.ranks = [rank] * kv_heads if isinstance(rank, int) else list(rank)
-        if min(query_heads, kv_heads, head_dim) < 1 or query_heads % kv_heads:
+        self.query_heads, self.kv_heads = _integer("query_heads", query_heads), _integer("kv_heads", kv_heads)
+        self.head_dim = _integer("head_dim", head_dim)
+        if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"kernels need sizes of at least 1 and query heads that are a multiple of the KV heads, "
                 f"not {query_heads=}, {kv_heads=}, {head_dim=}"
             )
-        if len(self.ranks) != kv_heads or min(self.ranks) < 1:
-            raise ValueError(f"kernels need a rank of at least 1, or one for each of {kv_heads} KV heads, not {rank}")
+        ranks = rank if isinstance(rank, list | tuple) else [rank] * self.kv_heads
+        if len(ranks) != self.kv_heads:
+            raise ValueError(f"kernels need one rank, or one for each of {kv_heads} KV heads, not {rank}")
+        self.ranks = [_integer("a rank", some) for some in ranks]
 
     @property
     def rank(self) -> int:
@@ -63,9 +66,7 @@ class Learned(Features):
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int], hidden: int, least: int):
         super().__init__(query_heads, kv_heads, head_dim, rank)
-        if hidden < least:
-            raise ValueError(f"kernels need a hidden width of at least {least}, not {hidden}")
-        self.hidden = hidden
+        self.hidden = _integer("a hidden width", hidden, least)
         self.dropout = 0.0  # on the hidden layer, in train mode
 
     @property
@@ -176,7 +177,7 @@ class Control(Features):
     """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
-        if not isinstance(rank, int):
+        if isinstance(rank, list | tuple):
             raise ValueError(f"{type(self).__name__} has one rank for all heads, not {rank}")
         super().__init__(query_heads, kv_heads, head_dim, rank)
 
@@ -198,7 +199,7 @@ class Performer(Control):
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
         super().__init__(query_heads, kv_heads, head_dim, rank)
-        self.register_buffer("w", _directions(rank, head_dim))  # (R, D)
+        self.register_buffer("w", _directions(self.rank, self.head_dim))  # (R, D)
 
     def phi(self, q):
         x = q.to(self.w.dtype) * self.head_dim**-0.25
@@ -216,9 +217,9 @@ class Fourier(Control):
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
         super().__init__(query_heads, kv_heads, head_dim, rank)
-        if rank % 2:
+        if self.rank % 2:
             raise ValueError(f"random Fourier features come in pairs: the rank must be even, not {rank}")
-        self.register_buffer("w", _directions(rank // 2, head_dim))  # (R / 2, D)
+        self.register_buffer("w", _directions(self.rank // 2, self.head_dim))  # (R / 2, D)
 
     def phi(self, q):
         x = q.to(self.w.dtype)
@@ -288,17 +289,24 @@ class LessKernels(nn.Module):
         curves: dict[str, Curves] | None = None,
     ):
         super().__init__()
-        rank = _integers(rank)
-        self.sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
-        self.sizes |= dict(rank=rank, hidden=hidden, family=family)
-        self.about, self.curves = about or {}, curves or {}
+        sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
+        self.sizes = {name: _integer(name, size) for name, size in sizes.items()}
+        self.sizes |= dict(rank=_integers(rank), hidden=_integer("a hidden width", hidden, least=0), family=family)
+        self.about, self.curves = {} if about is None else about, {} if curves is None else curves
+        if not isinstance(self.about, dict) or not isinstance(self.curves, dict):
+            raise ValueError(f"about and curves are dicts, not {about!r} and {curves!r}")
+        marks = self.about.get("fingerprint") or [0.0] * layers
+        if not isinstance(marks, list) or len(marks) != layers or not all(type(mark) in (int, float) for mark in marks):
+            raise ValueError(f"a fingerprint is one number for each of {layers} layers, not {marks!r}")
         for name, some in self.curves.items():
+            if not isinstance(some, Curves):
+                raise ValueError(f"the curves of {name} are no Curves, but {some!r}")
             for kind in (some.bare, some.less or some.bare):
                 if [len(layer) for layer in kind] != [kv_heads] * layers:
                     raise ValueError(f"the curves of {name} do not fit {layers} layers of {kv_heads} KV heads")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
-        table = [rank] * layers if isinstance(rank, int) else rank
+        table = self.sizes["rank"] if isinstance(rank, list | tuple) else [rank] * layers
         if len(table) != layers:
             raise ValueError(f"the ranks of {len(table)} layers do not fit {layers} layers")
         self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, some, hidden) for some in table)
@@ -310,22 +318,28 @@ class LessKernels(nn.Module):
         they do not reach the budget.
         """
         curves = self.curves.get(type(policy).__name__)
-        if curves is None or (less and curves.less is None):
+        if curves is None or policy.budget is None:
             return None
         return table(curves, policy.budget * self.sizes["layers"] * self.sizes["kv_heads"], less)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes kernels.safetensors, config.json and a model card, README.md, into `folder`: all aside first, then renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        stored = {**self.sizes, "about": self.about, "curves": {name: asdict(some) for name, some in self.curves.items()}}
+        """Writes kernels.safetensors, config.json and a model card, README.md, into `folder`: all aside first, then renamed.
+
+        Raises OSError, and leaves the folder as it was, where they cannot be written.
+        """
+        folder = make_folder(folder)
         aside = {name: folder / f".{name}.new" for name in (WEIGHTS, CONFIG, CARD)}
-        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, aside[WEIGHTS])
-        aside[WEIGHTS].chmod(0o644)  # it is written for its owner alone
-        aside[CONFIG].write_text(json.dumps(stored, indent=2) + "\n")
-        aside[CARD].write_text(_card(self))
-        for name, file in aside.items():
-            file.rename(folder / name)
+        stored = {**self.sizes, "about": self.about, "curves": {name: asdict(some) for name, some in self.curves.items()}}
+        try:
+            save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, aside[WEIGHTS])
+            aside[WEIGHTS].chmod(0o644)  # it is written for its owner alone
+            aside[CONFIG].write_text(json.dumps(stored, indent=2) + "\n")
+            aside[CARD].write_text(_card(self))
+            for name, file in aside.items():
+                file.rename(folder / name)
+        finally:
+            for file in aside.values():
+                file.unlink(missing_ok=True)
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Uploads the kernels, their config and the model card to a repository of the hub; returns its address."""
@@ -348,9 +362,11 @@ class LessKernels(nn.Module):
         try:
             stored = json.loads(config.read_text())
             curves = {name: Curves(**some) for name, some in stored.pop("curves", {}).items()}
-            kernels = cls(**stored, curves=curves)
-            kernels.load_state_dict(load_file(weights))
-        except (RuntimeError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            with torch.device("meta"):  # sizes that are not those of the weights shall take no memory
+                kernels = cls(**stored, curves=curves)
+            kernels.load_state_dict(_fitting(load_file(weights), kernels.state_dict()), assign=True)
+            _card(kernels)  # what is said about them is enough to save them again
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError, SafetensorError) as error:
             raise ValueError(f"the kernels in {where} are broken, or do not fit their {CONFIG}: {error}") from error
         broken = [name for name, weight in kernels.state_dict().items() if not weight.isfinite().all()]
         if broken:
@@ -375,9 +391,12 @@ class LessKernels(nn.Module):
             try:
                 loaded = torch.load(files[index], map_location="cpu", weights_only=True)
                 layers.append(_official_weights(loaded["model_state_dict"]))
-                settings = loaded.get("config", {})
-            except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {error}") from error
+                settings = dict(loaded.get("config", {}))
+            except Exception as error:  # a broken pickle raises anything
+                why = " ".join(f"{type(error).__name__} {error}".split())
+                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {why}") from error
+            if wrong := [name for name, weight in layers[-1].items() if weight.ndim != 3]:
+                raise ValueError(f"{files[index]} is no layer of the authors' kernels: {wrong[0]} has no heads")
         (query_heads, head_dim, hidden), (kv_heads, _, rank) = layers[0]["q1"].shape, layers[0]["k2"].shape
         about = {"origin": "the authors' checkpoint", "settings": {name: str(value) for name, value in settings.items()}}
         kernels = cls(len(layers), query_heads, kv_heads, head_dim, rank, hidden, about)
@@ -387,6 +406,28 @@ class LessKernels(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the layers in {folder} differ in shape: {error}") from error
         return kernels.requires_grad_(False).eval()
+
+
+def make_folder(folder: str | os.PathLike) -> Path:
+    """The folder, there now, for kernels. OSError where there can be none, or files of other things would be replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if taken := [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).is_dir()]:
+        raise IsADirectoryError(f"{folder / taken[0]} is a folder, and kernels have a file of that name")
+    if (card := folder / CARD).exists() and not card.read_bytes().startswith(CARD_BEGINS.encode()):
+        raise FileExistsError(f"{card} is no model card of kernels, and would be replaced by one: choose another folder")
+    return folder
+
+
+def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
+    """The weights loaded, in float32. ValueError where they are not those wanted, by name and shape, or no floats."""
+    for name in sorted(loaded.keys() | wanted.keys()):
+        found, shape = (tuple(some[name].shape) if name in some else None for some in (loaded, wanted))
+        if found != shape:
+            raise ValueError(f"{name} has the shape {found}, and by its config {shape}")
+        if not loaded[name].is_floating_point():
+            raise ValueError(f"{name} holds {loaded[name].dtype}, not floats")
+    return {name: weight.float() for name, weight in loaded.items()}
 
 
 def _official_weights(state: dict) -> dict[str, torch.Tensor]:
@@ -405,7 +446,7 @@ def _card(kernels: LessKernels) -> str:
     about, sizes = kernels.about, kernels.sizes
     features = sum(sum(layer.ranks) for layer in kernels.layers) / (sizes["layers"] * sizes["kv_heads"])
     lines = [
-        *("---", "library_name: less-kv", "tags: [less, kv-cache, long-context]", "---", ""),
+        CARD_BEGINS + "tags: [less, kv-cache, long-context]\n---\n",
         f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
         "",
         f"Kernels of the {sizes['family']} family for {sizes['layers']} layers, {sizes['query_heads']} query heads and "
@@ -434,14 +475,15 @@ def _card(kernels: LessKernels) -> str:
     return "\n".join([*lines, f"All settings and figures: {CONFIG}.", ""])
 
 
+def _integer(what: str, value, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= MOST:
+        raise ValueError(f"kernels need {what} of at least {least} and at most {MOST:,}, not {value!r}")
+    return int(value)
+
+
 def _integers(rank):
     """A rank, or a table of them, in int and list."""
-    if isinstance(rank, Sequence) and not isinstance(rank, str):
-        return [_integers(row) for row in rank]
-    try:
-        return operator.index(rank)
-    except TypeError:
-        raise ValueError(f"a rank is an integer, or a table (layers x KV heads) of them, not {rank!r}") from None
+    return [_integers(row) for row in rank] if isinstance(rank, list | tuple) else _integer("a rank", rank)
 
 
 def _locate(where) -> tuple[Path, Path]:

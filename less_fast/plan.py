@@ -65,11 +65,14 @@ def plan(
 
     length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
     rank, hidden, family: of the kernels.
-    Buffers of the computation itself are not counted.
+    Buffers of the computation itself are not counted. Raises ValueError where no model or kernels can have these sizes.
     """
     shape = sizes_of(config)
     with torch.device("meta"):
-        weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+        try:
+            weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+        except Exception as error:  # whatever transformers says of numbers that cannot be
+            raise ValueError(f"there is no model of this config: {type(error).__name__} {error}") from error
         kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family) if rank else None
     shared = bytes_of(kernels) if kernels else 0
     token = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * dtype.itemsize

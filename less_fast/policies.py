@@ -29,11 +29,25 @@ import torch
 
 
 def _need(policy, **least):
-    """Refuses fields below their least value, in one sentence."""
+    """Refuses fields below their least value, or beyond int32, which positions are, in one sentence."""
     for name, smallest in least.items():
         value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise ValueError(f"{type(policy).__name__} needs {name} to be an integer of at least {smallest}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**31 - 1:
+            raise ValueError(
+                f"{type(policy).__name__} needs {name} to be an integer of at least {smallest} and below 2^31 - 1, not {value!r}"
+            )
+
+
+def _need_share(policy, name):
+    """Refuses a field that is no number above 0 and at most 1."""
+    value = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{type(policy).__name__} needs a {name} above 0, at most 1, not {value!r}")
+
+
+def _need_budget(budget):
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(f"a budget must be a whole number of tokens, at least 1, not {budget!r}")
 
 
 class Policy:
@@ -115,6 +129,7 @@ class Lambda(Policy):
 
     def with_budget(self, budget: int) -> "Lambda":
         """The same number of sinks; the window takes the rest."""
+        _need_budget(budget)
         if budget <= self.sinks:
             raise ValueError(f"a budget of {budget} leaves no recent tokens beside {self.sinks} sinks: give it more")
         return replace(self, recent=budget - self.sinks)
@@ -143,8 +158,7 @@ class H2O(Policy):
 
     def with_budget(self, budget: int) -> "H2O":
         """Heavy and recent in the same proportion; what does not divide goes to the heavy ones."""
-        if budget < 1:
-            raise ValueError(f"a budget must be at least 1 token, not {budget}")
+        _need_budget(budget)
         recent = budget * self.recent // self.budget
         return replace(self, heavy=budget - recent, recent=recent)
 
@@ -157,8 +171,7 @@ class DecayedH2O(H2O):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"DecayedH2O needs a decay above 0 and at most 1, not {self.decay!r}")
+        _need_share(self, "decay")
 
     def update(self, score, p, visible):
         real = visible.any(-1)  # (N, H, m)
@@ -216,6 +229,7 @@ class Scissorhands(Policy):
 
     def with_budget(self, budget: int) -> "Scissorhands":
         """The same share of recent tokens, rounded down."""
+        _need_budget(budget)
         return replace(self, budget=budget, recent=budget * self.recent // self.budget)
 
     def rank(self, position, score, n):
@@ -266,6 +280,7 @@ class SnapKV(Policy):
 
     def with_budget(self, budget: int) -> "SnapKV":
         """The same share of the window, rounded down, and at least one token."""
+        _need_budget(budget)
         return replace(self, budget=budget, window=max(1, budget * self.window // self.budget))
 
 
@@ -295,8 +310,9 @@ class FastGen(Policy):
 
     def __post_init__(self):
         _need(self, budget=1, frequent=0, local=0)
-        if self.frequent + self.local > self.budget or not 0 < self.recovery <= 1:
-            raise ValueError(f"FastGen needs frequent + local within the budget and a recovery above 0, at most 1, not {self}")
+        _need_share(self, "recovery")
+        if self.frequent + self.local > self.budget:
+            raise ValueError(f"FastGen needs frequent + local within the budget, not {self}")
 
     def update(self, score, p, visible):
         kind, attention, near, age, choice = score.unbind(-1)
@@ -339,6 +355,7 @@ class FastGen(Policy):
 
     def with_budget(self, budget: int) -> "FastGen":
         """The same shares of frequent and local tokens, rounded down."""
+        _need_budget(budget)
         share = {name: budget * getattr(self, name) // self.budget for name in ("frequent", "local")}
         return replace(self, budget=budget, **share)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import Features
+from .policies import Policy
 from .store import read, write
 
 
@@ -59,9 +60,17 @@ class LayerState:
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
         kernels: the layer's kernels (LayerKernels or another family), or None for the bare policy.
         dtype: of keys and values; scores and the low-rank state are float32, or float64 where dtype is.
-        Raises ValueError where the numbers of heads, policies and kernels do not fit each other.
+        Raises ValueError where sizes, policies and kernels are none or do not fit each other, or there is no room.
         """
         policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
+        need_whole("a batch", batch)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"keys and values are of a floating-point dtype, not of {dtype!r}")
+        try:
+            torch.zeros(batch, kv_heads, head_dim, max(rule.budget or 0 for rule in policies), device="meta")
+            torch.zeros(0, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(f"there is no room for such a state on {device!r}: {str(error).splitlines()[0]}") from error
         ranks = kernels.ranks if kernels else [0] * kv_heads
         wide, both = torch.promote_types(dtype, torch.float32), list(zip(policies, ranks))
         groups = []
@@ -149,9 +158,32 @@ class LayerState:
         }
 
 
+def need_whole(what: str, number, most: int = 2**31 - 1) -> None:
+    """ValueError where it is not an integer of at least 1 and at most `most`."""
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+        raise ValueError(f"{what} must be an integer of at least 1 and at most {most:,}, not {number!r}")
+
+
+def need_policy(*policies) -> None:
+    """ValueError for anything that is no policy."""
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise ValueError(f"a policy is something like H2O(heavy=26, recent=25), of a class that inherits Policy, not {policy!r}")
+
+
+def need_kernels(kernels, kind: type) -> None:
+    """ValueError for kernels that are neither None nor of the kind."""
+    if kernels is not None and not isinstance(kernels, kind):
+        raise ValueError(f"kernels are {kind.__name__} (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
+
+
 def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list:
-    """The policy of each KV head of a layer. ValueError where heads, policies and kernels do not fit each other."""
+    """The policy of each KV head of a layer. ValueError where heads, policies and kernels are none or do not fit each other."""
+    for what, size in {"query heads": query_heads, "KV heads": kv_heads, "head_dim": head_dim}.items():
+        need_whole(what, size)
     policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
+    need_policy(*policies)
+    need_kernels(kernels, Features)
     if query_heads % kv_heads or len(policies) != kv_heads:
         raise ValueError(
             f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "

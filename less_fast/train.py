@@ -161,6 +161,8 @@ def train(
         "sequences": len(windows),
         "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
     }
+    budgets = [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
+    rules = [policy.with_budget(budget) for budget in budgets] if recipe.joint_steps or recipe.table_steps else []
     order = about | {"text": hashlib.sha256(torch.cat([windows, validation]).numpy().tobytes()).hexdigest(), "curves": curves}
     kernels = LessKernels(**sizes(model), rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
     kernels.to(model.device)
@@ -169,8 +171,7 @@ def train(
         about["validation"] = _each_layer(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
             return None
-        few, budgets = validation[:JOINT_VALIDATION], [max(1, int(policy.budget * share)) for share in recipe.joint_budgets]
-        rules = [policy.with_budget(budget) for budget in budgets]
+        few = validation[:JOINT_VALIDATION]
         if recipe.joint_steps:
             given = rules, rules, recipe.joint_steps, recipe, work
             about["joint"] = {"budgets": budgets} | _distill("joint", kernels, model, windows, few, *given)

@@ -158,6 +158,12 @@ def test_a_refined_table_costs_what_is_said_and_no_move_among_its_largest_heads_
             assert cost(moved.tolist()) >= said * (1 - 1e-9)
 
 
+def test_refining_never_gives_a_head_less_than_its_policy_takes():
+    table, _ = refine(make_model(), tokens(2, 24), Lambda(3, 1), None, [[4, 6], [4, 4], [7, 4]])
+    assert np.sum(table) == 29
+    assert np.min(table) >= 4
+
+
 def test_refining_never_gives_a_head_more_than_a_whole_window():
     found, _ = refine(make_model(), tokens(1, 20), H2O(1, 1), None, [[16, 16], [2, 2], [16, 2]])
     assert np.max(found) <= 19

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from less_fast import H2O, Lambda, LessKernels, token_kinds
 from less_fast.compare import compare
-from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
+from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus, own_decoder
 from less_fast.text import dataset_texts, tokenized, windows
 
 
@@ -160,3 +161,27 @@ def test_the_model_can_be_rebuilt_from_nothing(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) == 2048
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_decoder_of_ones_own_with_room_for_all_writes_what_causal_attention_writes(seed):
+    torch.manual_seed(seed)
+    decoder, ids = own_decoder.Decoder(), torch.randint(own_decoder.VOCABULARY, (2, 10))
+    found = torch.cat([token for token, _ in own_decoder.generate(decoder, ids, new=12, policy=H2O(11, 10))], 1)
+
+    def dense(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    for _ in range(12):
+        logits = decoder(ids, 0, [dense] * own_decoder.LAYERS)
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, ids[:, 10:])
+    assert found.unique().numel() > 5  # it does not repeat itself
+
+
+def test_a_decoder_of_ones_own_holds_as_much_after_hundred_tokens_as_after_one():
+    command = [sys.executable, "-m", "less_fast.demo.own_decoder"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    held = [int(line.split("token")[1].split()[1].replace(",", "")) for line in lines]
+    assert len(held) == 100
+    assert len({*held}) == 1
