@@ -168,7 +168,7 @@ def need_policy(*policies) -> None:
     """ValueError for anything that is no policy."""
     for policy in policies:
         if not isinstance(policy, Policy):
-            raise ValueError(f"a policy is something like H2O(heavy=26, recent=25), of a class that inherits Policy, not {policy!r}")
+            raise ValueError(f"a policy is something like H2O(heavy=26, recent=25), its class inherits Policy: not {policy!r}")
 
 
 def need_kernels(kernels, kind: type) -> None:

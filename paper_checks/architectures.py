@@ -186,7 +186,10 @@ def summary(found) -> str:
         if isinstance(row, Row):
             served = "" if row.refused else "all" if len({*row.layers.split(" of ")}) == 1 else "those with full attention"
             why = re.sub(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|Decoder|ConditionalGeneration)\b", "it", row.refused).split(":")[0]
+            why = re.sub("it needs a .* of transformers.*", "it needs cache layers of its own", why)
             groups.setdefault((why, served), []).append(row)
+    alone = [group for group, alike in groups.items() if len(alike) == 1]
+    groups["each for a reason of its own", ""] = [groups.pop(group)[0] for group in alone]
     lines = ["| types | layers served | logits | small budget, from less_ref |", "|---|---|---|---|"]
     for (why, served), alike in sorted(groups.items(), key=lambda group: (group[0][0] != "", -len(group[1]))):
         names = sorted((row.model_type for row in alike), key=lambda name: name not in KNOWN)

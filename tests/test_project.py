@@ -75,3 +75,10 @@ def test_the_readmes_snippets_run(snippet):
 def test_the_readme_fits_on_few_screens():
     assert SNIPPETS
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def test_the_readme_shows_the_table_that_the_script_wrote():
+    """paper_checks/architectures.py writes the file; its summary stands in the README, too."""
+    table = (ROOT / "paper_checks" / "ARCHITECTURES.md").read_text().split("## One by one")[0].split("\n\n")[-2]
+    assert table.startswith("| types |")
+    assert table in (ROOT / "README.md").read_text()
