@@ -5,6 +5,7 @@ import importlib
 import platform
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from less_fast import LessKernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.hf import check_kernels
+from less_fast.text import dataset_columns
 
 from .check import Setting
 
@@ -33,7 +35,10 @@ NAMES = (
     "training_cost",
     "retrieval",
     "near_ties",
+    "harness",
+    "summarization",
 )
+SUMMARIES = 200  # rows of a data set that are read
 
 
 def options(arguments):
@@ -43,6 +48,8 @@ def options(arguments):
     parser.add_argument("--kernels", help="folder or hub name of kernels for the model; embedded model: its own")
     parser.add_argument("--paper-kernels", help="the same of the paper's own family, to stand beside them")
     parser.add_argument("--data", type=Path, action="append", help="text file, may be repeated; the held-out standard library")
+    parser.add_argument("--tasks", help="of lm-evaluation-harness, separated by commas; one made of the held-out text")
+    parser.add_argument("--summaries", metavar="NAME,CONFIG,SPLIT,ARTICLE,SUMMARY", help="data set and two columns, for ROUGE")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,6 +62,11 @@ def options(arguments):
     embedded = chosen.model == str(MODEL)
     if not embedded and not chosen.kernels:
         parser.error("--model needs --kernels: train some with `less-kv train`")
+    for option, name in (("tasks", "harness"), ("summaries", "summarization")):
+        if getattr(chosen, option) and name not in (chosen.names or NAMES):
+            parser.error(f"--{option} is for the check {name}, which is not among those named")
+    if chosen.summaries and chosen.summaries.count(",") != 4:
+        parser.error(f"--summaries takes NAME,CONFIG,SPLIT,ARTICLE,SUMMARY, not {chosen.summaries!r}")
     chosen.kernels = chosen.kernels or str(KERNELS)
     chosen.paper_kernels = chosen.paper_kernels or (str(PAPER_KERNELS) if embedded else None)
     return chosen
@@ -70,7 +82,15 @@ def setting(chosen) -> Setting:
         loaded.append(kernels)
     texts = [file.read_text(encoding="utf-8") for file in chosen.data or []] or None
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    return Setting(model, tokenizer, *loaded, texts, 256 if chosen.quick else chosen.length, chosen.quick, chosen.seed)
+    tasks = summaries = None
+    if chosen.tasks:
+        from .harness import load_tasks  # asks for lm_eval
+
+        tasks = load_tasks(chosen.tasks.split(","))
+    if chosen.summaries:
+        summaries = list(islice(dataset_columns(*chosen.summaries.split(",")), SUMMARIES))
+    length = 256 if chosen.quick else chosen.length
+    return Setting(model, tokenizer, *loaded, texts, length, chosen.quick, chosen.seed, tasks, summaries)
 
 
 def main(arguments=None):
@@ -86,6 +106,8 @@ def main(arguments=None):
         "model": "embedded" if chosen.model == str(MODEL) else chosen.model,
         "kernels": "embedded" if chosen.kernels == str(KERNELS) else chosen.kernels,
         "text": ", ".join(file.name for file in chosen.data or []) or "held-out standard library",
+        "tasks": chosen.tasks or "held-out text",
+        "summaries": chosen.summaries or "held-out text",
         "length": here.length,
         "seed": here.seed,
         "device": torch.cuda.get_device_name() if chosen.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",

@@ -25,11 +25,20 @@ class Setting:
     length: int = 1024  # tokens of a window
     quick: bool = False  # a smoke run: everything, as small as can be
     seed: int = 0
+    tasks: list | None = None  # of lm-evaluation-harness; None: one of the held-out text
+    summaries: list[tuple[str, str]] | None = None  # articles with theirs; None: continuations of the held-out text
+
+    def held_out(self) -> list[str]:
+        """The texts; four in a quick run."""
+        return self.texts or [text for _, text in corpus.documents("test")][: 4 if self.quick else None]
+
+    def families(self) -> dict[str, LessKernels]:
+        """The kernels, by what a table calls them."""
+        return {"ours": self.kernels} | ({"the paper's": self.paper_kernels} if self.paper_kernels else {})
 
     def windows(self, count: int, length: int | None = None) -> torch.Tensor:
         """Held-out windows (count, length) of tokens; two in a quick run."""
-        texts = self.texts or [text for _, text in corpus.documents("test")][: 4 if self.quick else None]
-        return cut_windows(self.tokenizer, texts, length or self.length, 2 if self.quick else count, self.seed)
+        return cut_windows(self.tokenizer, self.held_out(), length or self.length, 2 if self.quick else count, self.seed)
 
     def policies(self) -> list[H2O]:
         """H2O at the paper's budgets."""
