@@ -98,6 +98,11 @@ def main(arguments=None):
 
     chosen = options(arguments)
     try:
+        modules = {name: importlib.import_module(f"paper_checks.{name}") for name in chosen.names or NAMES}
+    except ImportError as error:
+        print(f"paper_checks: {error}: pip install 'less-kv[eval,plot]'", file=sys.stderr)
+        return 2
+    try:
         here = setting(chosen)
     except (OSError, ValueError, SafetensorError) as error:
         print(f"paper_checks: {' '.join(str(error).split())}", file=sys.stderr)
@@ -115,8 +120,7 @@ def main(arguments=None):
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}",
     }
     checks = {}
-    for name in chosen.names or NAMES:
-        module = importlib.import_module(f"paper_checks.{name}")
+    for name, module in modules.items():
         began = time.perf_counter()
         found = module.check(here)
         checks[name] = module, found, time.perf_counter() - began

@@ -1,11 +1,11 @@
-"""Classification through lm-evaluation-harness : its model "less-kv", and a task made of the held-out text.
+"""Classification through lm-evaluation-harness: its model "less-kv", and a task made of the held-out text.
 
     python -m paper_checks harness --tasks boolq,mutual    # tasks of the harness, where their data can be had
 
 Importing this file registers the model, for `lm_eval.simple_evaluate` and for the harness's own command:
 
     python -c "import paper_checks.harness; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" run \\
-        --model less-kv --model_args pretrained=FOLDER,kernels=FOLDER,cache=less,policy=h2o,budget=5% --tasks boolq
+        --model less-kv --model_args pretrained=FOLDER,kernels=FOLDER,cache=less,policy=h2o,budget=5% --tasks boolq --device cpu
 """
 
 import random

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_library_that_is_missing_is_named_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "paper_checks.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert command.main(["memory", "harness", "--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "lm_eval" in (message := capsys.readouterr().err)
+    assert "pip install 'less-kv[eval,plot]'" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_kernels_of_another_model_are_refused(tmp_path, capsys):
     LessKernels(2, 4, 4, 64, hidden=3).save_pretrained(tmp_path)
     assert command.main(["memory", "--kernels", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
@@ -138,9 +148,10 @@ def test_a_planted_error_changes_the_verdict_of_the_exact_checks(name, here, mon
 
 
 def questions(count=5):
-    """Requests of the harness: contexts of several lengths, two continuations each, the second a single character."""
+    """Requests of the harness, the longest context first: other text, one character, and what follows with an error in it."""
     words = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 2
-    pairs = [(words[: 20 + 13 * index].rstrip(), end) for index in range(count) for end in (words[40:70], "x")]
+    contexts = [words[: 20 + 23 * index].rstrip() for index in reversed(range(count))]
+    pairs = [(said, end) for said in contexts for end in (words[40:70], "x", words[len(said) :][:20] + "~")]
     return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
 
 
@@ -155,14 +166,18 @@ def language_model(setting, cache="full", **kwargs):
 def test_the_harness_gets_what_a_plain_pass_gives_and_batches_change_nothing(cache, batch_size, here):
     requests = questions()
     found = language_model(here, cache, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
+    begun = False
     for request, (nats, greedy) in zip(requests, found):
         context, whole = here.tokenizer(request.args[0])["input_ids"], here.tokenizer("".join(request.args))["input_ids"]
-        ids = torch.tensor([whole])
+        ids = torch.tensor([[*context, *whole[len(context) :]]])  # as the harness cuts it
         kept = {} if cache == "full" else {"past_key_values": language_model(here, cache).make(1), "use_cache": True}
         logits = here.model(ids, **kept).logits[0, len(context) - 1 : -1]
         expected = logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None]).sum()
         torch.testing.assert_close(torch.tensor(nats), expected, rtol=1e-4, atol=1e-4)
-        assert greedy == torch.equal(logits.argmax(-1), ids[0, len(context) :])
+        right = logits.argmax(-1) == ids[0, len(context) :]
+        assert greedy == right.all()
+        begun |= bool(right[0]) and not greedy
+    assert begun
 
 
 def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_stop(here):
