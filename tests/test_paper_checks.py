@@ -254,6 +254,9 @@ def test_dead_kernels_swapped_answers_and_ignored_budgets_change_the_verdict_on_
     assert full > 0.7 > bare
     assert less >= plus
     assert harness.check(without_state(here)).verdict == FAILS
+    with monkeypatch.context() as patch:  # Baseline+ keeps everything
+        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        assert harness.check(here).verdict == FAILS
     own = harness.CachedLM._scores
     with monkeypatch.context() as patch:  # the worst answer in the place of the best
         patch.setattr(harness.CachedLM, "_scores", lambda lm, pairs: [(-nats, greedy) for nats, greedy in own(lm, pairs)])
@@ -312,6 +315,9 @@ def test_kernels_that_add_nothing_and_swapped_texts_change_the_verdict_on_summar
     assert measured["full"] == 1 > measured["less"] > measured["bare"]
     assert healthy.verdict in (HOLDS, IN_PART)
     assert summarization.check(without_state(more)).verdict == FAILS
+    with monkeypatch.context() as patch:  # Baseline+ keeps everything
+        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        assert summarization.check(more).verdict == FAILS
     own = summarization.rouge
     monkeypatch.setattr(summarization, "rouge", lambda references, texts: own(references, texts[1:] + texts[:1]))
     swapped = summarization.check(more)
