@@ -70,10 +70,10 @@ def compare(
     token_kinds: for policies that ask, as `LessCache.for_model` takes them.
     Raises ValueError where the model's output is not finite.
     """
-    contenders = list(_contenders(model, policies, kernels, token_kinds))
-    speeds = decode(model, windows[:DECODED_ROWS], contenders)
+    caches = list(contenders(model, policies, kernels, token_kinds))
+    speeds = decode(model, windows[:DECODED_ROWS], caches)
     rows, losses = [], {}
-    for contender, (size, speed) in zip(contenders, speeds):
+    for contender, (size, speed) in zip(caches, speeds):
         loss = window_losses(model, windows, contender)  # (W,)
         losses[contender.cache, contender.budgets, contender.policy] = loss
         if contender.cache == "full":
@@ -123,7 +123,8 @@ def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor,
     return share(full.mean(), bare.mean(), other.mean()).item(), stderr.item()
 
 
-def _contenders(model, policies, kernels, token_kinds) -> Iterator[Contender]:
+def contenders(model, policies, kernels, token_kinds=None) -> Iterator[Contender]:
+    """The caches that `compare` measures, in its order."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     def one(cache, policy, name=None, table=None, plus=None):

@@ -1,7 +1,7 @@
 """Texts as tokens: windows for training and measuring, and the kinds of a tokenizer's tokens."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -34,20 +34,32 @@ def dataset_texts(name: str, characters: int) -> list[str]:
     where, config, split, column, *rest = [*name.split(","), "", "", "", ""][: max(4, name.count(",") + 1)]
     if rest:
         raise ValueError(f"a data set is NAME[,CONFIG[,SPLIT[,COLUMN]]], not {name!r}")
+    texts, enough = [], 0
+    for (text,) in dataset_columns(where, config, split, column or "text"):
+        texts.append(text)
+        enough += len(text)
+        if enough >= characters:
+            break
+    return texts
+
+
+def dataset_columns(where: str, config: str, split: str, *columns: str) -> Iterator[tuple[str, ...]]:
+    """The columns of a data set of the hub, or of a local folder, row by row; split "train" where it is empty.
+
+    Raises ValueError, with the reason, where there is no such data set, split or column, or the library is missing.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError("a data set needs the library datasets: pip install 'less-kv[eval]'") from None
-    texts, enough = [], 0
     try:
         for row in load_dataset(where, config or None, split=split or "train", streaming=True):
-            texts.append(row[column or "text"])
-            enough += len(texts[-1])
-            if enough >= characters:
-                break
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:  # the last two: no text there, an empty file
-        raise ValueError(f"no texts from the data set {name!r}: {type(error).__name__} {error}") from error
-    return texts
+            found = tuple(row[column] for column in columns)
+            if not all(isinstance(text, str) for text in found):
+                raise TypeError(f"a row of {', '.join(columns)} holds something else than text")
+            yield found
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:  # the last: an empty file
+        raise ValueError(f"no texts from the data set {where!r}: {type(error).__name__} {error}") from error
 
 
 def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:

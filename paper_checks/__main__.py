@@ -5,6 +5,7 @@ import importlib
 import platform
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from less_fast import LessKernels
 from less_fast.architecture import check_kernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
-from less_fast.text import dataset_texts
+from less_fast.text import dataset_columns, dataset_texts
 
 from .check import MOST, Setting
 
@@ -35,7 +36,10 @@ NAMES = (
     "training_cost",
     "retrieval",
     "near_ties",
+    "harness",
+    "summarization",
 )
+SUMMARIES = 200  # rows of a data set that are read
 
 
 def options(arguments):
@@ -49,6 +53,8 @@ def options(arguments):
         action="append",
         help="text file, or a data set as NAME[,CONFIG[,SPLIT[,COLUMN]]], may be repeated; the standard library unless given",
     )
+    parser.add_argument("--tasks", help="of lm-evaluation-harness, separated by commas; one made of the held-out text")
+    parser.add_argument("--summaries", metavar="NAME,CONFIG,SPLIT,ARTICLE,SUMMARY", help="data set and two columns, for ROUGE")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,6 +67,11 @@ def options(arguments):
     embedded = chosen.model == str(MODEL)
     if not embedded and not chosen.kernels:
         parser.error("--model needs --kernels: train some with `less-kv train`")
+    for option, name in (("tasks", "harness"), ("summaries", "summarization")):
+        if getattr(chosen, option) and name not in (chosen.names or NAMES):
+            parser.error(f"--{option} is for the check {name}, which is not among those named")
+    if chosen.summaries and chosen.summaries.count(",") != 4:
+        parser.error(f"--summaries takes NAME,CONFIG,SPLIT,ARTICLE,SUMMARY, not {chosen.summaries!r}")
     chosen.kernels = chosen.kernels or str(KERNELS)
     chosen.paper_kernels = chosen.paper_kernels or (str(PAPER_KERNELS) if embedded else None)
     return chosen
@@ -77,7 +88,14 @@ def setting(chosen) -> Setting:
     length = 256 if chosen.quick else chosen.length
     texts = [text for name in chosen.data for text in texts_of(name, length)] if chosen.data else None
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    found = Setting(model, tokenizer, *loaded, texts, length, chosen.quick, chosen.seed)
+    tasks = summaries = None
+    if chosen.tasks:
+        from .harness import load_tasks  # asks for lm_eval
+
+        tasks = load_tasks(chosen.tasks.split(","))
+    if chosen.summaries:
+        summaries = list(islice(dataset_columns(*chosen.summaries.split(",")), SUMMARIES))
+    found = Setting(model, tokenizer, *loaded, texts, length, chosen.quick, chosen.seed, tasks, summaries)
     if texts is not None:
         for split, most in MOST.items():
             found.windows(most, split=split)  # refused now where they are too short
@@ -95,6 +113,11 @@ def main(arguments=None):
 
     chosen = options(arguments)
     try:
+        modules = {name: importlib.import_module(f"paper_checks.{name}") for name in chosen.names or NAMES}
+    except ImportError as error:
+        print(f"paper_checks: {error}: pip install 'less-kv[eval,plot]'", file=sys.stderr)
+        return 2
+    try:
         here = setting(chosen)
     except (OSError, ValueError, SafetensorError) as error:
         print(f"paper_checks: {' '.join(str(error).split())}", file=sys.stderr)
@@ -103,6 +126,8 @@ def main(arguments=None):
         "model": "embedded" if chosen.model == str(MODEL) else chosen.model,
         "kernels": "embedded" if chosen.kernels == str(KERNELS) else chosen.kernels,
         "text": ", ".join(chosen.data or []) or "held-out standard library",
+        "tasks": chosen.tasks or "held-out text",
+        "summaries": chosen.summaries or "held-out text",
         "length": here.length,
         "seed": here.seed,
         "device": torch.cuda.get_device_name() if chosen.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",
@@ -110,8 +135,7 @@ def main(arguments=None):
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}",
     }
     checks = {}
-    for name in chosen.names or NAMES:
-        module = importlib.import_module(f"paper_checks.{name}")
+    for name, module in modules.items():
         began = time.perf_counter()
         found = module.check(here)
         checks[name] = module, found, time.perf_counter() - began

@@ -32,6 +32,16 @@ class Setting:
     length: int = 1024  # tokens of a window
     quick: bool = False  # a smoke run: everything, as small as can be
     seed: int = 0
+    tasks: list | None = None  # of lm-evaluation-harness; None: one of the held-out text
+    summaries: list[tuple[str, str]] | None = None  # articles with theirs; None: continuations of the held-out text
+
+    def held_out(self) -> list[str]:
+        """The texts; four in a quick run."""
+        return self.texts or [text for _, text in corpus.documents("test")][: 4 if self.quick else None]
+
+    def families(self) -> dict[str, LessKernels]:
+        """The kernels, by what a table calls them."""
+        return {"ours": self.kernels} | ({"the paper's": self.paper_kernels} if self.paper_kernels else {})
 
     def windows(self, count: int, length: int | None = None, split: str = "test") -> torch.Tensor:
         """Windows (count, length) of tokens, a few in a quick run: held out, or of the split "train".
@@ -40,8 +50,10 @@ class Setting:
         """
         count, length = min(count, QUICK[split]) if self.quick else count, length or self.length
         if self.texts is None:
-            texts = [text for _, text in corpus.documents(split)][:: 20 if split == "train" else 1]  # of that there is plenty
-            return cut_windows(self.tokenizer, texts[: 4 if self.quick else None], length, count, self.seed)
+            texts = self.held_out()
+            if split == "train":
+                texts = [text for _, text in corpus.documents(split)][::20][: 4 if self.quick else None]  # it is plenty
+            return cut_windows(self.tokenizer, texts, length, count, self.seed)
         every = cut_windows(self.tokenizer, self.texts, length, seed=self.seed)
         third = len(every) // 3
         found = (every[:third] if split == "train" else every[third:])[:count]

@@ -11,8 +11,7 @@ PAPER = "WikiText, Llama 2 7B, H2O at 2 %: 13.33 bare, 10.75 LESS"
 
 
 def check(setting: Setting) -> Found:
-    kernels = {"ours": setting.kernels} | ({"the paper's": setting.paper_kernels} if setting.paper_kernels else {})
-    rows = compare(setting.model, setting.windows(64), setting.policies(), kernels)
+    rows = compare(setting.model, setting.windows(64), setting.policies(), setting.families())
     equal, parts = {}, []
     for row in rows:
         if row.cache in ("bare", "baseline+"):

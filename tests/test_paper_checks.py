@@ -1,18 +1,25 @@
 """The checks of the paper's claims: every script runs, and a planted error in what it looks at changes its verdict."""
 
 import copy
+import functools
 import importlib
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
 from less_fast import H2O, Full, LessKernels
 from less_fast import step as step_module
+from less_fast.compare import contenders
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from less_fast.text import windows
+from paper_checks import harness, summarization
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Setting, verdict
 from paper_checks.memory import check as memory
 
@@ -56,13 +63,28 @@ def test_a_report_holds_every_check_and_its_pictures(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["perplexiti"], "no check is called perplexiti"), (["--model", "some/model"], "--model needs --kernels")],
+    [
+        (["perplexiti"], "no check is called perplexiti"),
+        (["--model", "some/model"], "--model needs --kernels"),
+        (["memory", "--tasks", "boolq"], "--tasks is for the check harness"),
+        (["memory", "--summaries", "a,b,c,d,e"], "--summaries is for the check summarization"),
+        (["--summaries", "news"], "--summaries takes NAME,CONFIG,SPLIT,ARTICLE,SUMMARY"),
+    ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "paper_checks.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert command.main(["memory", "harness", "--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "lm_eval" in (message := capsys.readouterr().err)
+    assert "pip install 'less-kv[eval,plot]'" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_kernels_of_another_model_are_refused(tmp_path, capsys):
@@ -216,3 +238,216 @@ def test_a_planted_error_changes_the_verdict_of_the_exact_checks(name, here, mon
         own = torch.linalg.svdvals
         monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: own(torch.eye(matrix.shape[-1]) + 0 * matrix))
     assert module.check(here).verdict == FAILS != healthy
+
+
+def questions(count=5):
+    """Requests of the harness, the longest context first: other text, one character, and what follows with an error in it."""
+    words = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 2
+    contexts = [words[: 20 + 23 * index].rstrip() for index in reversed(range(count))]
+    pairs = [(said, end) for said in contexts for end in (words[40:70], "x", words[len(said) :][:20] + "~")]
+    return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+
+
+def language_model(setting, cache="full", **kwargs):
+    caches = contenders(setting.model, [H2O(6, 6)], {"ours": setting.kernels})
+    make = next(one.make for one in caches if one.cache == cache)
+    return harness.CachedLM(setting.model, setting.tokenizer, make, **kwargs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+@pytest.mark.parametrize("cache", ["full", "less"])
+def test_the_harness_gets_what_a_plain_pass_gives_and_batches_change_nothing(cache, batch_size, here):
+    requests = questions()
+    found = language_model(here, cache, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
+    begun = False
+    for request, (nats, greedy) in zip(requests, found):
+        context, whole = here.tokenizer(request.args[0])["input_ids"], here.tokenizer("".join(request.args))["input_ids"]
+        ids = torch.tensor([[*context, *whole[len(context) :]]])  # as the harness cuts it
+        kept = {} if cache == "full" else {"past_key_values": language_model(here, cache).make(1), "use_cache": True}
+        logits = here.model(ids, **kept).logits[0, len(context) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None]).sum()
+        torch.testing.assert_close(torch.tensor(nats), expected, rtol=1e-4, atol=1e-4)
+        right = logits.argmax(-1) == ids[0, len(context) :]
+        assert greedy == right.all()
+        begun |= bool(right[0]) and not greedy
+    assert begun
+
+
+def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_stop(here):
+    text = "import os\nimport sys\n\n\ndef main(arguments):\n    return os.path.join(*arguments)\n"
+    model = language_model(here, max_length=16)
+    (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    ids = [here.tokenizer.bos_token_id, *here.tokenizer(text)["input_ids"]]
+    assert len(ids) > 20
+    nats = 0
+    for start in range(1, len(ids), 16):  # the last window has as much context as there is room for
+        end = min(start + 16, len(ids))
+        seen = torch.tensor([ids[max(0, end - 17) : end]])
+        logp = here.model(seen[:, :-1]).logits.log_softmax(-1).gather(-1, seen[:, 1:, None])[0, :, 0]
+        nats += logp[start - end :].sum().item()
+    assert found == pytest.approx(nats, rel=1e-4)
+    model = language_model(here, "less")
+    wishes = [{"until": ["\n"], "max_gen_toks": 40}, {"max_gen_toks": 5}]
+    requests = [Instance("generate_until", {}, (text + "\n" * index, wish), 0) for index in (1, 2) for wish in wishes]
+    found = model.generate_until(requests, disable_tqdm=True)
+    for request, written in zip(requests, found):
+        inputs = here.tokenizer(request.args[0], return_tensors="pt")
+        out = here.model.generate(**inputs, past_key_values=model.make(1), max_new_tokens=request.args[1]["max_gen_toks"])
+        expected = here.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert written == (expected.split("\n")[0] if "until" in request.args[1] else expected)
+    with pytest.raises(ValueError, match="does not fit into max_length=2"):
+        language_model(here, max_length=2).loglikelihood(questions(), disable_tqdm=True)
+    with pytest.raises(ValueError, match="leave no room"):
+        language_model(here, max_length=5).generate([[1, 2]], 5)
+
+
+def test_the_harness_knows_the_model_by_its_name():
+    arguments = "cache=baseline+,policy=lambda,budget=5%,max_length=400"
+    model = get_model("less-kv").create_from_arg_string(arguments, {"batch_size": 4})
+    cache = model.make(1)
+    model.model(torch.arange(1, 60)[None], past_key_values=cache, use_cache=True)
+    assert {group.policy.budget for layer in cache.layers for group in layer.state.groups} == {24}  # 20, and the state's weight
+    assert type(cache.layers[0].policies[0]).__name__ == "Lambda"
+    assert (model.batch_size, model.max_length) == (4, 400)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("policy=h3o", "no policy is called 'h3o'"),
+        ("budget=some", "a budget is a number of tokens"),
+        ("cache=lesser", "there is no cache 'lesser'"),
+        ("policy=tova,budgets=by head", "there is no cache 'less' with budgets 'by head'"),
+        ("batch_size=auto", "batch_size is a number of requests"),
+    ],
+)
+def test_the_harness_is_told_what_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        get_model("less-kv").create_from_arg_string(arguments)
+
+
+def test_questions_have_one_answer_and_it_lies_far_back(here):
+    task = harness.far_names(here)
+    documents = task["custom_dataset"]()["test"]
+    texts = here.held_out()
+    assert len({document["answer"] for document in documents}) == 4
+    for document in documents:
+        context, answer = document["context"], document["choices"][document["answer"]]
+        assert sum(context + choice in text for text in texts for choice in document["choices"]) == 1
+        assert any(context + answer in text for text in texts)
+        names = [harness.NAME.match(choice).group() for choice in document["choices"]]
+        assert [name in context for name in names] == [choice == answer for choice in document["choices"]]
+        assert context.rfind(names[document["answer"]]) < len(context) / 2
+
+
+def test_dead_kernels_swapped_answers_and_ignored_budgets_change_the_verdict_on_classification(here, monkeypatch):
+    healthy = harness.check(here)
+    full, bare, plus, less = (found["mean"] for found in healthy.figures.values())
+    assert healthy.verdict == HOLDS
+    assert full > 0.7 > bare
+    assert less >= plus
+    assert harness.check(without_state(here)).verdict == FAILS
+    with monkeypatch.context() as patch:  # Baseline+ keeps everything
+        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        assert harness.check(here).verdict == FAILS
+    own = harness.CachedLM._scores
+    with monkeypatch.context() as patch:  # the worst answer in the place of the best
+        patch.setattr(harness.CachedLM, "_scores", lambda lm, pairs: [(-nats, greedy) for nats, greedy in own(lm, pairs)])
+        assert harness.check(here).verdict == FAILS
+    monkeypatch.setattr(Setting, "policies", lambda setting: [H2O(500, 500)])
+    assert harness.check(here).verdict == FAILS
+
+
+def yaml_task(folder, output_type):
+    """A task of the harness of three questions, in files of its own."""
+    rows = [{"text": f"x = {number}\nprint(", "ends": ["x)", "import"], "right": 0} for number in range(3)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = ["task: prints", "dataset_path: json", "dataset_kwargs:", "  data_files:", f"    test: {folder / 'rows.jsonl'}"]
+    lines += ["test_split: test", f"output_type: {output_type}", 'target_delimiter: ""', "doc_to_text: text"]
+    lines += ["doc_to_choice: ends", "doc_to_target: right"] if output_type == "multiple_choice" else ["doc_to_target: text"]
+    (folder / "prints.yaml").write_text("\n".join(lines))
+    return str(folder / "prints.yaml")
+
+
+@pytest.fixture
+def few_tasks(monkeypatch, tmp_path):
+    """Reading the harness's own ten thousand tasks takes long; nor do data sets leave anything behind."""
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_tasks_of_the_harness_can_be_named(few_tasks, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["harness", "--quick", "--tasks", yaml_task(tmp_path, "multiple_choice"), "--out", str(out)]
+    assert command.main(arguments) == 0
+    figures = json.loads((out / "report.json").read_text())["checks"]["harness"]["figures"]
+    assert figures["prints, full, all"] == {"mean": 1, "stderr": 0, "documents": 2}
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("prince", "cannot load prince"), ("generate_until", "prints is no multiple choice")]
+)
+def test_tasks_that_cannot_be_are_refused(few_tasks, task, message, tmp_path, capsys):
+    name = task if task == "prince" else yaml_task(tmp_path, task)
+    assert command.main(["harness", "--tasks", name, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def more(here):
+    """The same setting with as many windows as it takes for ROUGE to tell caches apart."""
+    setting = copy.copy(here)
+    setting.windows = lambda count: windows(here.tokenizer, here.held_out(), here.length, 32, here.seed)
+    return setting
+
+
+def test_kernels_that_add_nothing_and_swapped_texts_change_the_verdict_on_summaries(more, monkeypatch):
+    healthy = summarization.check(more)
+    measured = {name.split(",")[0]: found["rouge"]["rouge1"] for name, found in healthy.figures.items() if "by head" not in name}
+    assert measured["full"] == 1 > measured["less"] > measured["bare"]
+    assert healthy.verdict in (HOLDS, IN_PART)
+    assert summarization.check(without_state(more)).verdict == FAILS
+    with monkeypatch.context() as patch:  # Baseline+ keeps everything
+        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        assert summarization.check(more).verdict == FAILS
+    own = summarization.rouge
+    monkeypatch.setattr(summarization, "rouge", lambda references, texts: own(references, texts[1:] + texts[:1]))
+    swapped = summarization.check(more)
+    assert swapped.figures["full, all, "]["rouge"]["rouge1"] < 0.5
+
+
+def test_rouge_is_that_of_its_definition():
+    scores = summarization.rouge(["the cat sat on the mat"], ["the cat lay on the mat today"])
+    one, two, longest = 5, 3, 5  # of 6 and 7 words, 5 and 6 pairs
+    torch.testing.assert_close(scores, torch.tensor([[2 * one / 13, 2 * two / 11, 2 * longest / 13]], dtype=torch.float64))
+
+
+def test_summaries_of_a_data_set_are_the_references(here, tmp_path, monkeypatch, capsys):
+    rows = [{"article": "word " * 400 + f"END {number}", "highlights": f"summary {number}"} for number in range(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen = []
+
+    def written(lm, contexts, new, **kwargs):
+        seen.extend(contexts)
+        return [f"summary {number}" if isinstance(lm.make(None), DynamicCache) else "" for number in range(3)]
+
+    monkeypatch.setattr(harness.CachedLM, "generate", written)
+    arguments = ["--quick", "--summaries", f"{tmp_path},,test,article,highlights", "--out", str(tmp_path / "out")]
+    assert command.main(["summarization", *arguments]) == 0
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["summarization"]["figures"]
+    assert figures["full, all, "]["rouge"] == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert figures["bare, 12, uniform"]["rouge"]["rouge1"] == 0
+    for prompt in map(here.tokenizer.decode, seen):
+        assert prompt.startswith("Article: word")
+        assert prompt.endswith("\n\nSummary:")
+        assert "END" not in prompt
+    assert all(len(ids) <= 256 - 32 for ids in seen)
+
+
+@pytest.mark.parametrize("name", ["{},,test,article,highlights", "{},,train,article,none"])
+def test_summaries_that_are_not_there_are_refused(name, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}))
+    assert command.main(["summarization", "--summaries", name.format(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "no texts from the data set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
