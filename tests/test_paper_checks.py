@@ -307,7 +307,7 @@ def test_the_harness_knows_the_model_by_its_name():
     cache = model.make(1)
     model.model(torch.arange(1, 60)[None], past_key_values=cache, use_cache=True)
     assert {group.policy.budget for layer in cache.layers for group in layer.state.groups} == {24}  # 20, and the state's weight
-    assert type(cache.layers[0].policies[0]).__name__ == "Lambda"
+    assert type(cache.layers[0].policy).__name__ == "Lambda"
     assert (model.batch_size, model.max_length) == (4, 400)
 
 
