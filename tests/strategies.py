@@ -198,7 +198,7 @@ class Case:
     @property
     def sinks(self):
         """(Hq,) logits of nothing, or None."""
-        return np.random.default_rng([self.seed, 4]).normal(size=self.layer.query_heads) * 3 if self.sinking else None
+        return np.random.default_rng([self.seed, 9]).normal(size=self.layer.query_heads) * 3 if self.sinking else None
 
     def kinds(self, *more):
         """(T,): the kinds of the tokens of that sequence."""

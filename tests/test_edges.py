@@ -40,7 +40,7 @@ ON_EVERY_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda",
 class Edge(Case):
     """A case some of whose tokens are at an edge: `change` gets a random generator, which tokens, and q, k, v to change."""
 
-    change: Callable
+    change: Callable | None = None
     blind: bool = False  # the learned kernels do not see the last coordinate
 
     def chosen(self, *more):
