@@ -2,6 +2,7 @@
 cannot work is refused, each class of models with its own sentence."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from test_hf import FASTGEN, KINDS, feed, generate, left_padded
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, FalconConfig, T5Config
 
 from less_fast import H2O, TOVA, LessCache
-from less_fast.architecture import fingerprint, less_layers, sizes
+from less_fast.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
+from less_fast.train import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 
 PROMISED = sorted(KNOWN)
@@ -104,6 +106,26 @@ def test_sizes_are_those_of_what_the_cache_is_given(name, kv_heads):
     state = cache.layers[0].state
     assert (state.query_heads, state.kv_heads, state.groups[0].k.shape[-1]) == (4, kv_heads, 8)
     assert len(fingerprint(model)) == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "opt"])
+def test_the_output_weight_is_that_of_the_projection_whichever_way_it_lies(name):
+    for module in attention_modules(tiny(name)):
+        projection = next(getattr(module, part) for part in OUTPUTS if hasattr(module, part))
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(projection(x) - projection(torch.zeros(3, 32)), x @ output_weight(module).T)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "phi3"])
+def test_kernels_are_trained_for_other_architectures_and_bring_the_layers_closer_to_the_full_cache(name):
+    model, ids = tiny(name), tokens(16, 48)
+    recipe = replace(RECIPES["exponential"], epochs=6, joint_steps=2, table_steps=0, rank=2, hidden=3)
+    kernels = train(model, ids[:12], ids[12:], H2O(3, 3), recipe)
+    assert all(found["less"] < found["bare"] for found in kernels.about["validation"])
+    assert len(kernels.about["fingerprint"]) == 4
+    cache = LessCache.for_model(model, H2O(3, 3), kernels, chunk=1)
+    feed(model, tokens(1, 20), cache, prompt=20)
+    assert cache.memory()["low_rank"] > 0
 
 
 # What cannot work is refused.

@@ -1,5 +1,7 @@
 """A compiled decoding step equals the reference, in every policy and dtype, and is compiled once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,14 @@ from test_equivalence import (
     with_pads,
 )
 from test_equivalence import extend as run_eager
-from test_hf import generate, left_padded
+from test_hf import feed, generate, left_padded
 from transformers import CompileConfig
 
 import less_fast
 from less_fast import H2O, FastGen, Full, LessCache, Window
 from less_fast import step as step_module
 from less_fast.step import compiled, extend
+from paper_checks.architectures import tiny
 
 LAYER = Layer(3, 2, 4, 2, 3)
 CHUNKS = (5, *(1,) * 9, 3, *(1,) * 6)
@@ -72,6 +75,20 @@ def test_compiled_steps_equal_the_reference(table, k3):
         assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
     check()
+
+
+@pytest.mark.parametrize("table", ["h2o", "unequal"])
+@pytest.mark.usefixtures("compile_steps")
+def test_compiled_steps_with_a_softcap_and_sinks_equal_the_reference(table):
+    case = replace(a_case(table, 5), softcap=1.5, sinking=True)
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon"])
+def test_other_architectures_compile_their_steps_to_the_same_logits(name):
+    model, ids = tiny(name), tokens(2, 20)
+    compiled, eager = (LessCache.for_model(model, H2O(3, 4), compile=some) for some in (True, False))
+    torch.testing.assert_close(feed(model, ids, compiled, prompt=9), feed(model, ids, eager, prompt=9), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("table", ["h2o", "unequal"])
