@@ -8,22 +8,24 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what attention modules call their output projection
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo")  # what attention modules call their output projection
 
 
 def check_model(model):
     """The model's text config. ValueError, with the reason, for a model that LESS cannot serve."""
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"LESS serves models of transformers, and {type(model).__name__} is none: use LayerState and extend")
-    config, name = model.config.get_text_config(decoder=True), type(model).__name__
+        raise ValueError(f"{name} is no model of transformers: give LESS the one within, or use LayerState and extend")
+    config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} has an encoder, whose tokens its decoder attends to, too: LESS serves decoders alone")
     if getattr(config, "alibi", False):
         raise ValueError(f"{name} adds a bias for the distance to its logits (alibi): LESS serves plain dot products")
-    if any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules()):
+    if any(getattr(module, "is_causal", True) is False for module in decoder_of(model).modules()):
         raise ValueError(f"{name} attends to later tokens, too (is_causal is False): LESS serves causal attention")
     if not model._can_set_attn_implementation() and not calls_sdpa(model):
-        raise ValueError(f"{name} has attention code of its own, which cannot be replaced, so LESS cannot serve it")
+        way = ': load it with attn_implementation="sdpa"' if model._supports_sdpa else ", which cannot be replaced"
+        raise ValueError(f"{name} has attention code of its own{way}")
     layers = layers_of(model)
     strange = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer and not _keeps_its_own(layer)}
     if strange:
@@ -31,6 +33,12 @@ def check_model(model):
     if not less_layers(model):
         raise ValueError(f"no layer of {name} has full attention: with sliding windows or recurrence memory is constant already")
     return config
+
+
+def decoder_of(model) -> PreTrainedModel:
+    """The part of the model that is handed the cache."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def layers_of(model) -> list:
@@ -79,6 +87,21 @@ def fingerprint(model) -> list[float]:
         return torch.stack([weight.detach().float().norm() for weight in weights]).norm().item()
 
     return [round(norm(module), 4) for module in attention_modules(model)]
+
+
+def signature(model) -> list[float]:
+    """Like `fingerprint`, but it sees directions, too: for each layer the logarithm of its attention's norm, and where its
+    weights point, in units of theirs. In another dtype a model differs by less than 0.01 from itself, from a fine-tune by more."""
+
+    def points(weight):
+        left, right = (torch.arange(size, device=weight.device).add(1).mul(12.9898).sin() for size in weight.shape)
+        return left @ weight @ right / weight.norm()
+
+    found = []
+    for module in attention_modules(model):
+        weights = [weight.detach().float().flatten(1) for weight in module.parameters() if weight.ndim > 1]
+        found += [torch.stack([w.norm() for w in weights]).norm().log().item(), sum(map(points, weights)).item()]
+    return [round(number, 4) for number in found]
 
 
 def same(one: list[float], other: list[float]) -> bool:

@@ -6,6 +6,7 @@ dense attention. A model that changes its keys after the cache loses the pointer
 """
 
 import copy
+import json
 import os
 import sys
 import warnings
@@ -20,7 +21,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -29,10 +30,10 @@ from .architecture import (
     calls_sdpa,
     check_kernels,
     check_model,
-    fingerprint,
+    decoder_of,
     layers_of,
     less_layers,
-    same,
+    signature,
     sizes,
 )
 from .kernels import Features, LessKernels
@@ -112,7 +113,11 @@ class LessLayer(TaggingLayer):
         self.dtype, self.device, self.is_initialized = dtype, device, True
         self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
-        if device.type == "cuda" and self.is_compileable:  # CUDA graphs may only change what stays where it is
+        self.stay()
+
+    def stay(self):
+        """CUDA graphs may only change what stays where it is."""
+        if self.device.type == "cuda" and self.is_compileable:
             for tensor in [self.seen, *(tensor for _, tensor in self.state.tensors())]:
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -120,11 +125,6 @@ class LessLayer(TaggingLayer):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
-        if self.batch_size != N:
-            raise ValueError(
-                f"this cache holds {self.batch_size} sequences, and {N} came: make a cache for these, or repeat or select its "
-                f"rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
-            )
         step, chunk, kinds, self.kinds, out = extend, self.chunk or m, self.kinds, None, []
         if m == 1 and self.compile:
             rules = tuple(self.policy) if isinstance(self.policy, list) else self.policy
@@ -154,14 +154,10 @@ class LessLayer(TaggingLayer):
     def reorder_cache(self, beam_idx):
         if self.state is not None:
             self.state.reorder(beam_idx.to(self.state.n.device))
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats):
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+            self.stay()
 
     def crop(self, tokens_to_remove):
-        raise ValueError("a LessCache cannot be cropped (assisted generation, prompt lookup): folded tokens do not return")
+        raise ValueError(_NO_CROP)
 
     def offload(self):
         raise ValueError("a LessCache is not offloaded: its memory is constant; leave offloading off")
@@ -169,10 +165,17 @@ class LessLayer(TaggingLayer):
     prefetch = offload
 
 
+_NO_CROP = "a LessCache cannot be cropped (assisted generation, prompt lookup): folded tokens do not return"
+
+
 class LessCache(Cache):
-    """A cache in constant memory for `model.generate(..., past_key_values=cache)`. Make one with `LessCache.for_model`."""
+    """A cache in constant memory for `model.generate(..., past_key_values=cache)`. Make one with `LessCache.for_model`.
+
+    `open`: a forward pass of its model has begun and not ended.
+    """
 
     token_kinds: torch.Tensor | None = None
+    open = False
 
     @classmethod
     def for_model(
@@ -246,7 +249,7 @@ class LessCache(Cache):
         for index in less_layers(model):
             own[index] = LessLayer(policies[index], features[index], chunk, compile, by_sdpa)
         cache = cls(layers=own)
-        cache.model = weakref.ref(model)
+        cache.model, cache.config = weakref.ref(model), model.config
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
@@ -271,9 +274,16 @@ class LessCache(Cache):
             tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
             lengths.append(int(layer.get_seq_length()) if held else 0)
         policy = self.made["policy"]
+        written = [type(policy).__name__, asdict(policy)]
+        try:
+            again = _policy(json.loads(json.dumps(written)))
+        except TypeError:
+            again = None
+        if again != policy:
+            raise ValueError(f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples: {policy}")
         about = {
             "model": _identity(self.model()),
-            "policy": [type(policy).__name__, asdict(policy)],
+            "policy": written,
             "budgets": self.made["budgets"],
             "chunk": self.made["chunk"],
             "kernels": self.kernels and digest(self.kernels.state_dict()),
@@ -297,25 +307,27 @@ class LessCache(Cache):
         if "model" not in about:
             raise ValueError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
         check_model(model)
+        need_kernels(kernels, LessKernels)
         theirs, mine = about["model"], _identity(model)
-        if not same(theirs.pop("fingerprint"), mine.pop("fingerprint")) or theirs != mine:
-            raise ValueError(f"{path} was saved with another model: {theirs}, and this one has {mine}, or other weights")
+        pairs = zip(theirs.pop("signature"), mine.pop("signature"))
+        if theirs != mine or any(abs(a - b) > 0.01 for a, b in pairs):
+            raise ValueError(f"{path} was saved with another model: {theirs}, and this one is {mine}, or has other weights")
         if about["kernels"] != (kernels and digest(kernels.state_dict())):
             raise ValueError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
-        name, fields = about["policy"]
-        known = {kind.__name__: kind for kind in _subclasses(Policy)}
-        if name not in known:
-            raise ValueError(f"{path} was saved under the policy {name}, which is not there: import it first")
+        policy = _policy(about["policy"])
+        if policy is None:
+            raise ValueError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
         given = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile
-        cache = cls.for_model(model, known[name](**fields), kernels, *given)
+        cache = cls.for_model(model, policy, kernels, *given)
         heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
         for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
             mine = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-            device = next(modules[index].parameters()).device if mine else None
+            device = next(modules[index].parameters()).device if index in modules else model.device
             if isinstance(layer, LessLayer) and (its := next(heads)):
                 (N, *_, D), dtype = mine["0.k"].shape, mine["0.k"].dtype
                 layer.allocate(N, *its, D, dtype, device)
                 layer.state.take_over(mine)
+                layer.stay()
                 layer.seen.fill_(length)
             elif mine:
                 layer.lazy_initialization(mine["keys"].to(device), mine["values"].to(device))
@@ -327,19 +339,61 @@ class LessCache(Cache):
         """The layers that are LESS's; all others are transformers' own."""
         return [layer for layer in self.layers if isinstance(layer, LessLayer)]
 
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.open:
+            raise ValueError("this model is not the one that the cache was made for: make one with LessCache.for_model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile steps: with layers of transformers' own it does not."""
+        return all(isinstance(layer, LessLayer) and layer.is_compileable for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forgets everything; the number of sequences stays."""
+        self.open = False
+        for index, layer in enumerate(DynamicCache(config=self.config).layers):
+            if isinstance(self.layers[index], LessLayer):
+                self.layers[index].reset()
+            else:
+                self.layers[index] = layer
+
+    def batch_select_indices(self, indices) -> None:
+        """Row i becomes what row indices[i] was; indices: as one indexes a tensor."""
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows."""
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        return self.less_layers[0].batch_size
+
+    def activate_past_recording(self):
+        raise ValueError(_NO_CROP)
+
     def memory(self) -> dict[str, int]:
         """Bytes held over all layers, measured from the tensors: entries, low_rank and bookkeeping of LESS's layers, and others:
         what the layers hold that are transformers' own."""
         parts = [layer.state.memory() for layer in self.less_layers if layer.state]
         held = {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
         rest = [tensor for layer in self.layers if not isinstance(layer, LessLayer) for tensor in _tensors(vars(layer).values())]
-        return held | {"others": sum(tensor.nbytes for tensor in rest)}
+        return held | {"others": sum(tensor.untyped_storage().nbytes() for tensor in rest)}
 
 
 def _identity(model):
     config = model.config.get_text_config(decoder=True)
     kind = {"type": config.model_type, "layers": config.num_hidden_layers, "dtype": str(model.dtype)}
-    return kind | {"fingerprint": fingerprint(model)}
+    return kind | {"signature": signature(model)}
+
+
+def _policy(written) -> Policy | None:
+    """The policy of a name and fields, as JSON gives them back; None where no such class is known."""
+    name, fields = written
+    kind = {kind.__name__: kind for kind in _subclasses(Policy)}.get(name)
+    return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
 
 
 def _subclasses(kind):
@@ -362,7 +416,7 @@ def _tensors(values):
 
 def _watch(model) -> None:
     """Lets the model's decoder tell `_before` and `_after` of every forward pass, once."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if not any(hook is _before for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
         decoder.register_forward_hook(_after, with_kwargs=True)
@@ -375,18 +429,30 @@ def _before(decoder, args, kwargs):
     cache = _cache_among(args, kwargs)
     if cache is None:
         return
+    eager = not torch.compiler.is_compiling()  # the prompt is, and the model is no other after it
+    if eager and (model := cache.model()) is not None and decoder_of(model) is not decoder:
+        raise ValueError("this model is not the one that the cache was made for: make one with LessCache.for_model")
+    if cache.open:
+        raise ValueError("the forward pass before was broken off, so layers have seen different tokens: reset() the cache first")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise ValueError("a LessCache does not support output_attentions: most of what it attends to is no longer there")
     if decoder.training:
         raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
+    ids = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids  # (N, m) or (N, m, hidden size)
+    if tokens is not None and cache.batch_size not in (-1, tokens.shape[0]):
+        raise ValueError(
+            f"this cache holds {cache.batch_size} sequences, and {tokens.shape[0]} came: make a cache for these, or repeat or "
+            f"select its rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
+        )
     if cache.token_kinds is not None:
-        ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
         for layer in cache.less_layers:
             layer.kinds = cache.token_kinds[ids]
+    cache.open = True
 
 
 def _after(decoder, args, kwargs, output):
@@ -403,6 +469,7 @@ def _after(decoder, args, kwargs, output):
         raise ValueError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")
     for layer in cache.less_layers:
         layer.reached = False
+    cache.open = False
 
 
 def _cache_among(args, kwargs):
@@ -562,7 +629,10 @@ def _valid(mask, query):
         return None
     if _of_padding(mask, query):
         return mask[:, 0, :, 0]
-    raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
+    raise ValueError(_WRONG_MASK)
+
+
+_WRONG_MASK = "a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another"
 
 
 def _of_padding(mask, query):
@@ -575,7 +645,7 @@ class _Keys(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[1], cls):
+        if func is torch.nn.functional.scaled_dot_product_attention:
             return _sdpa(*args, **kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs or {})
@@ -583,8 +653,13 @@ class _Keys(torch.Tensor):
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """In the place of scaled_dot_product_attention; of a causal mask (N, 1, m, m) the diagonal tells tokens from pads."""
-    m = query.shape[2]
-    if attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape[-2:] != (m, m)):
-        raise ValueError("a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another")
-    valid = None if attn_mask is None else attn_mask[:, 0].diagonal(dim1=1, dim2=2)
+    m, valid = query.shape[2], None
+    if attn_mask is None and m > 1 and not is_causal:
+        raise ValueError("a LessCache does not support attention that is not causal")
+    if attn_mask is not None:
+        fits = attn_mask.dtype == torch.bool and attn_mask.shape == (query.shape[0], 1, m, m)
+        valid = attn_mask[:, 0].diagonal(dim1=1, dim2=2) if fits else None  # (N, m)
+        causal = fits and valid[:, None] & torch.ones(m, m, dtype=torch.bool, device=query.device).tril()  # (N, m, m)
+        if not fits or not torch.equal(attn_mask[:, 0][valid], causal[valid]):
+            raise ValueError(_WRONG_MASK)
     return key.less_layer.read(query, key.as_subclass(torch.Tensor), value, valid, scale)

@@ -56,13 +56,27 @@ def test_a_hybrid_model_keeps_its_recurrent_layers():
     torch.testing.assert_close(feed(model, tokens(2, 24), LessCache.for_model(model, ROOM), prompt=12), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
-def test_rows_of_a_mixed_model_are_repeated_selected_and_reordered_together(name):
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_5_text"])
+def test_a_reset_cache_of_a_mixed_model_is_a_new_one(name):
+    model, (ids, mask) = tiny(name), left_padded([12, 7], 12)
+    cache = LessCache.for_model(model, SMALL)
+    first = feed(model, tokens(2, 20), cache, prompt=12)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    assert torch.equal(feed(model, tokens(2, 20), cache, prompt=12), first)
+    cache.reset()
+    wanted = generate(model, ids, LessCache.for_model(model, SMALL), mask, pad_token_id=0)
+    assert torch.equal(generate(model, ids, cache, mask, pad_token_id=0), wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_5_text"])
+@pytest.mark.parametrize("rows", [torch.tensor([3, 0, 1]), [3, 0, 1], [-1, 0, 1]], ids=["tensor", "list", "negative"])
+def test_rows_of_a_mixed_model_are_repeated_selected_and_reordered_together(name, rows):
     model, ids = tiny(name), tokens(2, 20)
     cache, straight = LessCache.for_model(model, SMALL), LessCache.for_model(model, SMALL)
     feed(model, ids, cache, prompt=12)
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    cache.batch_select_indices(rows)
     feed(model, ids[[1, 0, 0]], straight, prompt=12)
     more = tokens(3, 5, seed=1)
     torch.testing.assert_close(feed(model, more, cache, prompt=1), feed(model, more, straight, prompt=1))
@@ -240,6 +254,46 @@ def test_attention_that_uses_its_cache_in_another_way_is_refused_at_that_step_in
         feed(model, tokens(1, 9), cache, prompt=9)
 
 
+def test_a_cache_serves_the_model_that_it_was_made_for_and_no_other():
+    model, fresh, watched = make_model(), make_model(), make_model()
+    LessCache.for_model(watched, SMALL)
+    for other in (fresh, watched):
+        with pytest.raises(ValueError, match="not the one that the cache was made for"):
+            generate(other, tokens(1, 9), LessCache.for_model(model, SMALL))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_after_a_pass_that_was_broken_off_a_cache_wants_to_be_reset(name):
+    model, ids = tiny(name), tokens(1, 12)
+    cache = LessCache.for_model(model, SMALL)
+    wanted = feed(model, ids, cache, prompt=9)
+    layer = model.get_decoder().layers[2]
+    layer.forward, forward = (lambda *args, **kwargs: 1 / 0), layer.forward
+    with pytest.raises(ZeroDivisionError):
+        feed(model, ids, cache, prompt=9)
+    layer.forward = forward
+    with pytest.raises(ValueError, match="was broken off"):
+        feed(model, ids, cache, prompt=9)
+    cache.reset()
+    assert torch.equal(feed(model, ids, cache, prompt=9), wanted)
+
+
+def test_a_decoder_that_is_no_decoder_by_its_name_is_watched():
+    """ModernBERT calls its last linear layer so."""
+    model = tiny("modernbert-decoder")
+    with pytest.raises(ValueError, match="carries no gradients"):
+        feed(model.train(), tokens(1, 9), LessCache.for_model(model, SMALL), prompt=9)
+    assert len(fingerprint(model)) == 4
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_falcon_refuses_a_mask_of_ones_own(width):
+    model, ids = tiny("falcon"), tokens(1, 8)
+    own = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(3 if width == 1 else 0).triu(-width)
+    with pytest.raises(ValueError, match="takes a 2D attention mask"):
+        model(ids, attention_mask=own, past_key_values=LessCache.for_model(model, SMALL), use_cache=True)
+
+
 def test_kernels_are_not_made_for_models_with_other_layers_or_a_softcap():
     from less_fast.hf import predictions
     from less_fast.parallel import dense
@@ -343,8 +397,9 @@ def test_a_pipeline_generates_as_the_model_does(tmp_path):
     assert int(cache.get_seq_length()) == int(straight.get_seq_length()) == wanted.shape[1] - 1
 
 
-def test_another_batch_size_is_refused_even_after_a_reset():
-    model = make_model()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_5_text"])
+def test_another_batch_size_is_refused_even_after_a_reset(name):
+    model = tiny(name)
     cache = LessCache.for_model(model, H2O(2, 2))
     feed(model, tokens(2, 8), cache, prompt=8)
     cache.reset()

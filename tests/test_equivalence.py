@@ -647,7 +647,7 @@ def test_a_policy_with_its_own_budget_is_itself():
 
 
 def test_h2o_needs_at_least_one_token_and_full_has_no_budget():
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="at least 1, not 0"):
         less_fast.H2O(2, 2).with_budget(0)
     with pytest.raises(ValueError, match="keeps everything"):
         less_fast.Full().with_budget(3)

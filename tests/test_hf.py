@@ -399,7 +399,7 @@ def test_calls_that_would_run_wrong_are_refused(model):
         cache().crop(1)
     with pytest.raises(ValueError, match="not offloaded"):
         cache().offload(0, only_non_sliding=False)
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
+    with pytest.raises(ValueError, match="chunk must be an integer of at least 1"):
         LessCache.for_model(model, H2O(2, 2), chunk=0)
     second = cache()
     model(ids, past_key_values=second)

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hf import FASTGEN, KINDS, feed, generate, left_padded
 
-from less_fast import H2O, TOVA, LessCache, LessKernels, Scissorhands, SnapKV
+from less_fast import H2O, TOVA, LessCache, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
 from less_fast.store import read, write
 from paper_checks.architectures import tiny
@@ -60,7 +61,7 @@ def test_tables_ranks_padding_and_dtypes_are_kept(tmp_path, dtype):
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon", "gpt2", "modernbert-decoder"])
 def test_other_architectures_are_saved_with_the_layers_that_are_their_own(tmp_path, name):
     model = tiny(name)
     _, cache = saved(tmp_path / "cache", model)
@@ -206,6 +207,36 @@ def test_another_model_other_kernels_and_an_unknown_policy_are_refused(tmp_path)
     write(tmp_path / "bare", tensors, about | {"policy": ["Unheard", {}]})
     with pytest.raises(ValueError, match="policy Unheard, which is not there"):
         LessCache.load(tmp_path / "bare", model)
+
+
+def test_a_fine_tune_of_the_model_is_another_model_and_its_own_copy_is_not(tmp_path):
+    saved(tmp_path / "cache")
+    LessCache.load(tmp_path / "cache", make_model())
+    tuned = make_model()
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.add_(torch.randn_like(weight) * weight.std() * 0.05)
+    with pytest.raises(ValueError, match="was saved with another model"):
+        LessCache.load(tmp_path / "cache", tuned)
+
+
+@dataclass(frozen=True)
+class Odd(Policy):
+    """Keeps the last tokens, and says so in an odd way."""
+
+    budget: int
+    field: object = (1, 2)
+
+    def rank(self, position, score, n):
+        return position
+
+
+def test_policies_of_ones_own_are_saved_if_they_can_be_written(tmp_path):
+    model, _ = saved(tmp_path / "cache", policy=Odd(6))
+    assert LessCache.load(tmp_path / "cache", model).layers[0].policy == Odd(6)
+    with pytest.raises(ValueError, match="cannot be saved: not all fields"):
+        saved(tmp_path / "other", model, policy=Odd(6, frozenset()))
+    assert not (tmp_path / "other").exists()
 
 
 def test_recurrent_layers_are_refused_and_the_file_that_was_there_stays(tmp_path):

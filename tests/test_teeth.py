@@ -42,12 +42,12 @@ def the_virtual_token_is_not_weighed_against_the_largest_logit(patch):
     """share = sigmoid(log mass - log total), without the largest logit, which both sums must be relative to."""
     attend = step.attend
 
-    def without_the_largest(q, k, v, visible, clear, real, scale, low_rank=None):
+    def without_the_largest(q, k, v, visible, clear, real, scale, low_rank=None, *unusual):
         if low_rank is not None:
             logits = torch.einsum("nhgmd,nhsd->nhgms", q * scale, k).masked_fill(~visible[:, :, None], -torch.inf)
             phi, *state = low_rank
             low_rank = phi * logits.amax(-1, keepdim=True).exp(), *state
-        return attend(q, k, v, visible, clear, real, scale, low_rank)
+        return attend(q, k, v, visible, clear, real, scale, low_rank, *unusual)
 
     patch.setattr(step, "attend", without_the_largest)
 
