@@ -91,7 +91,7 @@ def fingerprint(model) -> list[float]:
 
 def signature(model) -> list[float]:
     """Like `fingerprint`, but it sees directions, too: for each layer the logarithm of its attention's norm, and where its
-    weights point, in units of theirs. In another dtype a model differs by less than 0.01 from itself, from a fine-tune by more."""
+    weights point, in units of theirs. In another dtype a model differs by less than 0.01 from itself, a fine-tune by more."""
 
     def points(weight):
         left, right = (torch.arange(size, device=weight.device).add(1).mul(12.9898).sin() for size in weight.shape)
