@@ -56,6 +56,11 @@ def test_a_hybrid_model_keeps_its_recurrent_layers():
     torch.testing.assert_close(feed(model, tokens(2, 24), LessCache.for_model(model, ROOM), prompt=12), wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "compiled"), [("llama", True), ("gemma2", False), ("qwen3_5_text", False), ("falcon", False)])
+def test_generate_may_compile_where_every_layer_is_of_fixed_shape(name, compiled):
+    assert LessCache.for_model(tiny(name), SMALL).is_compileable is compiled
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_5_text"])
 def test_a_reset_cache_of_a_mixed_model_is_a_new_one(name):
     model, (ids, mask) = tiny(name), left_padded([12, 7], 12)
