@@ -174,7 +174,7 @@ def markdown(found) -> str:
         lines.append(f"| {row.model_type} | {row.layers} | {row.full:.0e} | {row.padded:.0e} | {row.reference:.0e} |")
     lines += ["", "| refused | why |", "|---|---|"]
     lines += [f"| {row.model_type} | {row.refused} |" for row in refused]
-    lines += ["", "| not tried: no small model of it runs, with any cache | what transformers says |", "|---|---|"]
+    lines += ["", "| not tried: no small model of it could be made, or run with any cache | what was said |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in (row for row in found if not isinstance(row, Row))]
     return "\n".join(lines) + "\n"
 
