@@ -549,8 +549,6 @@ def _load(model: str, device: str, dtype: Dtype):
     except Exception as error:  # whatever transformers says of a file that is broken
         raise Bad(f"no usable model at {where}: {_first_line(error)}") from None
     check_model(network)
-    if min(sizes(network).values()) < 1:
-        raise Bad(f"the model at {where} has no layers or no heads: {sizes(network)}")
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise Bad(f"the model at {where} holds NaN or infinite weights ({broken[0]})")

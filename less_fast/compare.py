@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from .architecture import sizes
-from .hf import LessCache
+from .hf import LessCache, tensors_in
 from .kernels import LessKernels
 from .plan import held
 
@@ -162,13 +162,16 @@ def baseline_plus(model, policy, kernels: LessKernels):
 @torch.inference_mode()
 def window_losses(model, windows: torch.Tensor, contender: Contender) -> torch.Tensor:
     """Mean negative log-likelihood of each window's tokens after the first, streaming: (W,) float64."""
-    head = model.get_output_embeddings()
+    head, windows = model.get_output_embeddings(), windows.to(model.device)
+    token = {"input_ids": windows[:1, :1], "use_cache": False}
+    alone = torch.equal(head(model.base_model(**token).last_hidden_state), model(**token).logits)  # no softcap or scale after it
     losses = []
-    for ids in windows.to(model.device).split(ROWS_AT_ONCE):
+    for ids in windows.split(ROWS_AT_ONCE):
         cache = None if contender.cache == "full" else contender.make(1)
-        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-        for row, targets in zip(hidden, ids):  # one at a time: logits are wide
-            losses.append(cross_entropy(head(row[:-1]).float(), targets[1:]).item())
+        given = {"input_ids": ids, "past_key_values": cache, "use_cache": cache is not None}
+        found = model.base_model(**given).last_hidden_state if alone else model(**given).logits
+        for row, targets in zip(found, ids):  # one at a time, where they can be: logits are wide
+            losses.append(cross_entropy((head(row[:-1]) if alone else row[:-1]).float(), targets[1:]).item())
     losses = torch.tensor(losses, dtype=torch.float64)
     if not losses.isfinite().all():
         raise ValueError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
@@ -198,7 +201,7 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds."""
     if isinstance(cache, LessCache):
         return sum(cache.memory().values())
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in tensors_in(vars(layer).values()))
 
 
 def wait(device):

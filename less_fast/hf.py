@@ -2,7 +2,8 @@
 
 transformers hands the attention function no cache. So `LessLayer.update` returns the new keys as a view that points back to
 the layer, and the attention function finds the layer there; keys without that pointer (training, another cache) get plain
-dense attention. A model that changes its keys after the cache loses the pointer, and that is detected and refused.
+dense attention. A model that calls scaled_dot_product_attention by itself meets the pointer there. Hooks on the model's
+decoder watch every forward pass, and refuse a model that uses its cache in another way.
 """
 
 import copy
@@ -261,7 +262,8 @@ class LessCache(Cache):
         """Writes all that the cache holds into one file: a compressed prompt, to be loaded again as often as one likes.
 
         The kernels are not in it. ValueError where a layer of the model keeps something that cannot be saved (recurrent layers),
-        or heads lie on several processes; OSError where the file cannot be written, and one that was there is there still.
+        heads lie on several processes, the model is gone, or a policy of one's own has fields that JSON does not hold; OSError
+        where the file cannot be written, and one that was there is there still.
         """
         strange = {type(layer).__name__ for layer in self.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
         if strange or self.made["places"] > 1 or self.model() is None:
@@ -379,8 +381,8 @@ class LessCache(Cache):
         what the layers hold that are transformers' own."""
         parts = [layer.state.memory() for layer in self.less_layers if layer.state]
         held = {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
-        rest = [tensor for layer in self.layers if not isinstance(layer, LessLayer) for tensor in _tensors(vars(layer).values())]
-        return held | {"others": sum(tensor.untyped_storage().nbytes() for tensor in rest)}
+        others = [layer for layer in self.layers if not isinstance(layer, LessLayer)]
+        return held | {"others": sum(x.untyped_storage().nbytes() for layer in others for x in tensors_in(vars(layer).values()))}
 
 
 def _identity(model):
@@ -402,13 +404,13 @@ def _subclasses(kind):
         yield from _subclasses(some)
 
 
-def _tensors(values):
+def tensors_in(values):
     """Every tensor among some values and the dicts among them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            yield from tensors_in(value.values())
 
 
 # What every forward pass with a LessCache is watched for.
@@ -516,6 +518,9 @@ def _of_place(policies, features, kv_heads, place, places):
     return mine, [some and some.of_heads(heads) for some in features]
 
 
+# Attention, with the cache and without.
+
+
 class FunctionLayer(TaggingLayer):
     """Attention over one whole text by a function of q (N, Hq, T, D), k, v (N, Hkv, T, D) and the scale."""
 
@@ -539,13 +544,14 @@ def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> tor
     Raises ValueError for a model that has other layers than those with full attention.
     """
     check_model(model)
+    by_sdpa = calls_sdpa(model)
     if len(less_layers(model)) < len(attentions):
         raise ValueError(
             f"kernels and budget tables are made for models whose layers all have full attention, and {type(model).__name__} "
             f"has others: use it with the bare policy"
         )
     use_less_attention(model)
-    cache = Cache(layers=[FunctionLayer(attention, calls_sdpa(model)) for attention in attentions])
+    cache = Cache(layers=[FunctionLayer(attention, by_sdpa) for attention in attentions])
     logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

@@ -57,7 +57,7 @@ class Features(nn.Module):
         raise NotImplementedError
 
     def of_heads(self, kv_heads: list[int]) -> "Features":
-        """The kernels of some KV heads of equal rank, and of the query heads that read them."""
+        """The kernels of some KV heads, and of the query heads that read them."""
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class Learned(Features):
         return hidden
 
     def of_heads(self, kv_heads):
-        """Itself for all heads of one rank, else a copy of their weights."""
+        """Itself for all heads where their ranks are equal, else a copy of their weights."""
         ranks = [self.ranks[head] for head in kv_heads]
         if kv_heads == list(range(self.kv_heads)) and min(ranks) == self.rank:
             return self

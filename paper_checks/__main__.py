@@ -109,10 +109,10 @@ def texts_of(name: str, length: int) -> list[str]:
 
 
 def main(arguments=None):
-    from .report import write  # asks for matplotlib
-
     chosen = options(arguments)
     try:
+        from .report import write  # asks for matplotlib
+
         modules = {name: importlib.import_module(f"paper_checks.{name}") for name in chosen.names or NAMES}
     except ImportError as error:
         print(f"paper_checks: {error}: pip install 'less-kv[eval,plot]'", file=sys.stderr)

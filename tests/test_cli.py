@@ -14,11 +14,14 @@ import pytest
 import torch
 from models import make_kernels, make_kinds, make_model, tokens
 from test_official_vectors import read, save_as_the_authors
+from transformers import AutoTokenizer
 
 from less_fast import H2O, LessCache, LessKernels, cli
 from less_fast.compare import Row, baseline_plus, held_bytes, plot, share_recovered
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.policies import POLICIES
+from less_fast.text import windows
+from paper_checks.architectures import tiny
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -190,6 +193,26 @@ def test_generate_with_fastgen_keeps_at_most_the_budget_and_folds_into_any_kerne
     code, _, err = command("generate", "import ", *rest, "--policy", "fastgen")
     said = " ".join(err.split())
     assert (code, "each KV head keeps at most 16, the others are folded into 64 features" in said) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma4_text", "cohere", "qwen3_5_text"])
+def test_models_of_other_architectures_are_generated_from_and_compared(command, tmp_path, name):
+    """Gemma 2 and Cohere do something to their logits after the head; perplexities see it."""
+    more = {"vocab_size_per_layer_input": 2048} if name == "gemma4_text" else {}
+    model = tiny(name, vocab_size=2048, **more)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
+    code, _, err = command("generate", "import ", "--model", tmp_path / "model", "--budget", 8, "--max-new-tokens", 20)
+    assert (code, "each KV head keeps 8" in " ".join(err.split())) == (0, True)
+    arguments = ["--model", tmp_path / "model", "--length", 64, "--windows", 2, "--budgets", 8, "--json"]
+    code, out, _ = command("compare", *arguments)
+    full, bare = json.loads(out)["rows"]
+    ids = windows(AutoTokenizer.from_pretrained(MODEL), (text for _, text in corpus.documents("test")), 64, 2)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert full["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert bare["bytes"] < full["bytes"]
 
 
 def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
