@@ -78,11 +78,12 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_library_that_is_missing_is_named_before_anything_is_computed(tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "paper_checks.harness")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+@pytest.mark.parametrize(("file", "library"), [("harness", "lm_eval"), ("report", "matplotlib")])
+def test_a_library_that_is_missing_is_named_before_anything_is_computed(file, library, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, f"paper_checks.{file}", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
     assert command.main(["memory", "harness", "--quick", "--out", str(tmp_path / "out")]) == 2
-    assert "lm_eval" in (message := capsys.readouterr().err)
+    assert library in (message := capsys.readouterr().err)
     assert "pip install 'less-kv[eval,plot]'" in message
     assert not (tmp_path / "out").exists()
 
