@@ -12,9 +12,9 @@ from torch.nn.functional import kl_div
 
 from .allocate import Curves, Table
 from .architecture import attention_modules, check_model, output_weight, sizes
-from .hf import predictions
 from .kernels import LessKernels
 from .parallel import dense, eviction_times, linear_parallel
+from .seam import predictions
 
 MEASURES = ("kl", "error")
 BUDGETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # as far as windows go

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .architecture import sizes
-from .hf import predictions
 from .parallel import dense, eviction_times, exact_part
+from .seam import predictions
 
 SHARD = 8  # windows in a file
 

@@ -3,8 +3,8 @@
 import torch
 
 from less_fast.architecture import sizes
-from less_fast.hf import predictions
 from less_fast.parallel import dense, eviction_times
+from less_fast.seam import predictions
 
 from .check import Found, Setting, verdict
 

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 import less_ref
 from less_fast import LayerKernels, LessKernels
 from less_fast.architecture import fingerprint, sizes
-from less_fast.hf import predictions
 from less_fast.kernels import Learned
 from less_fast.parallel import dense
+from less_fast.seam import predictions
 
 SIZES = dict(
     vocab_size=97,

@@ -300,8 +300,8 @@ def test_falcon_refuses_a_mask_of_ones_own(width):
 
 
 def test_kernels_are_not_made_for_models_with_other_layers_or_a_softcap():
-    from less_fast.hf import predictions
     from less_fast.parallel import dense
+    from less_fast.seam import predictions
 
     with pytest.raises(ValueError, match="layers all have full attention"):
         predictions(tiny("gemma2"), tokens(1, 9), [dense] * 4)

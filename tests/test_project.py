@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["allocate", "kernels", "policies", "store", "state", "attend", "step", "parallel", "architecture", "hf"]
-ORDER += ["damage", "recording", "train", "text", "demo", "plan", "compare", "bench", "cli"]
+ORDER = ["allocate", "kernels", "policies", "store", "state", "attend", "step", "parallel", "architecture"]
+ORDER += ["seam", "hf", "damage", "recording", "train", "text", "demo", "plan", "compare", "bench", "cli"]
 
 
 def imported(file):
