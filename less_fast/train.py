@@ -90,6 +90,7 @@ class Work:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         order, file = json.loads(json.dumps(order)), folder / "order.json"
+        self.resumed = file.exists()
         known = json.loads(file.read_text()) if file.exists() else order
         other = sorted(name for name in order | known if order.get(name) != known.get(name))
         if other:
@@ -184,7 +185,7 @@ def train(
             budgets = [rule.budget for rule in rules]
             about["tables"] = {"budgets": budgets} | _distill("tables", kernels, model, windows, few, *given)
         kernels.requires_grad_(False).eval()
-        about["seconds"] = round(time.perf_counter() - started)
+        about["seconds_since_resumed" if work.resumed else "seconds"] = round(time.perf_counter() - started)
         return kernels
 
 
