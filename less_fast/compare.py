@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from .architecture import sizes
-from .hf import LessCache, tensors_in
+from .hf import LessCache, bytes_of
 from .kernels import LessKernels
 from .plan import held
 
@@ -201,7 +201,7 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds."""
     if isinstance(cache, LessCache):
         return sum(cache.memory().values())
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in tensors_in(vars(layer).values()))
+    return bytes_of(cache.layers)
 
 
 def wait(device):

@@ -14,7 +14,7 @@ from types import MethodType
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .architecture import (
     attention_modules,
@@ -324,7 +324,7 @@ class LessCache(Cache):
         parts = [layer.state.memory() for layer in self.less_layers if layer.state]
         held = {kind: sum(part[kind] for part in parts) for kind in ("entries", "low_rank", "bookkeeping")}
         others = [layer for layer in self.layers if not isinstance(layer, LessLayer)]
-        return held | {"others": sum(x.untyped_storage().nbytes() for layer in others for x in tensors_in(vars(layer).values()))}
+        return held | {"others": bytes_of(others)}
 
 
 def _identity(model):
@@ -346,13 +346,18 @@ def _subclasses(kind):
         yield from _subclasses(some)
 
 
-def tensors_in(values):
+def bytes_of(layers: Sequence[CacheLayerMixin]) -> int:
+    """Bytes of all tensors that layers of transformers' own hold."""
+    return sum(x.untyped_storage().nbytes() for layer in layers for x in _tensors_in(vars(layer).values()))
+
+
+def _tensors_in(values):
     """Every tensor among some values and the dicts among them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, dict):
-            yield from tensors_in(value.values())
+            yield from _tensors_in(value.values())
 
 
 # What every forward pass with a LessCache is watched for.

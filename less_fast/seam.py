@@ -20,7 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .architecture import calls_sdpa, check_model, less_layers
 
-OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); before, recurrent layers hid from caches
+OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); older ones keep recurrent states outside the cache
 
 
 class TaggingLayer(CacheLayerMixin):
