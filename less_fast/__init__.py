@@ -1,14 +1,16 @@
 """LESS in constant memory: eviction plus a low-rank state, tested against the specification in `less_ref.py`.
 
-    from less_fast import LayerState, extend          one attention layer, torch alone
-    from less_fast import LessCache, LessKernels      a cache for Hugging Face decoders
+from less_fast import LayerState, extend          one attention layer, torch alone
+from less_fast import LessCache, LessKernels      a cache for Hugging Face decoders
 """
 
-from .kernels import LayerKernels, LessKernels
-from .policies import H2O, TOVA, DecayedH2O, FastGen, Full, Lambda, Policy, Scissorhands, SnapKV, Window
-from .state import LayerState
-from .step import extend
-from .text import token_kinds
+from .kernels import LessKernels
+from .layer.checks import LessError
+from .layer.fastgen import FastGen, token_kinds
+from .layer.features import LayerKernels
+from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, SnapKV, Window
+from .layer.state import LayerState
+from .layer.step import extend
 
 __all__ = [
     "H2O",
@@ -20,6 +22,7 @@ __all__ = [
     "LayerKernels",
     "LayerState",
     "LessCache",
+    "LessError",
     "LessKernels",
     "Policy",
     "Scissorhands",

@@ -22,23 +22,27 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from . import bench as benchmark
-from .allocate import table as budget_table
-from .architecture import check_kernels, check_model, sizes
-from .compare import baseline_plus, held_bytes, plot
-from .compare import compare as compare_caches
-from .damage import MEASURES, check_policy, measure
-from .damage import refine as refine_table
+from .budgets import table as budget_table
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache
-from .kernels import CONFIG, FAMILIES, MOST, Control, Features, LessKernels, make_folder
-from .plan import SHAPES, config_of
-from .plan import plan as plan_costs
-from .policies import POLICIES
-from .text import dataset_texts, token_kinds
+from .hf.architecture import check_kernels, check_model, sizes
+from .hub import CONFIG
+from .kernels import LessKernels, make_folder
+from .layer.checks import LessError
+from .layer.fastgen import token_kinds
+from .layer.features import FAMILIES, MOST, Control, Features
+from .measuring import bench as benchmark
+from .measuring.compare import baseline_plus, held_bytes, plot
+from .measuring.compare import compare as compare_caches
+from .measuring.plan import SHAPES, config_of
+from .measuring.plan import plan as plan_costs
+from .setting import POLICIES, policy_named
+from .text import dataset_texts
 from .text import windows as cut_windows
-from .train import CURVE_WINDOWS, RECIPES, Recipe
-from .train import train as train_kernels
+from .training.head_costs import MEASURES, check_policy, measure
+from .training.head_costs import refine as refine_table
+from .training.layers import CURVE_WINDOWS, RECIPES, Recipe
+from .training.layers import train as train_kernels
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,10 +52,6 @@ app = typer.Typer(
 )
 errors = Console(stderr=True)
 LONGEST = 2**31 - 1  # positions are int32
-
-
-class Bad(Exception):
-    """Input that cannot be used; the message is for the user."""
 
 
 PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)
@@ -115,15 +115,15 @@ def compare(
     if not kernels and not model:
         kernels = [str(KERNELS), str(PAPER_KERNELS)]
     if length < 32:
-        raise Bad(f"--length must be at least 32 tokens, not {length}")
+        raise LessError(f"--length must be at least 32 tokens, not {length}")
     if windows < 2:
-        raise Bad(f"--windows must be at least 2 for a standard error, not {windows}")
+        raise LessError(f"--windows must be at least 2 for a standard error, not {windows}")
     if policy.value == "full":
-        raise Bad("--policy full evicts nothing, so there is nothing to compare: choose another policy")
-    policies = [_budgeted(policy, budget, length) for budget in budgets.split(",")]
+        raise LessError("--policy full evicts nothing, so there is nothing to compare: choose another policy")
+    policies = [policy_named(policy.value, budget, length) for budget in budgets.split(",")]
     too_large = [rule.budget for rule in policies if rule.budget >= length]
     if too_large:
-        raise Bad(f"a budget of {too_large[0]} tokens evicts nothing from windows of {length}: choose a smaller one")
+        raise LessError(f"a budget of {too_large[0]} tokens evicts nothing from windows of {length}: choose a smaller one")
     if picture:
         _check_plot(picture)
     contents = [_read(file) for file in text]
@@ -177,10 +177,10 @@ def generate(
     """Streams text in constant memory, then says what the cache holds."""
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
-        raise Bad("the prompt is empty")
+        raise LessError("the prompt is empty")
     if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise Bad("the prompt holds bytes that are no UTF-8 text")
-    rule = _budgeted(policy, budget, None)
+        raise LessError("the prompt holds bytes that are no UTF-8 text")
+    rule = policy_named(policy.value, budget, None)
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
     kinds = token_kinds(tokenizer) if rule.kinds else None
@@ -204,7 +204,7 @@ def generate(
     ranks = sorted({rank for layer in learned.layers for rank in layer.ranks}) if learned else []
     others = f"folded into {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} features" if learned else "forgotten"
     errors.print(
-        f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {'at most ' * rule.selective}{kept}, the others "
+        f"{out.shape[1]} tokens, {seen} through the cache: each KV head keeps {'at most ' * rule.kinds}{kept}, the others "
         f"are {others}; {held_bytes(cache):,} bytes held, a full cache would hold {full:,}"
     )
 
@@ -232,15 +232,15 @@ def bench(
     Weights of named shapes and of the kernels are random, and caches are filled with random tokens: speed does not depend on
     values.
     """
-    rule = _budgeted(policy, budget, length)
+    rule = policy_named(policy.value, budget, length)
     if rule.budget is None or rule.kinds:
-        raise Bad(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")
+        raise LessError(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")
     try:
         batches = [int(number) for number in batch.split(",")]
     except ValueError:
         batches = [0]
     if min(batches) < 1 or max(batches) > LONGEST:
-        raise Bad(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
+        raise LessError(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
     if picture:
         _check_plot(picture)
     torch.manual_seed(seed)
@@ -293,14 +293,14 @@ def plan(
 ):
     """What a model costs with the full cache and with LESS, by counting, without running or loading it."""
     if policy.value == "full":
-        raise Bad("--policy full is the full cache itself: choose another policy")
-    rule = _budgeted(policy, budget, length)
+        raise LessError("--policy full is the full cache itself: choose another policy")
+    rule = policy_named(policy.value, budget, length)
     if not math.isfinite(memory):
-        raise Bad(f"--memory is a number of gigabytes, not {memory}")
+        raise LessError(f"--memory is a number of gigabytes, not {memory}")
     try:
         config = config_of(model or str(MODEL))
     except Exception as error:  # whatever transformers says of a file that is broken
-        raise Bad(f"no config of a model at {model}: {_first_line(error)}") from None
+        raise LessError(f"no config of a model at {model}: {_first_line(error)}") from None
     hidden = _recipe(family, hidden).hidden
     limits = dict(memory=int(memory * 1e9) or None, family=family.value)
     costs = plan_costs(config, rule, rank, hidden, batch, length, getattr(torch, dtype.value), **limits)
@@ -354,16 +354,16 @@ def train(
     again with the same options, training goes on there. Under torchrun, processes share out the layers.
     """
     if (out / CONFIG).exists() and not overwrite:
-        raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
+        raise LessError(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     if policy.value == "full":
-        raise Bad("--policy full evicts nothing, so there is nothing to learn: choose another policy")
-    if POLICIES[policy.value].selective:
-        raise Bad(f"training needs a policy that evicts one token at a time, and {policy.value} does not: train with h2o, say")
+        raise LessError("--policy full evicts nothing, so there is nothing to learn: choose another policy")
+    if not POLICIES[policy.value].one_leaves:
+        raise LessError(f"training needs a policy that evicts one token at a time, and {policy.value} does not: train with h2o")
     if not math.isfinite(disk):
-        raise Bad(f"--disk is a number of gigabytes, not {disk}")
-    rule = _budgeted(policy, budget, length)
+        raise LessError(f"--disk is a number of gigabytes, not {disk}")
+    rule = policy_named(policy.value, budget, length)
     if rule.budget > length - 2:
-        raise Bad(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
+        raise LessError(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
     texts = [_read(file) for file in text]
     device = _join_torchrun(device)
     network, tokenizer = _load(model, device, dtype)
@@ -417,12 +417,12 @@ def allocate(
     Caches with these kernels and a policy of the kind then give each head the budget that does most, as many in all.
     """
     if kernels in ("", "none"):
-        raise Bad("budget tables come with kernels: say which with --kernels")
+        raise LessError("budget tables come with kernels: say which with --kernels")
     if out is None and not Path(kernels).is_dir():
-        raise Bad(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
+        raise LessError(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
     rule = POLICIES[policy.value]
     check_policy(rule)
-    rules = [_budgeted(policy, budget, length) for budget in refine.split(",") if budget]
+    rules = [policy_named(policy.value, budget, length) for budget in refine.split(",") if budget]
     texts = [_read(file) for file in text]
     network, tokenizer = _load(model, device, dtype)
     learned = _load_kernels(network, model, kernels, seed)
@@ -460,7 +460,7 @@ def import_official(
 ):
     """Turns the authors' checkpoints, for Llama or Falcon, into a folder of kernels."""
     if (out / CONFIG).exists() and not overwrite:
-        raise Bad(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
+        raise LessError(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
     found = LessKernels.from_official(folder)
     found.save_pretrained(out)
     print(f"{len(found.layers)} layers of {found.sizes['query_heads']} query heads saved to {out}")
@@ -497,33 +497,13 @@ def _recipe(family: FamilyName, hidden: int | None) -> Recipe:
     return recipe if hidden is None else replace(recipe, hidden=hidden)
 
 
-def _budgeted(policy: PolicyName, budget: str, length: int | None):
-    """The policy with a budget given in tokens ("51") or, where a length is known, as a share of it ("5%")."""
-    example = POLICIES[policy.value]
-    if example.budget is None:
-        return example
-    try:
-        number = float(budget.strip().removesuffix("%"))
-        if not math.isfinite(number):
-            raise ValueError
-    except ValueError:
-        raise Bad(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}") from None
-    if budget.strip().endswith("%"):
-        if length is None:
-            raise Bad(f"a budget in percent needs a known length: say it in tokens, not {budget!r}")
-        number = int(number / 100 * length)
-    if number != int(number) or number < 1:
-        raise Bad(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {number:g}")
-    return example.with_budget(int(number))
-
-
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise Bad(f"no such file: {file}") from None
+        raise LessError(f"no such file: {file}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Bad(f"cannot read {file} as UTF-8 text: {error}") from None
+        raise LessError(f"cannot read {file} as UTF-8 text: {error}") from None
 
 
 def _device(device: str) -> torch.device:
@@ -531,7 +511,7 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
-        raise Bad(f"no device {device!r} here: {_first_line(error)}") from None
+        raise LessError(f"no device {device!r} here: {_first_line(error)}") from None
     return place
 
 
@@ -547,11 +527,11 @@ def _load(model: str, device: str, dtype: Dtype):
         network = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype.value)).to(place).eval()
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # whatever transformers says of a file that is broken
-        raise Bad(f"no usable model at {where}: {_first_line(error)}") from None
+        raise LessError(f"no usable model at {where}: {_first_line(error)}") from None
     check_model(network)
     broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
     if broken:
-        raise Bad(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
+        raise LessError(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
     return network, tokenizer
 
 
@@ -596,9 +576,9 @@ def _check_plot(picture: Path):
     try:
         import matplotlib  # noqa: F401  asked for before anything is computed
     except ImportError:
-        raise Bad("--plot needs matplotlib: pip install 'less-kv[plot]'") from None
+        raise LessError("--plot needs matplotlib: pip install 'less-kv[plot]'") from None
     if picture.suffix.lower() != ".png" or not picture.absolute().parent.is_dir():
-        raise Bad(f"--plot writes a .png file into an existing folder, not {picture}")
+        raise LessError(f"--plot writes a .png file into an existing folder, not {picture}")
 
 
 def _bytes(count: int) -> str:
@@ -680,7 +660,7 @@ def main():
         app()
     except BrokenPipeError:
         os._exit(0)  # the reader of our output has gone
-    except (Bad, ValueError, OSError, SafetensorError) as error:
+    except (LessError, OSError, SafetensorError) as error:
         _refuse(str(error))
     except RuntimeError as error:
         if "allocate" not in str(error):

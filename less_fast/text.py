@@ -1,23 +1,24 @@
-"""Texts as tokens: windows for training and measuring, and the kinds of a tokenizer's tokens."""
+"""Texts as tokens: windows for training and measuring."""
 
-import string
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+
+from .layer.checks import LessError
 
 
 def windows(tokenizer, texts: Iterable[str], length: int, count: int | None = None, seed: int = 0) -> torch.Tensor:
     """`count` non-overlapping windows of the texts in a seeded random order, all of them if None: int64 (count, length).
 
     The texts are joined in their order, each followed by the end-of-text token where the tokenizer has one.
-    Raises ValueError, with the numbers, where there are fewer than `count` windows, or none.
+    Raises LessError, with the numbers, where there are fewer than `count` windows, or none.
     """
     stream = np.concatenate(tokenized(tokenizer, texts))  # (tokens,)
     available = len(stream) // length
     count = available if count is None else count
     if available < max(count, 1):
-        raise ValueError(
+        raise LessError(
             f"the text has {len(stream)} tokens, {available} windows of {length}, and {max(count, 1)} are wanted: "
             f"give more text, fewer windows or a shorter length"
         )
@@ -29,11 +30,11 @@ def dataset_texts(name: str, characters: int) -> list[str]:
     """The first texts of a data set of the hub, or of a local folder, until they have so many characters, with `datasets`.
 
     name: NAME[,CONFIG[,SPLIT[,COLUMN]]]; split "train" and column "text" unless given.
-    Raises ValueError, with the reason, where there is no such data set, split or column, or the library is missing.
+    Raises LessError, with the reason, where there is no such data set, split or column, or the library is missing.
     """
     where, config, split, column, *rest = [*name.split(","), "", "", "", ""][: max(4, name.count(",") + 1)]
     if rest:
-        raise ValueError(f"a data set is NAME[,CONFIG[,SPLIT[,COLUMN]]], not {name!r}")
+        raise LessError(f"a data set is NAME[,CONFIG[,SPLIT[,COLUMN]]], not {name!r}")
     texts, enough = [], 0
     for (text,) in dataset_columns(where, config, split, column or "text"):
         texts.append(text)
@@ -46,12 +47,12 @@ def dataset_texts(name: str, characters: int) -> list[str]:
 def dataset_columns(where: str, config: str, split: str, *columns: str) -> Iterator[tuple[str, ...]]:
     """The columns of a data set of the hub, or of a local folder, row by row; split "train" where it is empty.
 
-    Raises ValueError, with the reason, where there is no such data set, split or column, or the library is missing.
+    Raises LessError, with the reason, where there is no such data set, split or column, or the library is missing.
     """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError("a data set needs the library datasets: pip install 'less-kv[eval]'") from None
+        raise LessError("a data set needs the library datasets: pip install 'less-kv[eval]'") from None
     try:
         for row in load_dataset(where, config or None, split=split or "train", streaming=True):
             found = tuple(row[column] for column in columns)
@@ -59,7 +60,7 @@ def dataset_columns(where: str, config: str, split: str, *columns: str) -> Itera
                 raise TypeError(f"a row of {', '.join(columns)} holds something else than text")
             yield found
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:  # the last: an empty file
-        raise ValueError(f"no texts from the data set {where!r}: {type(error).__name__} {error}") from error
+        raise LessError(f"no texts from the data set {where!r}: {type(error).__name__} {error}") from error
 
 
 def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
@@ -67,18 +68,3 @@ def tokenized(tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [np.array([*ids, *end], dtype=np.int64) for ids in encoded]
-
-
-def token_kinds(tokenizer) -> torch.Tensor:
-    """The kind of each token id, as FastGen wants it: 2 special, 1 nothing but ASCII punctuation (and spaces), 0 all others.
-
-    Returns int64, as long as the largest id needs.
-    """
-    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-    special = {*tokenizer.all_special_ids, *added}
-    count = max(*tokenizer.get_vocab().values(), *special) + 1
-    kinds = torch.zeros(count, dtype=torch.int64)
-    for index, text in enumerate(tokenizer.batch_decode([[index] for index in range(count)], clean_up_tokenization_spaces=False)):
-        kinds[index] = bool(text.strip()) and set(text.strip()) <= set(string.punctuation)
-    kinds[list(special)] = 2
-    return kinds

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from less_fast import LessKernels
-from less_fast.architecture import check_kernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from less_fast.hf.architecture import check_kernels
 from less_fast.text import dataset_columns, dataset_texts
 
 from .check import MOST, Setting

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import less_ref
 from less_fast import H2O, LessCache
-from less_fast.architecture import less_layers
+from less_fast.hf.architecture import less_layers
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=256, sliding_window=6, rotary_dim=4,

@@ -24,12 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from less_fast import LessKernels
-from less_fast.architecture import check_kernels
-from less_fast.compare import contenders
+from less_fast import LessKernels, token_kinds
 from less_fast.demo import KERNELS, MODEL
-from less_fast.policies import POLICIES
-from less_fast.text import token_kinds
+from less_fast.hf.architecture import check_kernels
+from less_fast.measuring.compare import contenders
+from less_fast.setting import POLICIES
 
 from .check import Found, Setting, verdict
 

@@ -2,8 +2,7 @@
 
 from itertools import pairwise
 
-from less_fast.compare import share_recovered
-from less_fast.plan import bytes_of
+from less_fast.measuring.compare import share_recovered
 
 from .check import SMALL, Found, Setting, verdict
 
@@ -26,9 +25,9 @@ def check(setting: Setting) -> Found:
         recovered, stderr = share_recovered(full, bare, setting.losses(windows, policy, kernels))
         errors = kernels.about["validation"]
         left = sum(layer["less"] / layer["bare"] for layer in errors) / len(errors)
-        found[rank, hidden] = bytes_of(kernels), recovered, stderr
-        figures[f"R {rank}, hidden {hidden}"] = {"bytes": bytes_of(kernels), "recovered": (recovered, stderr), "error_left": left}
-        rows.append([str(rank), str(hidden), f"{bytes_of(kernels):,}", f"{left:.3f}", f"{recovered:.1%} ± {stderr:.1%}"])
+        found[rank, hidden] = kernels.memory(), recovered, stderr
+        figures[f"R {rank}, hidden {hidden}"] = {"bytes": kernels.memory(), "recovered": (recovered, stderr), "error_left": left}
+        rows.append([str(rank), str(hidden), f"{kernels.memory():,}", f"{left:.3f}", f"{recovered:.1%} ± {stderr:.1%}"])
     by_rank = {rank: share for (rank, hidden), (_, share, _) in found.items() if hidden == SMALL.hidden}
     gains = [(by_rank[more] - by_rank[rank]) / (more - rank) for rank, more in pairwise(by_rank)]  # of each further rank
     enough = by_rank[SMALL.rank] / max(by_rank.values())

@@ -7,7 +7,7 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from less_fast import LessCache
-from less_fast.damage import divergence
+from less_fast.training.head_costs import divergence
 
 from .check import Found, Setting, verdict
 

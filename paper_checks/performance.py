@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LayerKernels, LayerState, LessCache, LessKernels
-from less_fast.architecture import sizes
-from less_fast.bench import attention_steps, decode, fill, prefill
-from less_fast.step import compiled
+from less_fast.hf.architecture import sizes
+from less_fast.layer.step import compiled
+from less_fast.measuring.bench import attention_steps, decode, fill, prefill
 
 HERE = Path(__file__).parent
 MODES = ("", ", compiled")
@@ -120,7 +120,8 @@ def stream(tokens: int):
     policy, kernels = half_and_half(409), layer_of(8, 512)
     state = LayerState.allocate(policy, 1, **layer_of(8), kernels=kernels)
     fill(state, 410)
-    step, token, parts = compiled("stream"), [torch.randn(1, 8, 1, 64) for _ in "qkv"], []
+    token, parts = [torch.randn(1, 8, 1, 64) for _ in "qkv"], []
+    step = compiled(state, token[0])
     held = sum(state.memory().values())
     for _ in range(10):
         spent = []

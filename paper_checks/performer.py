@@ -3,7 +3,7 @@
 import torch
 
 from less_fast import LessKernels
-from less_fast.compare import compare
+from less_fast.measuring.compare import compare
 
 from .check import Found, Setting, verdict
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from less_fast.compare import compare
+from less_fast.measuring.compare import compare
 
 from .check import Found, Setting, verdict
 

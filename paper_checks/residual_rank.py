@@ -2,9 +2,9 @@
 
 import torch
 
-from less_fast.architecture import sizes
-from less_fast.parallel import dense, eviction_times
-from less_fast.seam import predictions
+from less_fast.hf.architecture import sizes
+from less_fast.hf.seam import predictions
+from less_fast.layer.parallel import dense, eviction_times
 
 from .check import Found, Setting, verdict
 

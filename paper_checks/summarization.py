@@ -9,7 +9,7 @@ held-out text goes on. Prompts enter in one piece, as with `model.generate`; the
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from less_fast.compare import contenders, share_recovered
+from less_fast.measuring.compare import contenders, share_recovered
 
 from .check import Found, Setting, verdict
 from .harness import CachedLM

@@ -24,10 +24,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LessKernels
-from less_fast.architecture import sizes
-from less_fast.bench import decode, prefill
-from less_fast.compare import baseline_plus
-from less_fast.plan import SHAPES, plan
+from less_fast.hf.architecture import sizes
+from less_fast.measuring.bench import decode, prefill
+from less_fast.measuring.compare import baseline_plus
+from less_fast.measuring.plan import SHAPES, plan
 
 HERE = Path(__file__).parent
 QUICK = LlamaConfig(

@@ -2,10 +2,10 @@
 
 from pydoc_data.topics import topics
 
-from less_fast.allocate import table
-from less_fast.compare import share_recovered
-from less_fast.damage import measure
+from less_fast.budgets import table
+from less_fast.measuring.compare import share_recovered
 from less_fast.text import windows as cut_windows
+from less_fast.training.head_costs import measure
 
 from .check import UNMEASURED, Found, Setting, verdict
 

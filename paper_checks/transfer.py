@@ -1,7 +1,7 @@
 """Kernels serve other budgets and policies than those that they were trained for, if less than matched ones (section 4)."""
 
-from less_fast.compare import compare, share_recovered
-from less_fast.policies import POLICIES
+from less_fast.measuring.compare import compare, share_recovered
+from less_fast.setting import POLICIES
 
 from .check import Found, Setting, verdict
 

@@ -1,7 +1,7 @@
 """Beyond the paper: budgets that differ over heads, against the bare policy with its own best table of the same memory."""
 
-from less_fast.compare import compare
-from less_fast.policies import POLICIES
+from less_fast.measuring.compare import compare
+from less_fast.setting import POLICIES
 
 from .check import UNMEASURED, Found, Setting, verdict
 

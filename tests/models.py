@@ -5,10 +5,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 import less_ref
 from less_fast import LayerKernels, LessKernels
-from less_fast.architecture import fingerprint, sizes
-from less_fast.kernels import Learned
-from less_fast.parallel import dense
-from less_fast.seam import predictions
+from less_fast.hf.architecture import fingerprint, sizes
+from less_fast.hf.seam import predictions
+from less_fast.layer.features import Learned
+from less_fast.layer.parallel import dense
 
 SIZES = dict(
     vocab_size=97,

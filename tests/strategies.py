@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import less_fast
 import less_ref
+from less_fast.layer import features
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ def fast_kernels(reference, layer=None, dtype=torch.float64):
     if reference is None:
         return None
     if not isinstance(reference, less_ref.Kernels):
-        family = getattr(less_fast.kernels, type(reference).__name__)
+        family = getattr(features, type(reference).__name__)
         kernels = family(layer.query_heads, layer.kv_heads, layer.head_dim, reference.rank(0))
         if kernels.state_dict():
             kernels.w = torch.from_numpy(reference.w)
         return kernels.to(dtype)
     (Hq, D, h), Hkv, R = reference.q1.shape, reference.k1.shape[0], reference.k3.shape[-1]
     exponential = isinstance(reference, less_ref.Exponential)
-    family = less_fast.kernels.Exponential if exponential else less_fast.LayerKernels
+    family = features.Exponential if exponential else less_fast.LayerKernels
     kernels = family(Hq, Hkv, D, reference.ranks or R, h).to(dtype)
     with torch.no_grad():
         for name, weight in kernels.named_parameters():

@@ -13,15 +13,15 @@ from models import make_kernels, make_model, tokens
 from torch.nn.functional import kl_div
 
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
-from less_fast.allocate import Curves, average, table
-from less_fast.architecture import attention_modules
-from less_fast.compare import Contender, compare, window_losses
-from less_fast.damage import RIVALS, divergence, grid, measure, refine
-from less_fast.kernels import CONFIG
+from less_fast.budgets import Curves, average, table
+from less_fast.hf.architecture import attention_modules
+from less_fast.hub import CONFIG
+from less_fast.measuring.compare import Contender, compare, window_losses
+from less_fast.training.head_costs import RIVALS, divergence, grid, measure, refine
 
 
 def curves_of(damage, budgets, **more):
-    known = dict(policy="", bare=damage, less=None, window=99, windows=1, by="kl")
+    known = dict(policy="H2O(heavy=1, recent=1)", bare=damage, less=None, window=99, windows=1, by="kl")
     return Curves(budgets=list(budgets), **known | more)
 
 

@@ -12,8 +12,8 @@ from test_hf import FASTGEN, KINDS, feed, generate, left_padded
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, FalconConfig, T5Config
 
 from less_fast import H2O, TOVA, LessCache
-from less_fast.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
-from less_fast.train import RECIPES, train
+from less_fast.hf.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
+from less_fast.training.layers import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 
 PROMISED = sorted(KNOWN)
@@ -300,8 +300,8 @@ def test_falcon_refuses_a_mask_of_ones_own(width):
 
 
 def test_kernels_are_not_made_for_models_with_other_layers_or_a_softcap():
-    from less_fast.parallel import dense
-    from less_fast.seam import predictions
+    from less_fast.hf.seam import predictions
+    from less_fast.layer.parallel import dense
 
     with pytest.raises(ValueError, match="layers all have full attention"):
         predictions(tiny("gemma2"), tokens(1, 9), [dense] * 4)

@@ -11,9 +11,10 @@ from models import make_kernels, make_model
 from test_equivalence import heads_of
 from transformers import DynamicCache
 
-from less_fast import H2O, LayerState, Window, bench
-from less_fast.architecture import sizes
-from less_fast.plan import held
+from less_fast import H2O, LayerState, Window
+from less_fast.hf.architecture import sizes
+from less_fast.measuring import bench
+from less_fast.setting import Setting
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -61,8 +62,8 @@ def test_decoding_measures_every_cache_with_the_bytes_it_holds_and_leaves_the_mo
     assert {row.cache: row.bytes for row in rows} == {
         "DynamicCache": 40 * token,
         "StaticCache": (40 + steps) * token + 3 * 8 // 2,  # each of its layers counts its tokens in a tensor
-        "bare": held(shape, policy, None, torch.float64),
-        "LESS": held(shape, policy, kernels, torch.float64),
+        "bare": Setting.of(shape, range(3), policy).memory(torch.float64),
+        "LESS": Setting.of(shape, range(3), policy, kernels).memory(torch.float64),
     }
     assert all(row.tokens_per_second == 2 / row.seconds for row in rows)
 
@@ -71,7 +72,7 @@ def test_an_attention_step_is_measured_with_the_bytes_that_each_sequence_holds()
     layer = dict(query_heads=4, kv_heads=2, head_dim=8)
     contenders = {"small": (H2O(3, 3), None), "unequal": ([Window(20), H2O(3, 3)], None)}
     rows = bench.attention_steps(layer, contenders, 3, 40, 1, torch.float32, "cpu", compile=False)
-    small, window = (held(layer | dict(layers=1), policy, None, torch.float32) for policy in (H2O(3, 3), Window(20)))
+    small, window = (Setting.of(layer, [0], policy).memory(torch.float32) for policy in (H2O(3, 3), Window(20)))
     assert {row.cache: row.bytes for row in rows} == {
         "full": 40 * 2 * 2 * 8 * 4,
         "small": small,

@@ -17,9 +17,9 @@ from test_official_vectors import read, save_as_the_authors
 from transformers import AutoTokenizer
 
 from less_fast import H2O, LessCache, LessKernels, cli
-from less_fast.compare import Row, baseline_plus, held_bytes, plot, share_recovered
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
-from less_fast.policies import POLICIES
+from less_fast.measuring.compare import Row, baseline_plus, held_bytes, plot, share_recovered
+from less_fast.setting import POLICIES
 from less_fast.text import windows
 from paper_checks.architectures import tiny
 

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from less_fast import H2O, Lambda, LessKernels, token_kinds
-from less_fast.compare import compare
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus, own_decoder
+from less_fast.measuring.compare import compare
 from less_fast.text import dataset_texts, tokenized, windows
 
 

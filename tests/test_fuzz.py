@@ -23,11 +23,12 @@ from transformers import AutoTokenizer
 
 import less_fast
 from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessKernels, cli
-from less_fast.allocate import Curves
-from less_fast.architecture import sizes
+from less_fast.budgets import Curves
 from less_fast.demo import MODEL, corpus
-from less_fast.kernels import CARD, CONFIG, FAMILIES, WEIGHTS
-from less_fast.policies import POLICIES
+from less_fast.hf.architecture import sizes
+from less_fast.hub import CARD, CONFIG, WEIGHTS
+from less_fast.layer.features import FAMILIES
+from less_fast.setting import POLICIES
 
 HUGE = 10**30
 NUMBERS = [0, 1, 2, 3, -1, 10**6, 2**31 - 1, 2**63, HUGE, 0.5, 1.0, 2.5, -0.5, 1e300, float("nan"), float("inf"), True, False]

@@ -9,7 +9,7 @@ from transformers import set_seed
 
 import less_ref
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Scissorhands, SnapKV, Window
-from less_fast.architecture import attention_modules
+from less_fast.hf.architecture import attention_modules
 
 FASTGEN, KINDS = FastGen(11, 2, 2, 0.6), make_kinds(seed=3)  # heads choose differently, and some hold less than the budget
 
@@ -399,7 +399,7 @@ def test_calls_that_would_run_wrong_are_refused(model):
         cache().crop(1)
     with pytest.raises(ValueError, match="not offloaded"):
         cache().offload(0, only_non_sliding=False)
-    with pytest.raises(ValueError, match="chunk must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="chunk must be an integer from 1 to"):
         LessCache.for_model(model, H2O(2, 2), chunk=0)
     second = cache()
     model(ids, past_key_values=second)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import Full, LayerKernels, LayerState, LessKernels, extend
-from less_fast.kernels import CARD, CONFIG, FAMILIES, WEIGHTS, Elu, Exponential, Fourier, Performer, _directions
+from less_fast.hub import CARD, CONFIG, WEIGHTS
+from less_fast.layer.features import FAMILIES, Elu, Exponential, Fourier, Performer, _directions
 
 MANY = 20_000
 
@@ -148,7 +149,7 @@ def test_kernels_of_some_heads_give_the_same_features_without_the_padding(family
     for rank in set(ranks):
         heads = [head for head, own in enumerate(ranks) if own == rank]
         readers = [head * group + a for head in heads for a in range(group)]
-        part = kernels.of_heads(heads)
+        part = kernels.select_heads(heads)
         assert (part is kernels) == (len(heads) == len(ranks))
         assert (part.query_heads, part.kv_heads, part.ranks) == (len(readers), len(heads), [rank] * len(heads))
         assert_close(part.phi(q[:, readers]), phi[:, readers, :, :rank])
@@ -187,10 +188,10 @@ def test_files_that_hold_nan_are_refused_whatever_the_family(family, tmp_path):
     ("wrong", "message"),
     [
         (dict(family="gauss"), "no family of kernels is called 'gauss': choose one of paper, exponential, performer, "),
-        (dict(rank=0), "kernels need a rank of at least 1 and at most 65,536, not 0"),
+        (dict(rank=0), "the rank of kernels must be an integer from 1 to 65,536, not 0"),
         (dict(rank=[[1, 2]]), "the ranks of 1 layers do not fit 2 layers"),
         (dict(rank=[[1, 2], [3]]), r"one for each of 2 KV heads, not \[3\]"),
-        (dict(rank=[[1, 2], [3, 0]]), "kernels need a rank of at least 1 and at most 65,536, not 0"),
+        (dict(rank=[[1, 2], [3, 0]]), "the rank of kernels must be an integer from 1 to 65,536, not 0"),
         (dict(rank=[[2, 2], [2, 4]], family="performer"), r"Performer has one rank for all heads, not \[2, 2\]"),
         (dict(rank=5, family="fourier"), "come in pairs: the rank must be even, not 5"),
     ],
@@ -206,13 +207,13 @@ def test_taking_heads_apart_draws_nothing_random(seed):
     torch.manual_seed(seed)
     wanted = torch.rand(3)
     torch.manual_seed(seed)
-    kernels.of_heads([1])
+    kernels.select_heads([1])
     assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("rank", [2.5, None, "8", [[1.5, 2]]])
 def test_a_rank_that_is_no_integer_is_refused(rank):
-    with pytest.raises(ValueError, match="kernels need a rank of at least 1"):
+    with pytest.raises(ValueError, match="the rank of kernels must be an integer from 1 to"):
         LessKernels(1, 2, 2, 4, rank=rank, hidden=3)
 
 
@@ -265,7 +266,7 @@ def test_a_disk_that_is_full_loses_no_kernels_that_were_there(tmp_path, monkeypa
     def full(*_):
         raise OSError("no space left on device")
 
-    for name in ("save_file", "_card"):
+    for name in ("save_file", "card"):
         with monkeypatch.context() as patch:
             patch.setattr(f"less_fast.kernels.{name}", full)
             with pytest.raises(OSError, match="no space left"):

@@ -14,7 +14,7 @@ from strategies import fast_kernels, slices
 
 import less_fast
 import less_ref
-from less_fast import parallel as fast
+from less_fast.layer import parallel as fast
 
 FOLDER = Path(__file__).parent / "official_vectors"
 GENERATION = sorted(path.name for path in FOLDER.glob("D_*.npz"))

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
 from less_fast import H2O, Full, LessKernels
-from less_fast import step as step_module
-from less_fast.compare import contenders
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from less_fast.layer import step as step_module
+from less_fast.measuring.compare import contenders
 from less_fast.text import windows
 from paper_checks import harness, summarization
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Setting, verdict
@@ -349,7 +349,7 @@ def test_dead_kernels_swapped_answers_and_ignored_budgets_change_the_verdict_on_
     assert less >= plus
     assert harness.check(without_state(here)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *given: H2O(500, 500))
         assert harness.check(here).verdict == FAILS
     own = harness.CachedLM._scores
     with monkeypatch.context() as patch:  # the worst answer in the place of the best
@@ -410,7 +410,7 @@ def test_kernels_that_add_nothing_and_swapped_texts_change_the_verdict_on_summar
     assert healthy.verdict in (HOLDS, IN_PART)
     assert summarization.check(without_state(more)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.compare.baseline_plus", lambda *given: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *given: H2O(500, 500))
         assert summarization.check(more).verdict == FAILS
     own = summarization.rouge
     monkeypatch.setattr(summarization, "rouge", lambda references, texts: own(references, texts[1:] + texts[:1]))

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from models import FAMILIES, make_kernels, make_model, tokens
 from typer.testing import CliRunner
 
-from less_fast import LessCache, LessKernels
-from less_fast.cli import Bad, app
+from less_fast import LessCache, LessError, LessKernels
+from less_fast.cli import app
 from less_fast.demo import KERNELS, PAPER_KERNELS
-from less_fast.plan import SHAPES, bytes_of, config_of, held, plan
-from less_fast.policies import POLICIES
+from less_fast.measuring.plan import SHAPES, config_of, plan
+from less_fast.setting import POLICIES, Setting
 
 MB = 10**6
 
@@ -29,7 +29,7 @@ def test_planned_bytes_are_those_of_the_model_its_kernels_and_its_cache(family, 
     told = plan(model.config, POLICIES["h2o"].with_budget(9), rank, hidden=5, dtype=torch.float64)
     assert told.weights == sum(x.numel() * 8 for x in model.parameters())
     assert told.less == sum(cache.memory().values())
-    assert told.kernels == (bytes_of(kernels) // 2 if rank else 0)  # these are float64, and planned in float32
+    assert told.kernels == (kernels.memory() // 2 if rank else 0)  # these are float64, and planned in float32
     assert told.full == 4096 * 2 * sum(layer.state.kv_heads for layer in cache.layers) * 8 * 8
 
 
@@ -41,7 +41,7 @@ def test_every_policys_cache_is_planned_with_its_scores(name):
     with torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)
     shape = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)
-    assert held(shape, POLICIES[name], None, torch.float32) == sum(cache.memory().values())
+    assert Setting.of(shape, range(3), POLICIES[name]).memory(torch.float32) == sum(cache.memory().values())
 
 
 @given(
@@ -89,7 +89,7 @@ def test_the_embedded_model_is_planned_where_no_model_is_named_and_rank_0_is_the
 @pytest.mark.parametrize(("family", "folder"), [([], KERNELS), (["--family", "paper"], PAPER_KERNELS)])
 def test_the_embedded_models_own_kernels_are_as_large_as_planned(family, folder):
     record = json.loads(CliRunner().invoke(app, ["plan", *family, "--json"]).stdout)
-    assert record["kernels"] == bytes_of(LessKernels.from_pretrained(folder))
+    assert record["kernels"] == LessKernels.from_pretrained(folder).memory()
 
 
 @pytest.mark.parametrize(
@@ -102,5 +102,5 @@ def test_the_embedded_models_own_kernels_are_as_large_as_planned(family, folder)
 )
 def test_what_cannot_be_planned_is_refused(arguments, message):
     refused = CliRunner().invoke(app, ["plan", *arguments]).exception
-    assert isinstance(refused, Bad)
+    assert isinstance(refused, LessError)
     assert message in str(refused)

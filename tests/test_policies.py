@@ -13,8 +13,9 @@ from test_reference_laws import history
 
 import less_fast
 import less_ref
-from less_fast import step
-from less_fast.policies import POLICIES, _later, _ones
+from less_fast.layer import features, step
+from less_fast.layer.policies import _bits_set, _later
+from less_fast.setting import POLICIES
 
 
 def attention(case, trace, a):
@@ -189,7 +190,7 @@ def test_fastgen_chooses_as_worked_by_hand_each_head_and_row_for_itself(kinds, c
 
 def test_ones_are_counted_in_every_int64_that_a_history_can_be():
     numbers = [0, 1, 2**51, 2**52 - 1, *np.random.default_rng(0).integers(0, 2**52, 200).tolist()]
-    assert _ones(torch.tensor(numbers)).tolist() == [bin(number).count("1") for number in numbers]
+    assert _bits_set(torch.tensor(numbers)).tolist() == [bin(number).count("1") for number in numbers]
 
 
 def test_only_real_queries_count_as_later():
@@ -226,23 +227,23 @@ def test_a_policy_that_asks_for_kinds_is_refused_without_one_for_each_token(kind
 @pytest.mark.parametrize(
     ("policy", "fields", "message"),
     [
-        (less_fast.TOVA, dict(budget=0), "TOVA needs budget"),
-        (less_fast.DecayedH2O, dict(heavy=0, recent=0, decay=0.5), "DecayedH2O needs budget"),
-        (less_fast.DecayedH2O, dict(heavy=2, recent=2, decay=0.0), "needs a decay above 0"),
-        (less_fast.DecayedH2O, dict(heavy=2, recent=2, decay=1.5), "needs a decay above 0"),
+        (less_fast.TOVA, dict(budget=0), "budget of TOVA must be"),
+        (less_fast.DecayedH2O, dict(heavy=0, recent=0, decay=0.5), "budget of DecayedH2O must be"),
+        (less_fast.DecayedH2O, dict(heavy=2, recent=2, decay=0.0), "decay of DecayedH2O must be a number above 0"),
+        (less_fast.DecayedH2O, dict(heavy=2, recent=2, decay=1.5), "decay of DecayedH2O must be a number above 0"),
         (less_fast.Scissorhands, dict(budget=4, recent=5, history=8), "recent within the budget"),
         (less_fast.Scissorhands, dict(budget=4, recent=2, history=53), "a history of at most 52"),
-        (less_fast.Scissorhands, dict(budget=4, recent=2, history=0), "Scissorhands needs history"),
-        (less_fast.SnapKV, dict(budget=0, window=1, reach=1), "SnapKV needs budget"),
-        (less_fast.SnapKV, dict(budget=4, window=0, reach=1), "SnapKV needs window"),
+        (less_fast.Scissorhands, dict(budget=4, recent=2, history=0), "history of Scissorhands must be"),
+        (less_fast.SnapKV, dict(budget=0, window=1, reach=1), "budget of SnapKV must be"),
+        (less_fast.SnapKV, dict(budget=4, window=0, reach=1), "window of SnapKV must be"),
         (less_fast.SnapKV, dict(budget=4, window=5, reach=1), "its window within the budget"),
-        (less_fast.SnapKV, dict(budget=4, window=2, reach=-1), "SnapKV needs reach"),
-        (less_fast.FastGen, dict(budget=0, frequent=0, local=0, recovery=0.9), "FastGen needs budget"),
-        (less_fast.FastGen, dict(budget=4, frequent=-1, local=2, recovery=0.9), "FastGen needs frequent"),
-        (less_fast.FastGen, dict(budget=4, frequent=2, local=-1, recovery=0.9), "FastGen needs local"),
+        (less_fast.SnapKV, dict(budget=4, window=2, reach=-1), "reach of SnapKV must be"),
+        (less_fast.FastGen, dict(budget=0, frequent=0, local=0, recovery=0.9), "budget of FastGen must be"),
+        (less_fast.FastGen, dict(budget=4, frequent=-1, local=2, recovery=0.9), "frequent of FastGen must be"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=-1, recovery=0.9), "local of FastGen must be"),
         (less_fast.FastGen, dict(budget=4, frequent=2, local=3, recovery=0.9), "frequent \\+ local within the budget"),
-        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=0.0), "a recovery above 0, at most 1"),
-        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=1.1), "a recovery above 0, at most 1"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=0.0), "recovery of FastGen must be a number above 0"),
+        (less_fast.FastGen, dict(budget=4, frequent=2, local=2, recovery=1.1), "recovery of FastGen must be a number above 0"),
     ],
 )
 def test_impossible_fields_are_refused(policy, fields, message):
@@ -292,7 +293,7 @@ class Forgets(less_fast.Policy):
     """Tokens of kind 1 go, all at once, when one of kind 2 comes. Beside the kind stands how many queries saw the token."""
 
     budget: int
-    score_shape, kinds, selective = (2,), True, True
+    score_shape, kinds, one_leaves = (2,), True, False
 
     def update(self, score, p, visible):
         return score + torch.nn.functional.pad(visible.sum(2)[..., None], (1, 0))
@@ -308,7 +309,7 @@ def test_a_policy_of_ones_own_may_ask_for_kinds_and_let_several_tokens_go_at_onc
     kept = [[0, 3, 5, 8, 9, 10, 11], [11]]
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 2, 12, 4), torch.randn(2, 1, 12, 4), torch.randn(2, 1, 12, 4)
-    kernels = less_fast.kernels.Elu(2, 1, 4)
+    kernels = features.Elu(2, 1, 4)
     state = less_fast.LayerState.allocate(Forgets(12), 2, 2, 1, 4, kernels)
     for now in slices(chunks):
         less_fast.extend(state, q[:, :, now], k[:, :, now], v[:, :, now], kinds=kinds[:, now])
@@ -333,24 +334,20 @@ class Notes(less_fast.Policy):
         self.called.append("update")
         return score
 
-    def settle(self, position, score, n):
-        self.called.append(f"settle {n.item()}")
-        return score + 1
-
     def rank(self, position, score, n):
-        self.called.append("rank")
-        assert score[position == n - 1] == 1
+        self.called.append(f"rank {n.item()}")
+        score += 1
         return position
 
 
-def test_scores_are_settled_once_at_the_end_of_a_chunk_before_the_ranks(monkeypatch):
+def test_entries_are_ranked_once_at_the_end_of_a_chunk_and_the_rank_may_note_something_in_the_score(monkeypatch):
     monkeypatch.setattr(step, "QUERIES_AT_ONCE", 2)
     rule = Notes(4)
     state = less_fast.LayerState.allocate(rule, 1, 1, 1, 2)
     for m in (5, 1, 2):
         less_fast.extend(state, *torch.zeros(3, 1, 1, m, 2))
     three, one = ["update"] * 3, ["update"]
-    assert rule.called == [*three, "settle 5", "rank", *one, "settle 6", "rank", *one, "settle 8", "rank"]
+    assert rule.called == [*three, "rank 5", *one, "rank 6", *one, "rank 8"]
     (group,) = state.groups
     counted = dict(zip(group.position.flatten().tolist(), group.score.flatten().tolist()))
     assert [counted[j] for j in (4, 5, 6, 7)] == [3, 2, 1, 1]

@@ -18,7 +18,7 @@ from test_hf import FASTGEN, KINDS, feed, generate, left_padded
 
 from less_fast import H2O, TOVA, LessCache, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
-from less_fast.store import read, write
+from less_fast.files import read, write
 from paper_checks.architectures import tiny
 
 TABLE = [[3, 9], [5, 5], [12, 1]]
@@ -253,7 +253,7 @@ def test_a_full_disk_loses_nothing_that_was_there(tmp_path):
     before = (tmp_path / "cache").read_bytes()
     assert len(before) > 4096
     code = (
-        "import sys, torch\nfrom less_fast.store import write\n"
+        "import sys, torch\nfrom less_fast.files import write\n"
         "try:\n    write(sys.argv[1], {'a': torch.zeros(100_000)}, {})\n"
         "except OSError as error:\n    print('OSError', error)"
     )

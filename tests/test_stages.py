@@ -12,12 +12,12 @@ from models import SIZES, make_kernels, make_model, tokens
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-import less_fast.train as train_module
+import less_fast.training.layers as train_module
 from less_fast import H2O, Lambda, LessCache
-from less_fast.architecture import sizes
-from less_fast.damage import divergence
-from less_fast.recording import Recording, bytes_on_disk
-from less_fast.train import RECIPES, Work, train
+from less_fast.hf.architecture import sizes
+from less_fast.training.head_costs import divergence
+from less_fast.training.layers import RECIPES, Work, train
+from less_fast.training.recording import Recording, bytes_on_disk
 
 RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, table_steps=12, joint_rate=0.02)
 POLICY = H2O(3, 3)
@@ -247,7 +247,7 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path):
 
 
 def test_a_recipe_that_cannot_be_leaves_no_work_behind(tmp_path):
-    with pytest.raises(ValueError, match="a hidden width of at least 1"):
+    with pytest.raises(ValueError, match="the hidden width of kernels must be"):
         quick_training(tmp_path / "work", replace(RECIPES["paper"], hidden=0))
     assert not (tmp_path / "work").exists()
 

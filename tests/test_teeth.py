@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, settings
 
 import less_fast
-from less_fast import step
+from less_fast.layer import step
 
 
 def a_fold_is_skipped(patch):

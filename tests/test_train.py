@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import less_ref
 from less_fast import H2O, FastGen, LayerKernels, LessCache, LessKernels, Window
-from less_fast.architecture import attention_modules
-from less_fast.kernels import CONFIG, FAMILIES, WEIGHTS, _dropout_mask
-from less_fast.recording import prepare
-from less_fast.train import RECIPES, Recipe, loss, projected_error, train
+from less_fast.hf.architecture import attention_modules
+from less_fast.hub import CONFIG, WEIGHTS
+from less_fast.layer.features import FAMILIES, _dropout_mask
+from less_fast.training.layers import RECIPES, Recipe, loss, projected_error, train
+from less_fast.training.recording import prepare
 
 QUICK = {
     "paper": Recipe(rank=3, hidden=8, epochs=4, batch=2, halve_every=1, dropout=0.1),

@@ -6,10 +6,10 @@ Where a decoder would append keys and values to its cache and attend, it calls `
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from ..kernels import LayerKernels
-from ..policies import H2O
-from ..state import LayerState
-from ..step import extend
+from ..layer.features import PaperKernels
+from ..layer.policies import H2O
+from ..layer.state import LayerState
+from ..layer.step import extend
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 2, 4, 2, 16, 64, 256
 
@@ -43,7 +43,7 @@ class Decoder:
 
 def generate(decoder, ids, new, policy=H2O(heavy=8, recent=8)):
     """After a prompt ids (N, m) yields `new` tokens (N, 1), the likeliest each time, with the bytes held."""
-    kernels = [LayerKernels(QUERY_HEADS, KV_HEADS, HEAD_DIM, hidden=32) for _ in range(LAYERS)]  # untrained: they fold little
+    kernels = [PaperKernels(QUERY_HEADS, KV_HEADS, HEAD_DIM, hidden=32) for _ in range(LAYERS)]  # untrained: they fold little
     states = [LayerState.allocate(policy, len(ids), QUERY_HEADS, KV_HEADS, HEAD_DIM, some) for some in kernels]
     attentions, seen = [lambda q, k, v, state=state: extend(state, q, k, v) for state in states], 0
     for _ in range(new):

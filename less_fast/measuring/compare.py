@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
-from .architecture import sizes
-from .hf import LessCache, bytes_of
-from .kernels import LessKernels
-from .plan import held
+from ..hf.architecture import less_layers, sizes
+from ..hf.cache import LessCache, bytes_of
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..setting import Setting
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
@@ -68,7 +69,7 @@ def compare(
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
     DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
     token_kinds: for policies that ask, as `LessCache.for_model` takes them.
-    Raises ValueError where the model's output is not finite.
+    Raises LessError where the model's output is not finite.
     """
     caches = list(contenders(model, policies, kernels, token_kinds))
     speeds = decode(model, windows[:DECODED_ROWS], caches)
@@ -152,11 +153,7 @@ def baseline_plus(model, policy, kernels: LessKernels):
 
     The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
     """
-    shape, more = sizes(model), policy
-    wanted = held(shape, policy, kernels, model.dtype)
-    while held(shape, more, None, model.dtype) < wanted:
-        more = policy.with_budget(more.budget + 1)
-    return more
+    return Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform").baseline_plus(model.dtype)
 
 
 @torch.inference_mode()
@@ -174,7 +171,7 @@ def window_losses(model, windows: torch.Tensor, contender: Contender) -> torch.T
             losses.append(cross_entropy((head(row[:-1]) if alone else row[:-1]).float(), targets[1:]).item())
     losses = torch.tensor(losses, dtype=torch.float64)
     if not losses.isfinite().all():
-        raise ValueError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
+        raise LessError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
     return losses
 
 

@@ -8,30 +8,32 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..layer.checks import LessError
+
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo")  # what attention modules call their output projection
 
 
 def check_model(model):
-    """The model's text config. ValueError, with the reason, for a model that LESS cannot serve."""
+    """The model's text config. LessError, with the reason, for a model that LESS cannot serve."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is no model of transformers: give LESS the one within, or use LayerState and extend")
+        raise LessError(f"{name} is no model of transformers: give LESS the one within, or use LayerState and extend")
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} has an encoder, whose tokens its decoder attends to, too: LESS serves decoders alone")
+        raise LessError(f"{name} has an encoder, whose tokens its decoder attends to, too: LESS serves decoders alone")
     if getattr(config, "alibi", False):
-        raise ValueError(f"{name} adds a bias for the distance to its logits (alibi): LESS serves plain dot products")
+        raise LessError(f"{name} adds a bias for the distance to its logits (alibi): LESS serves plain dot products")
     if any(getattr(module, "is_causal", True) is False for module in decoder_of(model).modules()):
-        raise ValueError(f"{name} attends to later tokens, too (is_causal is False): LESS serves causal attention")
+        raise LessError(f"{name} attends to later tokens, too (is_causal is False): LESS serves causal attention")
     if not model._can_set_attn_implementation() and not calls_sdpa(model):
         way = ': load it with attn_implementation="sdpa"' if model._supports_sdpa else ", which cannot be replaced"
-        raise ValueError(f"{name} has attention code of its own{way}")
+        raise LessError(f"{name} has attention code of its own{way}")
     layers = layers_of(model)
     strange = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer and not _keeps_its_own(layer)}
     if strange:
-        raise ValueError(f"{name} needs a {', '.join(sorted(strange))} of transformers, in whose place LESS cannot step")
+        raise LessError(f"{name} needs a {', '.join(sorted(strange))} of transformers, in whose place LESS cannot step")
     if not less_layers(model):
-        raise ValueError(f"no layer of {name} has full attention: with sliding windows or recurrence memory is constant already")
+        raise LessError(f"no layer of {name} has full attention: with sliding windows or recurrence memory is constant already")
     return config
 
 
@@ -110,7 +112,7 @@ def same(one: list[float], other: list[float]) -> bool:
 
 
 def sizes(model) -> dict[str, int]:
-    """The sizes that kernels for this model must have. ValueError where layers differ in them (Gemma 4's do)."""
+    """The sizes that kernels for this model must have. LessError where layers differ in them (Gemma 4's do)."""
     return sizes_of(model.config)
 
 
@@ -119,7 +121,7 @@ def sizes_of(config) -> dict[str, int]:
     config = config.get_text_config(decoder=True)
     heads = {_heads(layer) for layer in getattr(config, "per_layer_config", [config])}
     if len(heads) > 1:
-        raise ValueError("the layers of this model differ in their heads: use the bare policy, without kernels or a budget table")
+        raise LessError("the layers of this model differ in their heads: use the bare policy, without kernels or a budget table")
     query_heads, kv_heads, head_dim = heads.pop()
     return dict(layers=config.num_hidden_layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
 
@@ -134,15 +136,15 @@ def _heads(config):
 
 
 def check_kernels(model, kernels) -> None:
-    """ValueError, with the reason, where LessKernels were made for another model."""
+    """LessError, with the reason, where LessKernels were made for another model."""
     for name, wanted in sizes(model).items():
         if kernels.sizes[name] != wanted:
-            raise ValueError(
+            raise LessError(
                 f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model"
             )
     known = kernels.about.get("fingerprint")
     if known and not same(known, fingerprint(model)):
-        raise ValueError(
+        raise LessError(
             "these kernels are for another model of the same shape (its key projections differ): train kernels for this one "
             "with `less-kv train`"
         )

@@ -21,11 +21,14 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from .allocate import Curves, average
-from .architecture import attention_modules, check_model, fingerprint, output_weight, sizes
-from .damage import divergence, measure
-from .kernels import FAMILIES, Features, LessKernels
-from .parallel import low_rank_part, merge
+from ..budgets import Curves, average
+from ..files import aside
+from ..hf.architecture import attention_modules, check_model, fingerprint, output_weight, sizes
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.features import FAMILIES, Features
+from ..layer.parallel import low_rank_part, merge
+from .head_costs import divergence, measure
 from .recording import SHARD, Recorded, Recording, bytes_on_disk
 
 CURVE_WINDOWS = 8  # windows on which damage is measured
@@ -83,7 +86,7 @@ RECIPES = {
 class Work:
     """The folder of an unfinished training: what is done is in it, each file complete, and the order that it carries out.
 
-    Raises ValueError where the folder holds the work on another order.
+    Raises LessError where the folder holds the work on another order.
     """
 
     def __init__(self, folder: Path, order: dict):
@@ -94,24 +97,21 @@ class Work:
         known = json.loads(file.read_text()) if file.exists() else order
         other = sorted(name for name in order | known if order.get(name) != known.get(name))
         if other:
-            raise ValueError(
+            raise LessError(
                 f"{folder} holds an unfinished training with another {', '.join(other)}: go on with the options it was begun "
                 f"with, or delete that folder"
             )
         if process() == 0:
-            self._write(file, lambda aside: aside.write_text(json.dumps(order, indent=2) + "\n"))
+            with aside(file) as temporary:
+                temporary.write_text(json.dumps(order, indent=2) + "\n")
 
     def load(self, name: str) -> dict | None:
         file = self.folder / name
         return torch.load(file, weights_only=True) if file.exists() else None
 
     def save(self, name: str, value: dict) -> None:
-        self._write(self.folder / name, lambda aside: torch.save(value, aside))
-
-    def _write(self, file, write):
-        aside = file.with_name(f".{file.name}.new")
-        write(aside)
-        aside.rename(file)
+        with aside(self.folder / name) as temporary:
+            torch.save(value, temporary)
 
 
 def process() -> int:
@@ -145,16 +145,16 @@ def train(
     weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit.
     curves: measure at the end what each head costs at each budget, for budget tables.
     Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
-    Raises ValueError where the model is not supported, the policy evicts nothing within T tokens, a layer's weights or
+    Raises LessError where the model is not supported, the policy evicts nothing within T tokens, a layer's weights or
     attention are not finite, training diverges, or the folder holds other work; OSError where the disk is full.
     """
     check_model(model)
     model.eval()
     T = windows.shape[1]
-    if policy.selective:
-        raise ValueError(f"training needs a policy that evicts one token at a time, and {policy} does not")
+    if not policy.one_leaves and policy.budget is not None:
+        raise LessError(f"training needs a policy that evicts one token at a time, and {policy} does not")
     if policy.budget is None or policy.budget > T - 2:
-        raise ValueError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
+        raise LessError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
     about = {
         "fingerprint": fingerprint(model),
         "policy": repr(policy),
@@ -285,7 +285,7 @@ def _train_layer(like: Features, index, recording, validation, projection, recip
             progress.update()
             progress.set_postfix_str(f"layer {index}: error {lowest / bare:.3f} of the bare policy's")
     if best is None:
-        raise ValueError(f"training layer {index} diverged: its error was never finite; lower the learning rate")
+        raise LessError(f"training layer {index} diverged: its error was never finite; lower the learning rate")
     work.save(f"layer-{index:03}", {"weights": best, "bare": bare, "less": lowest})
 
 
@@ -313,7 +313,7 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
             adam.zero_grad()
             found = divergence(model, windows[rows], rules[step % len(rules)], kernels)
             if not found.isfinite():
-                raise ValueError(f"the stage of all layers diverged at step {step}: lower its learning rate, or leave it out")
+                raise LessError(f"the stage of all layers diverged at step {step}: lower its learning rate, or leave it out")
             found.backward(inputs=weights)
             _step(adam, pace, kernels, recipe.clip)
             progress.update()
@@ -332,9 +332,7 @@ def _distill(name, kernels, model, windows, validation, rules, judged, steps, re
 @torch.no_grad()
 def _divergences(model, windows, rules: Sequence, kernels) -> list[float]:
     parts = windows.split(2)
-    return [
-        sum(divergence(model, ids, rule, kernels).item() * len(ids) for ids in parts) / len(windows) for rule in rules
-    ]
+    return [sum(divergence(model, ids, rule, kernels).item() * len(ids) for ids in parts) / len(windows) for rule in rules]
 
 
 def _spelled(figures):

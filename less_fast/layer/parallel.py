@@ -9,7 +9,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .kernels import Features
+from .features import Features
 from .state import LayerState
 from .step import extend
 

@@ -4,50 +4,21 @@ A policy has a `budget`, the number of entries that a KV head holds between step
 shape (N rows, H KV heads, G query heads for each, S slots):
 
     update(score (N, H, S), p (N, H, G, m, S), visible (N, H, m, S)) -> score
-        p: what m new queries gave each slot, softmax over the visible ones; zero where not visible. A query that is a pad sees
+        p: what m new queries gave each slot, softmax over the visible ones; zero if not visible. A query that is a pad sees
         nothing. A long chunk comes in several calls, in its order.
     rank(position (N, H, S), score (N, H, S), n (N, 1, 1)) -> (N, H, S)
         The lowest is evicted; ties evict the newer. n counts the tokens seen, these included. Slots without an entry have
-        position -1; their rank is ignored.
+        position -1; their rank is ignored. Called once at the end of a chunk; it may note something in the score, in place.
 
-Beside them, for a policy that needs more, with what they are in Policy, the base class:
-
-    scored = True         False: update does nothing and is not called
-    pooled = False        True: scores are pooled over the layer; all its KV heads must follow the policy, and H is all of them
-    score_dtype = None    None: float32 or wider
-    score_shape = ()      the shape of one slot's score; (C,) makes the scores (N, H, S, C). They start at 0
-    kinds = False         True: tokens come with a kind, an integer that becomes the first number of their score
-    selective = False     True: what ranks -inf goes even where there is room, so several may go at once
-    settle(position, score, n) -> score    called once at the end of a chunk, before rank
-    with_budget(b)        the same policy for b entries
+What a policy may say of itself stands in Policy, the base class.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 
-
-def _need(policy, **least):
-    """Refuses fields below their least value, or beyond int32, which positions are, in one sentence."""
-    for name, smallest in least.items():
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**31 - 1:
-            raise ValueError(
-                f"{type(policy).__name__} needs {name} to be an integer of at least {smallest} and below 2^31 - 1, not {value!r}"
-            )
-
-
-def _need_share(policy, name):
-    """Refuses a field that is no number above 0 and at most 1."""
-    value = getattr(policy, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{type(policy).__name__} needs a {name} above 0, at most 1, not {value!r}")
-
-
-def _need_budget(budget):
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise ValueError(f"a budget must be a whole number of tokens, at least 1, not {budget!r}")
+from .checks import LessError, integer
 
 
 class Policy:
@@ -57,20 +28,52 @@ class Policy:
     """
 
     scored: ClassVar[bool] = True
+    """False: update does nothing and is not called."""
     pooled: ClassVar[bool] = False
+    """True: scores are pooled over the layer; all its KV heads must follow the policy, and H is all of them."""
     score_dtype: ClassVar[torch.dtype | None] = None
+    """None: float32 or wider."""
     score_shape: ClassVar[tuple[int, ...]] = ()
+    """The shape of one slot's score; (C,) makes the scores (N, H, S, C). They start at 0."""
+    one_leaves: ClassVar[bool] = True
+    """A token that comes alone makes at most one entry leave, so that shapes are fixed and steps can be compiled. False: what
+    ranks -inf goes even if there is room, so several may go at once."""
     kinds: ClassVar[bool] = False
-    selective: ClassVar[bool] = False
+    """True: tokens come with a kind, an integer that becomes the first number of their score."""
 
-    def update(self, score, p, visible):
+    budget: int | None
+
+    def update(self, score: torch.Tensor, p: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         return score
 
-    def settle(self, position, score, n):
-        return score
+    def rank(self, position: torch.Tensor, score: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def with_budget(self, budget: int) -> "Policy":
-        return replace(self, budget=budget)
+        """The same policy for another budget."""
+        return replace(self, budget=budget)  # type: ignore[type-var]
+
+    def is_scaled(self, other: "Policy") -> bool:
+        """Whether they are one policy at two budgets: one of them, given the other's budget, is the other."""
+        if type(self) is not type(other):
+            return False
+        try:
+            return self.with_budget(other.budget) == other or other.with_budget(self.budget) == self
+        except LessError:  # a budget that leaves no room for its sinks
+            return False
+
+    def _check(self, **least: int) -> None:
+        """Makes these fields ints. LessError for one that is no integer, or below its least value."""
+        for name, smallest in least.items():
+            value = integer(f"{name} of {type(self).__name__}", getattr(self, name), smallest)
+            if name in {field.name for field in fields(self)}:  # type: ignore[arg-type]
+                object.__setattr__(self, name, value)
+
+    def _check_share(self, name: str) -> None:
+        """LessError if the field is no number above 0 and at most 1."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise LessError(f"{name} of {type(self).__name__} must be a number above 0 and at most 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ class Full(Policy):
 
     budget: ClassVar[None] = None
     scored: ClassVar[bool] = False
+    one_leaves: ClassVar[bool] = False
 
     def rank(self, position, score, n):
         return position
 
     def with_budget(self, budget: int) -> "Full":
-        raise ValueError("the policy full has no budget: it keeps everything")
+        raise LessError("the policy full has no budget: it keeps everything")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Window(Policy):
     scored: ClassVar[bool] = False
 
     def __post_init__(self):
-        _need(self, recent=1)
+        self._check(recent=1)
 
     @property
     def budget(self) -> int:
@@ -117,8 +121,8 @@ class Lambda(Policy):
     scored: ClassVar[bool] = False
 
     def __post_init__(self):
-        _need(self, sinks=0, recent=0)
-        _need(self, budget=1)
+        self._check(sinks=0, recent=0)
+        self._check(budget=1)
 
     @property
     def budget(self) -> int:
@@ -129,9 +133,9 @@ class Lambda(Policy):
 
     def with_budget(self, budget: int) -> "Lambda":
         """The same number of sinks; the window takes the rest."""
-        _need_budget(budget)
+        budget = integer("a budget", budget)
         if budget <= self.sinks:
-            raise ValueError(f"a budget of {budget} leaves no recent tokens beside {self.sinks} sinks: give it more")
+            raise LessError(f"a budget of {budget} leaves no recent tokens beside {self.sinks} sinks: give it more")
         return replace(self, recent=budget - self.sinks)
 
 
@@ -143,22 +147,22 @@ class H2O(Policy):
     recent: int
 
     def __post_init__(self):
-        _need(self, heavy=0, recent=0)
-        _need(self, budget=1)
+        self._check(heavy=0, recent=0)
+        self._check(budget=1)
 
     @property
     def budget(self) -> int:
         return self.heavy + self.recent
 
     def update(self, score, p, visible):
-        return score + _sum(p.flatten(2, 3))
+        return score + ordered_sum(p.flatten(2, 3))
 
     def rank(self, position, score, n):
         return score.masked_fill(position >= n - self.recent, torch.inf)
 
     def with_budget(self, budget: int) -> "H2O":
         """Heavy and recent in the same proportion; what does not divide goes to the heavy ones."""
-        _need_budget(budget)
+        budget = integer("a budget", budget)
         recent = budget * self.recent // self.budget
         return replace(self, heavy=budget - recent, recent=recent)
 
@@ -171,13 +175,13 @@ class DecayedH2O(H2O):
 
     def __post_init__(self):
         super().__post_init__()
-        _need_share(self, "decay")
+        self._check_share("decay")
 
     def update(self, score, p, visible):
         real = visible.any(-1)  # (N, H, m)
         fading = self.decay ** _later(real).to(score.dtype)  # (N, H, m)
         faded = self.decay ** real.sum(-1, keepdim=True).to(score.dtype)  # (N, H, 1)
-        return score * faded + _sum(_sum(p) * fading[..., None])
+        return score * faded + ordered_sum(ordered_sum(p) * fading[..., None])
 
 
 @dataclass(frozen=True)
@@ -188,12 +192,12 @@ class TOVA(Policy):
     pooled: ClassVar[bool] = True
 
     def __post_init__(self):
-        _need(self, budget=1)
+        self._check(budget=1)
 
     def update(self, score, p, visible):
         real = visible.any(-1)[:, 0]  # (N, m)
         newest = real & (_later(real) == 0)  # (N, m), at most one query in each row
-        mean = _sum(p.flatten(1, 2)[:, None])[:, 0] / (p.shape[1] * p.shape[2])  # (N, m, S)
+        mean = ordered_sum(p.flatten(1, 2)[:, None])[:, 0] / (p.shape[1] * p.shape[2])  # (N, m, S)
         pooled = (mean * newest[..., None]).sum(1)  # (N, S)
         return torch.where(real.any(-1)[:, None, None], pooled[:, None].to(score.dtype), score)
 
@@ -215,9 +219,9 @@ class Scissorhands(Policy):
     score_dtype: ClassVar[torch.dtype] = torch.int64
 
     def __post_init__(self):
-        _need(self, budget=1, recent=0, history=1)
+        self._check(budget=1, recent=0, history=1)
         if self.recent > self.budget or self.history > 52:
-            raise ValueError(f"Scissorhands needs recent within the budget and a history of at most 52, not {self}")
+            raise LessError(f"Scissorhands needs recent within the budget and a history of at most 52, not {self}")
 
     def update(self, score, p, visible):
         below = visible & (p.mean(2) * visible.sum(-1, keepdim=True) < 1 - 1e-6)  # (N, H, m, S)
@@ -229,11 +233,11 @@ class Scissorhands(Policy):
 
     def with_budget(self, budget: int) -> "Scissorhands":
         """The same share of recent tokens, rounded down."""
-        _need_budget(budget)
+        budget = integer("a budget", budget)
         return replace(self, budget=budget, recent=budget * self.recent // self.budget)
 
     def rank(self, position, score, n):
-        return (-_ones(score)).masked_fill(position >= n - self.recent, torch.iinfo(score.dtype).max)
+        return (-_bits_set(score)).masked_fill(position >= n - self.recent, torch.iinfo(score.dtype).max)
 
 
 @dataclass(frozen=True)
@@ -250,9 +254,9 @@ class SnapKV(Policy):
     reach: int
 
     def __post_init__(self):
-        _need(self, budget=1, window=1, reach=0)
+        self._check(budget=1, window=1, reach=0)
         if self.window > self.budget:
-            raise ValueError(f"SnapKV needs its window within the budget, not {self}")
+            raise LessError(f"SnapKV needs its window within the budget, not {self}")
 
     @property
     def score_shape(self) -> tuple[int, ...]:
@@ -260,7 +264,7 @@ class SnapKV(Policy):
 
     def update(self, score, p, visible):
         real = visible.any(-1)[:, 0]  # (N, m)
-        votes = torch.cat([score, _sum(p).mT.to(score.dtype)], -1)  # (N, H, S, window + m)
+        votes = torch.cat([score, ordered_sum(p).mT.to(score.dtype)], -1)  # (N, H, S, window + m)
         real = torch.cat([real.new_ones(len(real), self.window), real], 1)  # (N, window + m)
         last = real.long().argsort(stable=True)[:, -self.window :]  # (N, window), pads come first
         return votes.gather(3, last[:, None, None].expand(score.shape))
@@ -280,84 +284,17 @@ class SnapKV(Policy):
 
     def with_budget(self, budget: int) -> "SnapKV":
         """The same share of the window, rounded down, and at least one token."""
-        _need_budget(budget)
+        budget = integer("a budget", budget)
         return replace(self, budget=budget, window=max(1, budget * self.window // self.budget))
 
 
-@dataclass(frozen=True)
-class FastGen(Policy):
-    """Each head keeps the least that recovers its attention (Ge et al. 2023): 1 special tokens, 2 and punctuation, 3 and the
-    `frequent` others with the most accumulated attention, 4 and the last `local`, or 5 everything.
-
-    A head chooses when the budget is first exceeded, with a prompt at its end: the first of these sets that got at least
-    `recovery` of all attention so far. (A token that was local counts with what it got while it was.) Until then nothing is
-    evicted; from then on all else goes, and what does not fit the budget: the least attended, then the newest special tokens,
-    never the local ones. So heads hold different numbers of tokens in tensors of the same shape, `budget` at most.
-
-    Tokens come with a kind: 0, 1 for punctuation or 2 for special, which `token_kinds(tokenizer)` tells of each token id. A
-    cache is given that table, `LessCache.for_model(..., token_kinds=table)`, and reads the input ids of every forward pass;
-    `extend` takes the kinds themselves, `kinds=...`. Each slot holds five numbers as its score: the kind, the attention it
-    got, the part of that which it got while local, how many queries it has seen, and its head's choice, 0 before.
-    """
-
-    budget: int
-    frequent: int
-    local: int
-    recovery: float
-    score_shape: ClassVar[tuple[int, ...]] = (5,)
-    kinds: ClassVar[bool] = True
-    selective: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _need(self, budget=1, frequent=0, local=0)
-        _need_share(self, "recovery")
-        if self.frequent + self.local > self.budget:
-            raise ValueError(f"FastGen needs frequent + local within the budget, not {self}")
-
-    def update(self, score, p, visible):
-        kind, attention, near, age, choice = score.unbind(-1)
-        ages = age[:, :, None] + visible.cumsum(2)  # (N, H, m, S)
-        p = _sum(p)  # (N, H, m, S)
-        attention = attention + _sum(p)
-        near = near + _sum(p * (ages <= self.local))
-        return torch.stack([kind, attention, near, ages[:, :, -1], choice], -1)
-
-    def settle(self, position, score, n):
-        held = (position >= 0).to(score.dtype)
-        _, attention, near, _, choice = (score * held[..., None]).unbind(-1)
-        choice = choice.amax(-1, keepdim=True)  # (N, H, 1), tokens that came since have 0
-        chooses = (choice == 0) & (n > self.budget)
-        if chooses.any():
-            first = torch.full_like(choice, 5)
-            for candidate in (4, 3, 2, 1):
-                member = self._members(position, score, n, torch.full_like(choice, candidate))
-                recovered = torch.where(member, attention, near if candidate == 4 else 0).sum(-1, keepdim=True)
-                enough = recovered >= (self.recovery - 1e-6) * attention.sum(-1, keepdim=True)
-                first = first.masked_fill(enough, candidate)
-            choice = torch.where(chooses, first, choice)
-        return torch.cat([score[..., :4], choice[..., None].expand(*position.shape, 1)], -1)
-
-    def _members(self, position, score, n, choice):
-        """What a head with that choice (N, H, 1) keeps: (N, H, S) bool."""
-        kind, attention = score[..., 0], score[..., 1]
-        local = position >= n - self.local
-        member = (kind == 2) | (choice >= 2) & (kind == 1) | (choice >= 4) & local
-        others = (position >= 0) & ~member
-        order = best_first(attention.masked_fill(~others, -torch.inf), position)
-        most = torch.zeros_like(member).scatter(2, order[..., : self.frequent], True)
-        return member | (choice >= 3) & others & most | (choice == 5)
-
-    def rank(self, position, score, n):
-        kind, attention, choice = score[..., 0], score[..., 1], score[..., :1, 4]  # choice: the same in all slots
-        rank = attention.masked_fill(kind == 2, torch.finfo(score.dtype).max)
-        rank = rank.masked_fill((choice >= 4) & (position >= n - self.local), torch.inf)
-        return rank.masked_fill(~self._members(position, score, n, choice) & (choice > 0), -torch.inf)
-
-    def with_budget(self, budget: int) -> "FastGen":
-        """The same shares of frequent and local tokens, rounded down."""
-        _need_budget(budget)
-        share = {name: budget * getattr(self, name) // self.budget for name in ("frequent", "local")}
-        return replace(self, budget=budget, **share)
+def policy_of(name: str, fields: dict) -> Policy | None:
+    """The policy of a class name and fields, as they were written to a file; None if no such class is imported."""
+    classes = [Policy]
+    for kind in classes:
+        classes += kind.__subclasses__()
+    kind = {kind.__name__: kind for kind in classes}.get(name)
+    return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
 
 
 def best_first(rank, position):
@@ -369,7 +306,7 @@ def best_first(rank, position):
     return order.gather(2, rank.gather(2, order).sort(dim=-1, descending=True, stable=True).indices)
 
 
-def _sum(x):
+def ordered_sum(x):
     """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
     others, and would decide ties by where entries lie."""
     while x.shape[2] > 1:
@@ -385,23 +322,9 @@ def _later(real):
     return real.sum(-1, keepdim=True) - real.cumsum(-1)
 
 
-def _ones(bits):
+def _bits_set(bits):
     """How many bits are set in each int64, by adding neighbours: bits, pairs, fours, then all bytes at once."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
     return (bits * 0x0101010101010101) >> 56
-
-
-POLICIES = {
-    "full": Full(),
-    "window": Window(32),
-    "lambda": Lambda(4, 28),
-    "h2o": H2O(16, 16),
-    "decayed-h2o": DecayedH2O(16, 16, 0.99),
-    "tova": TOVA(32),
-    "scissorhands": Scissorhands(32, 16, 32),
-    "snapkv": SnapKV(32, 8, 3),
-    "fastgen": FastGen(32, 8, 8, 0.95),
-}
-"""Every policy by the name that the command line uses; `with_budget` turns the example into the one wanted."""

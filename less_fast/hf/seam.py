@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ..layer.checks import LessError
 from .architecture import calls_sdpa, check_model, less_layers
 
 OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); older ones keep recurrent states outside the cache
@@ -48,9 +49,9 @@ class TaggingLayer(CacheLayerMixin):
     def read(self, query, key, value, valid, scaling, softcap=None, sinks=None) -> torch.Tensor:
         """What the attention function calls, once for the keys of one update."""
         if not self.unread:
-            raise ValueError("this model attends twice to the keys that it gave its cache once, and a LessCache counts once")
+            raise LessError("this model attends twice to the keys that it gave its cache once, and a LessCache counts once")
         if value.shape != key.shape:
-            raise ValueError(
+            raise LessError(
                 f"this model's values, {tuple(value.shape)}, have another shape than its keys, {tuple(key.shape)} (multi-head "
                 f"latent attention has): LESS serves keys and values of one head_dim"
             )
@@ -79,7 +80,7 @@ class FunctionLayer(TaggingLayer):
 
     def attend(self, query, key, value, valid, scaling, softcap, sinks):
         if softcap is not None or sinks is not None:
-            raise ValueError("kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks")
+            raise LessError("kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks")
         return self.attention(query, key, value, scaling)
 
     def get_seq_length(self) -> int:
@@ -90,12 +91,12 @@ def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> tor
     """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer attends by a function of its own.
 
     attentions: for each layer a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k rotated.
-    Raises ValueError for a model that has other layers than those with full attention.
+    Raises LessError for a model that has other layers than those with full attention.
     """
     check_model(model)
     by_sdpa = calls_sdpa(model)
     if len(less_layers(model)) < len(attentions):
-        raise ValueError(
+        raise LessError(
             f"kernels and budget tables are made for models whose layers all have full attention, and {type(model).__name__} "
             f"has others: use it with the bare policy"
         )
@@ -106,14 +107,12 @@ def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> tor
 
 
 def use_less_attention(model) -> None:
-    """Registers "less" with transformers, once, and switches the model to it, unless it calls torch's attention itself."""
-    AttentionInterface.register("less", less_attention)
-    AttentionMaskInterface.register("less", less_mask)
+    """Switches the model to the attention "less", unless it calls torch's attention itself."""
     if calls_sdpa(model):
         return
     model.set_attn_implementation("less")
     if model.config.get_text_config(decoder=True)._attn_implementation != "less":
-        raise ValueError(f"{type(model).__name__} did not accept the attention implementation 'less'")
+        raise LessError(f"{type(model).__name__} did not accept the attention implementation 'less'")
 
 
 def check_version():
@@ -134,15 +133,13 @@ def less_mask(
     model unchanged, so one that was made before a compiled forward pass arrives.
     """
     if mask_function is not causal_mask_function or kv_length != q_length:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
-        )
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     if attention_mask is None and q_length > 1:
         return None
     if attention_mask is None:  # compiled decoding steps shall see a mask with and without padding
         return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
     if attention_mask.shape[-1] < int(kv_offset) + kv_length:
-        raise ValueError(
+        raise LessError(
             f"the attention mask covers {attention_mask.shape[-1]} tokens, but {int(kv_offset)} were seen before these "
             f"{kv_length}: pass a mask over all of them"
         )
@@ -156,7 +153,7 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
         return _dense(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     refused = [name for name in ("position_bias", "sliding_window") if kwargs.get(name) is not None]
     if refused or kwargs.get("is_causal") is False:
-        raise ValueError(f"a LessCache does not support {', '.join(refused) or 'attention that is not causal'}")
+        raise LessError(f"a LessCache does not support {', '.join(refused) or 'attention that is not causal'}")
     valid = _valid(attention_mask, query)
     out = layer.read(query, key, value, valid, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
@@ -184,7 +181,7 @@ def _valid(mask, query):
         return None
     if _of_padding(mask, query):
         return mask[:, 0, :, 0]
-    raise ValueError(_WRONG_MASK)
+    raise LessError(_WRONG_MASK)
 
 
 _WRONG_MASK = "a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another"
@@ -210,11 +207,15 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     """In the place of scaled_dot_product_attention; of a causal mask (N, 1, m, m) the diagonal tells tokens from pads."""
     m, valid = query.shape[2], None
     if attn_mask is None and m > 1 and not is_causal:
-        raise ValueError("a LessCache does not support attention that is not causal")
+        raise LessError("a LessCache does not support attention that is not causal")
     if attn_mask is not None:
         fits = attn_mask.dtype == torch.bool and attn_mask.shape == (query.shape[0], 1, m, m)
         valid = attn_mask[:, 0].diagonal(dim1=1, dim2=2) if fits else None  # (N, m)
         causal = fits and valid[:, None] & torch.ones(m, m, dtype=torch.bool, device=query.device).tril()  # (N, m, m)
         if not fits or not torch.equal(attn_mask[:, 0][valid], causal[valid]):
-            raise ValueError(_WRONG_MASK)
+            raise LessError(_WRONG_MASK)
     return key.less_layer.read(query, key.as_subclass(torch.Tensor), value, valid, scale)
+
+
+AttentionInterface.register("less", less_attention)  # at import: a model that uses it may be sent to another process
+AttentionMaskInterface.register("less", less_mask)

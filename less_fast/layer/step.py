@@ -1,4 +1,4 @@
-"""`extend`: attend, score, evict, fold (SPEC section 2). The only place that changes a LayerState."""
+"""`extend`, the one verb: attend, score, evict, fold. The only place that changes a LayerState while tokens arrive."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attend import attend
+from .checks import LessError
 from .policies import best_first
 from .state import Group, LayerState
 
@@ -47,73 +48,74 @@ def extend(
     takes its share of the attention and gives no value (gpt-oss).
     A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace, like a pad, but its own output is
     NaN: what is broken shows where it is broken, and the state stays sound.
-    Raises ValueError where shapes or dtypes do not fit the state, or kinds are missing.
+    Raises LessError where shapes or dtypes do not fit the state, or kinds are missing.
     """
     _check(state, q, k, v, valid, kinds, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sound = _sound(q, k, v)  # (N, m)
-    real = sound if valid is None else sound & valid
+    finite = _finite(q, k, v)  # (N, m)
+    real = finite if valid is None else finite & valid
     arrived = torch.where(real, state.n[:, None] + real.cumsum(1) - 1, -1).int()  # (N, m)
-    plain = _surely(real)
-    if not plain:
+    no_pads = _known_true(real)
+    if not no_pads:
         nothing = ~real[:, None, :, None]
         q, k, v = (x.masked_fill(nothing, 0) for x in (q, k, v))  # it may hold NaN, and 0 * NaN is NaN
-    first = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
+    first_chunk = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
     state.n += real.sum(1)
     outs = []
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
-        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first)
-        occupied = plain and entries.k is group.k and _surely(state.n > group.policy.budget)  # every slot holds a token
-        how = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
-        outs.append(_attend_and_score(group, entries, queries, arrived, real, how, plain, occupied).flatten(1, 2).to(q.dtype))
-        _evict(group, entries, real, state.n, occupied)
+        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
+        slots_full = no_pads and entries.k is group.k and _known_true(state.n > group.policy.budget)
+        logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
+        out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
+        outs.append(out.flatten(1, 2).to(q.dtype))
+        _evict(group, entries, real, state.n, slots_full)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 1).index_select(1, state.place)  # (N, Hq, m, D)
-    if plain:
+    if no_pads:
         return out
-    broken = ~sound if valid is None else ~sound & valid
+    broken = ~finite if valid is None else ~finite & valid
     return out.masked_fill_(broken[:, None, :, None], torch.nan)
 
 
-def traceable(policy) -> bool:
-    """Whether a step of one token under the policy has the same shapes as the step before, so that it can be compiled."""
-    return policy.budget is not None and not policy.selective
+def compiled(state: LayerState, like: torch.Tensor, softcap: float | None = None, sinks: bool = False) -> Callable:
+    """`extend` for one token, compiled whole, for states like this one and tokens like q (N, Hq, 1, D).
+
+    torch.compile holds few variants of one piece of code and then gives up, so each kind of state gets a copy of its own.
+    What it returns raises LessError if nothing can be compiled, for want of a C++ compiler for example.
+    """
+    groups = ((group.policy, type(group.kernels), tuple(group.z.shape), group.H.dtype) for group in state.groups)
+    return _compiled(tuple(groups), tuple(like.shape), state.kv_heads, like.dtype, like.device, softcap, sinks)
 
 
 @cache
-def compiled(*kind) -> Callable:
-    """`extend` for one token, compiled whole, for one kind of state: whatever the code may be specialised for.
-
-    torch.compile holds few variants of one piece of code and then gives up, so each kind gets a copy of its own. What it
-    returns raises ValueError where nothing can be compiled, for want of a C++ compiler, say.
-    """
+def _compiled(*kind_of_state) -> Callable:
     code = extend.__wrapped__  # beneath no_grad
     own = FunctionType(code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__)
     step = torch.no_grad()(torch.compile(own, fullgraph=True, dynamic=False))
 
-    def run(*given):
+    def run(*args):
         try:
-            return step(*given)
+            return step(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise ValueError(f"torch cannot compile here, so leave compile out: {str(error).splitlines()[0]}") from error
+            raise LessError(f"torch cannot compile here, so leave compile out: {str(error).splitlines()[0]}") from error
 
     return run
 
 
-def _surely(condition):
-    """Whether all of a tensor of bools is true, where asking costs nothing: on a CPU, in code that is not compiled. What
+def _known_true(condition):
+    """Whether all of a tensor of bools is true, if asking costs nothing: on a CPU, in code that is not compiled. What
     depends on it is only work that may be left out."""
     return condition.device.type == "cpu" and not torch.compiler.is_compiling() and bool(condition.all())
 
 
-def _sound(*qkv):
+def _finite(*qkv):
     """q, k, v (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
     wide = torch.promote_types(qkv[0].dtype, torch.float32)
     q, k, v = (x.abs().amax((1, 3)) for x in qkv)
     return q.maximum(k).maximum(v).to(wide) <= LARGEST
 
 
-def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
+def _enter(group: Group, k, v, arrived, kinds, first_chunk) -> Entries:
     """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries (the first chunk finds
     none), and so is every chunk where several entries may go at once.
 
@@ -124,20 +126,20 @@ def _enter(group: Group, k, v, arrived, kinds, first) -> Entries:
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
     new = Entries(k, v, position, score)
-    if k.shape[2] == 1 and group.policy.budget is not None and not group.policy.selective:
+    if k.shape[2] == 1 and group.policy.one_leaves:
         row = _rows(group.scratch, group.k.shape[2])
         for name, token in new._asdict().items():
             getattr(group, name).flatten(0, 2).index_copy_(0, row, token.flatten(0, 2))
         return Entries(group.k, group.v, group.position, group.score)
-    if first:
+    if first_chunk:
         return Entries(k.contiguous(), v.contiguous(), position, score)
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
 
-def _attend_and_score(group, entries, q, arrived, real, how, plain, occupied):
-    """q (N, H, G, m, D), arrived and real (N, m), how: scale, softcap and sinks (H, G) -> (N, H, G, m, D); the entries' scores
-    are updated in place."""
-    m, (scale, *unusual) = q.shape[3], how
+def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_full):
+    """q (N, H, G, m, D), arrived and real (N, m), logits: scale, softcap and sinks (H, G) -> (N, H, G, m, D); the entries'
+    scores are updated in place."""
+    m, (scale, *unusual) = q.shape[3], logits
     before = entries.position.shape[2] - m  # slots before the chunk
     if before == 0 and m > 1 and unusual == [None, None] and not group.policy.scored and real.all():  # a first chunk, not scored
         heads = q.flatten(1, 2), entries.k, entries.v
@@ -147,17 +149,17 @@ def _attend_and_score(group, entries, q, arrived, real, how, plain, occupied):
         now = slice(start, start + QUERIES_AT_ONCE)
         seen = slice(0, before + now.stop)  # later tokens of the chunk are invisible to the whole block
         position = entries.position[:, : 1 if before == 0 else None, None, seen]  # (N, H, 1, S), a chunk's is that of all heads
-        if occupied:
+        if slots_full:
             visible, clear = real[:, None, None, :].expand(-1, -1, -1, position.shape[3]), position.shape[3]
         else:
             visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
-            clear = start if plain and before == 0 else 0
+            clear = start if no_pads and before == 0 else 0
         low_rank = None
         if group.kernels is not None and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
         k, v = entries.k[:, :, seen], entries.v[:, :, seen]
-        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if plain else real[:, now], scale, low_rank, *unusual)
+        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if no_pads else real[:, now], scale, low_rank, *unusual)
         blocks.append(out)
         if group.policy.scored:
             visible = visible.expand(-1, q.shape[1], -1, -1)
@@ -165,27 +167,25 @@ def _attend_and_score(group, entries, q, arrived, real, how, plain, occupied):
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
 
 
-def _evict(group, entries, real, n, occupied):
+def _evict(group, entries, real, n, slots_full):
     """Keeps the `budget` entries of highest rank (ties: the lower position) and folds the others. real (N, m), n (N,)."""
     if group.policy.budget is None:
-        group.k, group.v, group.position, group.score = entries
+        with torch.inference_mode(False):  # the state does not take over the caller's autograd mode
+            group.k, group.v, group.position, group.score = (x.clone() if x.is_inference() else x for x in entries)
         return
     seen = n[:, None, None].int()  # (N, 1, 1)
-    settled = group.policy.settle(entries.position, entries.score, seen)
-    if settled is not entries.score:
-        entries.score.copy_(settled)
     rank = group.policy.rank(entries.position, entries.score, seen)
     if entries.k is group.k:
-        _evict_in_place(group, entries, rank, real[:, None], seen, occupied)
+        _evict_in_place(group, entries, rank, real[:, None], seen, slots_full)
     else:
         _keep_the_best(group, entries, rank)
         group.scratch.copy_(seen.clamp(max=group.policy.budget).expand(group.scratch.shape))
 
 
-def _evict_in_place(group, entries, rank, real, n, occupied):
+def _evict_in_place(group, entries, rank, real, n, slots_full):
     """One token came into the scratch slot: if there are more than the budget, the lowest goes, and its slot is the next
     scratch slot. rank (N, H, S), real and n (N, 1, 1)."""
-    if not occupied:
+    if not slots_full:
         rank = torch.where(entries.position >= 0, rank, _highest(rank))
     lowest = torch.where(rank == rank.amin(-1, keepdim=True), entries.position, -1)
     position, victim = lowest.max(-1, keepdim=True)  # (N, H, 1), of those that tie the newest
@@ -201,7 +201,7 @@ def _keep_the_best(group, entries, rank):
     budget = min(group.policy.budget, held.shape[2])
     order = best_first(rank.masked_fill(~held, -_highest(rank)), entries.position)  # (N, H, S)
     goes = held.gather(2, order)
-    if group.policy.selective:
+    if not group.policy.one_leaves:
         goes[:, :, :budget] &= rank.gather(2, order[:, :, :budget]) == -torch.inf
         first = goes.long().argsort(dim=-1, descending=True, stable=True)[:, :, : int(goes.sum(-1).max())]
         _fold(group, entries, order.gather(2, first), goes.gather(2, first))
@@ -219,9 +219,9 @@ def _fold(group, entries, slots, goes):
     """H += psi(k)^T v and z += psi(k) over the slots (N, H, s) for which `goes` (N, H, s) is true."""
     if group.kernels is None:
         return
-    for some, real in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
-        k, v = _take([entries.k, entries.v], some)  # (N, H, s, D)
-        psi = group.kernels.psi(k).to(group.H.dtype) * real[..., None]  # (N, H, s, R)
+    for block, leaving in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
+        k, v = _take([entries.k, entries.v], block)  # (N, H, s, D)
+        psi = group.kernels.psi(k).to(group.H.dtype) * leaving[..., None]  # (N, H, s, R)
         group.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.to(group.H.dtype).flatten(0, 1))
         group.z += psi.sum(2)
 
@@ -247,7 +247,7 @@ def _check(state, q, k, v, valid, kinds, sinks):
     kept = state.groups[0].k
     N, D = kept.shape[0], kept.shape[-1]
     m = q.shape[2] if q.ndim == 4 else 0
-    fits = {
+    wanted = {
         "q": (q.shape, (N, state.query_heads, m, D)),
         "k": (k.shape, (N, state.kv_heads, m, D)),
         "v": (v.shape, (N, state.kv_heads, m, D)),
@@ -255,13 +255,13 @@ def _check(state, q, k, v, valid, kinds, sinks):
         "kinds": ((N, m) if kinds is None else kinds.shape, (N, m)),
         "sinks": ((state.query_heads,) if sinks is None else sinks.shape, (state.query_heads,)),
     }
-    for name, (shape, wanted) in fits.items():
-        if m < 1 or tuple(shape) != wanted:
-            raise ValueError(f"{name} has shape {tuple(shape)}; this state wants {wanted}, with m >= 1 tokens")
+    for name, (shape, expected) in wanted.items():
+        if m < 1 or tuple(shape) != expected:
+            raise LessError(f"{name} has shape {tuple(shape)}; this state wants {expected}, with m >= 1 tokens")
     if not q.dtype == k.dtype == v.dtype == kept.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}")
+        raise LessError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}")
     if valid is not None and valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool (True for tokens, False for pads), not {valid.dtype}")
+        raise LessError(f"valid must be bool (True for tokens, False for pads), not {valid.dtype}")
     asks = [group.policy for group in state.groups if group.policy.kinds]
     if asks and kinds is None:
-        raise ValueError(f"{asks[0]} needs the kinds of the tokens: give extend kinds, or LessCache.for_model token_kinds")
+        raise LessError(f"{asks[0]} needs the kinds of the tokens: give extend kinds, or LessCache.for_model token_kinds")

@@ -17,11 +17,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from .architecture import sizes
+from ..hf import LessCache
+from ..hf.architecture import sizes
+from ..layer.state import LayerState
+from ..layer.step import compiled, extend
 from .compare import held_bytes, wait
-from .hf import LessCache
-from .state import LayerState
-from .step import compiled, extend, traceable
 
 WARM_UP = 3  # turns before the clock runs, in which code is compiled
 BURST = 8  # steps in one turn: a caller's next step finds the caches of the processor as its last one left them
@@ -77,9 +77,7 @@ def attention_steps(
         size[name] = size[f"{name}, compiled"] = sum(state.memory().values())
         steps[name] = partial(extend, state, *token)
         if compile:
-            ranks = features and tuple(features.ranks)
-            step = compiled(repr(policy), batch, *layer.values(), type(features), ranks, dtype, device)
-            steps[f"{name}, compiled"] = partial(step, state, *token)
+            steps[f"{name}, compiled"] = partial(compiled(state, token[0]), state, *token)
     spent = in_turns(steps, rounds, device)
     return [row("attention step", name, batch, length, seconds, size[name] // batch) for name, seconds in spent.items()]
 
@@ -188,7 +186,7 @@ def _less_caches(model, policy, contenders, batch, length, compile) -> Iterator[
 
     for name, learned in contenders.items():
         yield name, partial(filled, model, learned)
-        if compile and traceable(policy):
+        if compile and policy.one_leaves:
             yield f"{name}, step compiled", partial(filled, model, learned, True)
             yield f"{name}, compiled", lambda learned=learned: filled(_compiled_model(model), learned)
 

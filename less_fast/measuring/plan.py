@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from .architecture import sizes_of
-from .kernels import LessKernels
-from .state import LayerState
+from ..hf.architecture import sizes_of
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..setting import Setting
 
 SHAPES: dict[str, PretrainedConfig] = {
     "llama-2-7b": LlamaConfig(max_position_embeddings=4096),
@@ -65,18 +66,18 @@ def plan(
 
     length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
     rank, hidden, family: of the kernels.
-    Buffers of the computation itself are not counted. Raises ValueError where no model or kernels can have these sizes.
+    Buffers of the computation itself are not counted. Raises LessError where no model or kernels can have these sizes.
     """
     shape = sizes_of(config)
     with torch.device("meta"):
         try:
             weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
         except Exception as error:  # whatever transformers says of numbers that cannot be
-            raise ValueError(f"there is no model of this config: {type(error).__name__} {error}") from error
+            raise LessError(f"there is no model of this config: {type(error).__name__} {error}") from error
         kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family) if rank else None
-    shared = bytes_of(kernels) if kernels else 0
+    shared = kernels.memory() if kernels else 0
     token = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * dtype.itemsize
-    full, less = length * token, held(shape, policy, kernels, dtype)
+    full, less = length * token, Setting.of(shape, range(shape["layers"]), policy, kernels, "uniform").memory(dtype)
 
     def largest(fixed, each):
         return None if memory is None else max(0, (memory - fixed) // each)
@@ -92,19 +93,6 @@ def plan(
         full_batch=largest(weights, full),
         less_batch=largest(weights + shared, less),
     )
-
-
-def held(shape: dict, policy, kernels: LessKernels | None, dtype: torch.dtype) -> int:
-    """Bytes that a LessCache of one sequence holds for a model of these sizes, bookkeeping included."""
-    layers = kernels.layers if kernels else [None] * shape["layers"]
-    heads = {name: shape[name] for name in ("query_heads", "kv_heads", "head_dim")}
-    states = (LayerState.allocate(policy, 1, **heads, kernels=some, dtype=dtype, device="meta") for some in layers)
-    return sum(sum(state.memory().values()) for state in states)
-
-
-def bytes_of(module: torch.nn.Module) -> int:
-    """Bytes of all its weights."""
-    return sum(x.numel() * x.itemsize for x in module.state_dict().values())
 
 
 def config_of(model: str) -> PretrainedConfig:

@@ -3,7 +3,6 @@
 Hooks on the model's decoder watch every forward pass, and refuse a model that uses its cache in another way.
 """
 
-import copy
 import json
 import os
 import weakref
@@ -16,6 +15,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from ..files import digest, read, write
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.features import Features
+from ..layer.policies import policy_of
+from ..layer.state import LayerState, need_policy
+from ..layer.step import compiled, extend
+from ..setting import Setting
 from .architecture import (
     attention_modules,
     calls_sdpa,
@@ -27,12 +34,7 @@ from .architecture import (
     signature,
     sizes,
 )
-from .kernels import Features, LessKernels
-from .policies import Policy
 from .seam import TaggingLayer, check_version, use_less_attention
-from .state import LayerState, check_fit, need_kernels, need_policy, need_whole
-from .step import compiled, extend, traceable
-from .store import digest, read, write
 
 
 class LessLayer(TaggingLayer):
@@ -41,7 +43,7 @@ class LessLayer(TaggingLayer):
     def __init__(self, policy, kernels: Features | None, chunk: int | None, compile: bool, by_sdpa: bool):
         super().__init__(by_sdpa)
         self.policy, self.kernels, self.chunk = policy, kernels, chunk
-        self.is_compileable = not by_sdpa and all(map(traceable, policy if isinstance(policy, list) else [policy]))
+        self.is_compileable = not by_sdpa and all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
         self.compile = compile
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
@@ -50,9 +52,7 @@ class LessLayer(TaggingLayer):
     def allocate(self, batch: int, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         """An empty state, and the kernels where it lies."""
         if self.kernels is not None:
-            wanted = device, torch.promote_types(dtype, torch.float32)
-            if any((weight.device, weight.dtype) != wanted for weight in self.kernels.state_dict().values()):
-                self.kernels = copy.deepcopy(self.kernels).to(*wanted)
+            self.kernels = self.kernels.on(device, torch.promote_types(dtype, torch.float32))
         self.dtype, self.device, self.is_initialized = dtype, device, True
         self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
@@ -70,9 +70,7 @@ class LessLayer(TaggingLayer):
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
         step, chunk, kinds, self.kinds, out = extend, self.chunk or m, self.kinds, None, []
         if m == 1 and self.compile:
-            rules = tuple(self.policy) if isinstance(self.policy, list) else self.policy
-            features = type(self.kernels), self.kernels and tuple(self.kernels.ranks)
-            step = compiled(rules, query.shape, key.shape, *features, key.dtype, key.device, softcap, sinks is None)
+            step = compiled(self.state, query, softcap, sinks is not None)
         for start in range(0, m, chunk):
             now = slice(start, start + chunk)
             q, k, v = (x[:, :, now] for x in (query, key, value))
@@ -100,10 +98,10 @@ class LessLayer(TaggingLayer):
             self.stay()
 
     def crop(self, tokens_to_remove):
-        raise ValueError(_NO_CROP)
+        raise LessError(_NO_CROP)
 
     def offload(self):
-        raise ValueError("a LessCache is not offloaded: its memory is constant; leave offloading off")
+        raise LessError("a LessCache is not offloaded: its memory is constant; leave offloading off")
 
     prefetch = offload
 
@@ -148,89 +146,68 @@ class LessCache(Cache):
         compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
             takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
             GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
-        Raises ValueError where the model, its kernels or the budgets cannot work; nothing is changed then.
+        Raises LessError where the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         check_version()
         config = check_model(model)
         need_policy(policy)
-        need_kernels(kernels, LessKernels)
-        if chunk is not None:
-            need_whole("chunk", chunk)
         if not isinstance(compile, bool):
-            raise ValueError(f"compile is True or False, not {compile!r}")
-        layers, (place, places) = config.num_hidden_layers, _tensor_parallel(model)
-        if kernels is not None:
+            raise LessError(f"compile is True or False, not {compile!r}")
+        rank, world_size = _tensor_parallel(model)
+        fits_any = kernels is None and (budgets is None or isinstance(budgets, str)) and world_size == 1
+        model_sizes, served = None if fits_any else sizes(model), less_layers(model)
+        if isinstance(kernels, LessKernels):
             check_kernels(model, kernels)
-        if not (budgets is None or isinstance(budgets, list | tuple) or (isinstance(budgets, str) and budgets == "uniform")):
-            raise ValueError(f'budgets are a table, None or "uniform", not {budgets!r}')
-        if budgets is None and kernels is not None:
-            budgets = kernels.budgets_for(policy)
-        policies, features = [policy] * layers, kernels.layers if kernels else [None] * layers
-        uniform = budgets is None or budgets == "uniform"
-        if kernels or places > 1 or not uniform:
-            heads = sizes(model)
-            kv_heads = heads["kv_heads"]
-            del heads["layers"]
-        if not uniform:
-            rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
-            if [len(row) for row in rows] != [kv_heads] * layers:
-                raise ValueError(f"the budget table must be {layers} layers x {kv_heads} KV heads")
-            budgets = rows
-            policies = [[policy.with_budget(budget) for budget in row] for row in budgets]
+        setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk)
         table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
         if policy.kinds and not table:
-            raise ValueError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
-        if kernels or not uniform:
-            for rule, some in zip(policies, features):
-                check_fit(rule, **heads, kernels=some)
-        if compile and not traceable(policy):
-            raise ValueError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
-        if places > 1:
-            policies, features = _of_place(policies, features, kv_heads, place, places)
+            raise LessError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
+        if compile and not policy.one_leaves:
+            raise LessError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
+        shards = {index: setting.shard(index, rank, world_size) for index in served}
         use_less_attention(model)
-        own, by_sdpa = layers_of(model), calls_sdpa(model)
-        for index in less_layers(model):
-            own[index] = LessLayer(policies[index], features[index], chunk, compile, by_sdpa)
-        cache = cls(layers=own)
-        cache.model, cache.config = weakref.ref(model), model.config
+        layers, by_sdpa = layers_of(model), calls_sdpa(model)
+        for index, (rule, features) in shards.items():
+            layers[index] = LessLayer(rule, features, chunk, compile, by_sdpa)
+        cache = cls(layers=layers)
+        cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
-        cache.kernels, cache.made = kernels, {"policy": policy, "budgets": budgets or "uniform", "chunk": chunk, "places": places}
         _watch(model)
         return cache
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes all that the cache holds into one file: a compressed prompt, to be loaded again as often as one likes.
 
-        The kernels are not in it. ValueError where a layer of the model keeps something that cannot be saved (recurrent layers),
+        The kernels are not in it. LessError where a layer of the model keeps something that cannot be saved (recurrent layers),
         heads lie on several processes, the model is gone, or a policy of one's own has fields that JSON does not hold; OSError
         where the file cannot be written, and one that was there is there still.
         """
         strange = {type(layer).__name__ for layer in self.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-        if strange or self.made["places"] > 1 or self.model() is None:
+        if strange or self.world_size > 1 or self.model() is None:
             what = ", ".join(strange) or ("its heads on several processes" if self.model() is not None else "no model any more")
-            raise ValueError(f"this cache cannot be saved: it has {what}")
+            raise LessError(f"this cache cannot be saved: it has {what}")
         tensors, lengths = {}, []
         for index, layer in enumerate(self.layers):
             held = layer.state.tensors() if isinstance(layer, LessLayer) and layer.state else ()
             held = dict(held) or {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
             tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
             lengths.append(int(layer.get_seq_length()) if held else 0)
-        policy = self.made["policy"]
+        policy = self.setting.policy
         written = [type(policy).__name__, asdict(policy)]
         try:
-            again = _policy(json.loads(json.dumps(written)))
+            again = policy_of(*json.loads(json.dumps(written)))
         except TypeError:
             again = None
         if again != policy:
-            raise ValueError(f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples: {policy}")
+            raise LessError(f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples: {policy}")
         about = {
             "model": _identity(self.model()),
             "policy": written,
-            "budgets": self.made["budgets"],
-            "chunk": self.made["chunk"],
-            "kernels": self.kernels and digest(self.kernels.state_dict()),
+            "budgets": self.setting.budgets or "uniform",
+            "chunk": self.setting.chunk,
+            "kernels": self.setting.kernels and digest(self.setting.kernels.state_dict()),
             "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in self.less_layers],
             "lengths": lengths,
         }
@@ -244,23 +221,22 @@ class LessCache(Cache):
         """A cache that `save` wrote, for the same model and the same kernels; it goes on bit for bit where that one was.
 
         For several continuations of one prompt load it several times, or repeat its rows (`batch_repeat_interleave`).
-        Raises FileNotFoundError where there is no file, and ValueError, with the reason, where it is broken, is none of `save`,
+        Raises FileNotFoundError where there is no file, and LessError, with the reason, where it is broken, is none of `save`,
         or was saved with another model or other kernels, or under a policy that is not imported.
         """
         tensors, about = read(path)
         if "model" not in about:
-            raise ValueError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
+            raise LessError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
         check_model(model)
-        need_kernels(kernels, LessKernels)
         theirs, mine = about["model"], _identity(model)
         pairs = zip(theirs.pop("signature"), mine.pop("signature"))
         if theirs != mine or any(abs(a - b) > 0.01 for a, b in pairs):
-            raise ValueError(f"{path} was saved with another model: {theirs}, and this one is {mine}, or has other weights")
+            raise LessError(f"{path} was saved with another model: {theirs}, and this one is {mine}, or has other weights")
         if about["kernels"] != (kernels and digest(kernels.state_dict())):
-            raise ValueError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
-        policy = _policy(about["policy"])
+            raise LessError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
+        policy = policy_of(*about["policy"])
         if policy is None:
-            raise ValueError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
+            raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
         given = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile
         cache = cls.for_model(model, policy, kernels, *given)
         heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
@@ -285,7 +261,7 @@ class LessCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if not self.open:
-            raise ValueError("this model is not the one that the cache was made for: make one with LessCache.for_model")
+            raise LessError("this model is not the one that the cache was made for: make one with LessCache.for_model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
@@ -316,7 +292,7 @@ class LessCache(Cache):
         return self.less_layers[0].batch_size
 
     def activate_past_recording(self):
-        raise ValueError(_NO_CROP)
+        raise LessError(_NO_CROP)
 
     def memory(self) -> dict[str, int]:
         """Bytes held over all layers, measured from the tensors: entries, low_rank and bookkeeping of LESS's layers, and others:
@@ -331,19 +307,6 @@ def _identity(model):
     config = model.config.get_text_config(decoder=True)
     kind = {"type": config.model_type, "layers": config.num_hidden_layers, "dtype": str(model.dtype)}
     return kind | {"signature": signature(model)}
-
-
-def _policy(written) -> Policy | None:
-    """The policy of a name and fields, as JSON gives them back; None where no such class is known."""
-    name, fields = written
-    kind = {kind.__name__: kind for kind in _subclasses(Policy)}.get(name)
-    return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
-
-
-def _subclasses(kind):
-    for some in kind.__subclasses__():
-        yield some
-        yield from _subclasses(some)
 
 
 def bytes_of(layers: Sequence[CacheLayerMixin]) -> int:
@@ -380,25 +343,25 @@ def _before(decoder, args, kwargs):
         return
     eager = not torch.compiler.is_compiling()  # the prompt is, and the model is no other after it
     if eager and (model := cache.model()) is not None and decoder_of(model) is not decoder:
-        raise ValueError("this model is not the one that the cache was made for: make one with LessCache.for_model")
+        raise LessError("this model is not the one that the cache was made for: make one with LessCache.for_model")
     if cache.open:
-        raise ValueError("the forward pass before was broken off, so layers have seen different tokens: reset() the cache first")
+        raise LessError("the forward pass before was broken off, so layers have seen different tokens: reset() the cache first")
     if kwargs.get("use_cache") is False:
-        raise ValueError("use_cache=False with a LessCache would feed every token twice: leave it out")
+        raise LessError("use_cache=False with a LessCache would feed every token twice: leave it out")
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
-        raise ValueError("a LessCache does not support output_attentions: most of what it attends to is no longer there")
+        raise LessError("a LessCache does not support output_attentions: most of what it attends to is no longer there")
     if decoder.training:
-        raise ValueError("a LessCache is for inference and carries no gradients: call model.eval() first")
+        raise LessError("a LessCache is for inference and carries no gradients: call model.eval() first")
     ids = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if ids is None else ids  # (N, m) or (N, m, hidden size)
     if tokens is not None and cache.batch_size not in (-1, tokens.shape[0]):
-        raise ValueError(
+        raise LessError(
             f"this cache holds {cache.batch_size} sequences, and {tokens.shape[0]} came: make a cache for these, or repeat or "
             f"select its rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
         )
     if cache.token_kinds is not None:
         if ids is None:
-            raise ValueError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
+            raise LessError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
         for layer in cache.less_layers:
             layer.kinds = cache.token_kinds[ids]
     cache.open = True
@@ -410,12 +373,12 @@ def _after(decoder, args, kwargs, output):
     if cache is None:
         return
     if any(layer.unread for layer in cache.less_layers):
-        raise ValueError(
+        raise LessError(
             "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention "
             'is no longer "less"; this model or setting is not supported'
         )
     if not all(layer.reached for layer in cache.less_layers):
-        raise ValueError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")
+        raise LessError(f"{type(decoder).__name__} did not give its keys to the cache: it is not supported")
     for layer in cache.less_layers:
         layer.reached = False
     cache.open = False
@@ -433,7 +396,7 @@ def _keeping_the_cache(kind):
     def prepare(self, *args, past_key_values=None, **kwargs):
         inputs = own(self, *args, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, LessCache) and inputs.get("past_key_values") is not past_key_values:
-            raise ValueError(
+            raise LessError(
                 f"{kind.__name__} rotates keys in another way beyond {self.config.original_max_position_embeddings} tokens and "
                 f"drops its cache there, and folded keys cannot be rotated again: stay below that length"
             )
@@ -452,14 +415,3 @@ def _tensor_parallel(model) -> tuple[int, int]:
         return 0, 1
     mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
     return mesh.get_local_rank(), mesh.size()
-
-
-def _of_place(policies, features, kv_heads, place, places):
-    """The policies and kernels of the heads that are here."""
-    if kv_heads % places:
-        raise ValueError(f"{kv_heads} KV heads cannot be shared out among {places} processes")
-    if any(rule.pooled for rule in policies if not isinstance(rule, list)):
-        raise ValueError(f"{policies[0]} pools over all heads of a layer, and tensor parallelism takes them apart")
-    heads = list(range(kv_heads))[place * kv_heads // places : (place + 1) * kv_heads // places]
-    mine = [[rule[head] for head in heads] if isinstance(rule, list) else rule for rule in policies]
-    return mine, [some and some.of_heads(heads) for some in features]

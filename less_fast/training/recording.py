@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .architecture import sizes
-from .parallel import dense, eviction_times, exact_part
-from .seam import predictions
+from ..files import aside
+from ..hf.architecture import sizes
+from ..hf.seam import predictions
+from ..layer.checks import LessError
+from ..layer.parallel import dense, eviction_times, exact_part
 
 SHARD = 8  # windows in a file
 
@@ -68,7 +70,7 @@ class Recording:
     ) -> None:
         """Runs the model over the windows of these shards and writes what is missing of the layers.
 
-        Raises ValueError where a layer's attention is not finite.
+        Raises LessError where a layer's attention is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = list(enumerate(self.windows.split(SHARD)))[shards]
@@ -85,11 +87,9 @@ class Recording:
         def attention(q, k, v, scale):
             data = prepare(q, k, v, self.policy, scale)
             if not (data.exact.isfinite().all() and data.full.isfinite().all()):
-                raise ValueError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
-            file = self.file(layer, shard)
-            aside = file.with_name(f".{file.name}.new")
-            save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, aside)
-            aside.rename(file)
+                raise LessError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
+            with aside(self.file(layer, shard)) as file:
+                save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, file)
             return dense(q, k, v, scale)
 
         return attention

@@ -10,11 +10,12 @@ from itertools import permutations
 import torch
 from torch.nn.functional import kl_div
 
-from .allocate import Curves, Table
-from .architecture import attention_modules, check_model, output_weight, sizes
-from .kernels import LessKernels
-from .parallel import dense, eviction_times, linear_parallel
-from .seam import predictions
+from ..budgets import Curves, Table
+from ..hf.architecture import attention_modules, check_model, output_weight, sizes
+from ..hf.seam import predictions
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.parallel import dense, eviction_times, linear_parallel
 
 MEASURES = ("kl", "error")
 BUDGETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # as far as windows go
@@ -32,15 +33,15 @@ def grid(policy, length: int) -> list[int]:
 def _takes(policy, budget):
     try:
         policy.with_budget(budget)
-    except ValueError:
+    except LessError:
         return False
     return True
 
 
 def check_policy(policy) -> None:
-    """ValueError for a policy whose heads do not choose alone, or that may evict several tokens at once."""
-    if policy.pooled or policy.selective or policy.budget is None:
-        raise ValueError(f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none")
+    """LessError for a policy whose heads do not choose alone, or that may evict several tokens at once."""
+    if policy.pooled or not policy.one_leaves:
+        raise LessError(f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none")
 
 
 @torch.no_grad()
@@ -57,12 +58,12 @@ def measure(
 
     windows (W, T) int64, a few, and none of those on which results will be reported. by: "kl", in nats per token, or "error",
     the squared change of the layer's output relative to that output. progress(done, of) is called on the way.
-    Raises ValueError for a policy that `check_policy` refuses.
+    Raises LessError for a policy that `check_policy` refuses.
     """
     check_model(model)
     check_policy(policy)
     if by not in MEASURES:
-        raise ValueError(f"damage is measured by {' or '.join(MEASURES)}, not by {by!r}")
+        raise LessError(f"damage is measured by {' or '.join(MEASURES)}, not by {by!r}")
     budgets = list(budgets or grid(policy, windows.shape[1]))
     shape, modules = sizes(model), attention_modules(model)
     kinds = [None] if kernels is None else [None, kernels]

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import Features
+from .checks import LessError, integer
+from .features import Features
 from .policies import Policy
-from .store import read, write
 
 
 @dataclass
 class Group:
     """KV heads that share a policy and a rank. S = budget + 1 slots, one of them scratch; an empty slot has position -1."""
 
-    policy: object
+    policy: Policy
     kernels: Features | None  # of these heads alone
     kv_heads: torch.Tensor | slice  # which of the layer's KV heads
     query_heads: torch.Tensor | slice  # which of its query heads
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
     position: torch.Tensor  # (N, H, S) int32, the true position
-    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, (N, H, S, C) too
+    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, perhaps (N, H, S, C)
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
     scratch: torch.Tensor  # (N, H, 1) the empty slot that the next token takes
@@ -46,7 +46,7 @@ class LayerState:
     @classmethod
     def allocate(
         cls,
-        policy,
+        policy: Policy | Sequence[Policy],
         batch: int,
         query_heads: int,
         kv_heads: int,
@@ -58,19 +58,24 @@ class LayerState:
         """An empty state.
 
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
-        kernels: the layer's kernels (LayerKernels or another family), or None for the bare policy.
-        dtype: of keys and values; scores and the low-rank state are float32, or float64 where dtype is.
-        Raises ValueError where sizes, policies and kernels are none or do not fit each other, or there is no room.
+        kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
+        dtype: of keys and values; scores and the low-rank state are float32, or float64 if dtype is.
+        Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
         """
         policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
-        need_whole("a batch", batch)
+        integer("the batch", batch)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"keys and values are of a floating-point dtype, not of {dtype!r}")
+            raise LessError(f"keys and values are of a floating-point dtype, not of {dtype!r}")
         try:
             torch.zeros(batch, kv_heads, head_dim, max(rule.budget or 0 for rule in policies), device="meta")
             torch.zeros(0, device=device)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(f"there is no room for such a state on {device!r}: {str(error).splitlines()[0]}") from error
+            raise LessError(f"there is no room for such a state on {device!r}: {str(error).splitlines()[0]}") from error
+        with torch.inference_mode(False):  # the caller's autograd mode is not taken over
+            return cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device)
+
+    @classmethod
+    def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device):
         ranks = kernels.ranks if kernels else [0] * kv_heads
         wide, both = torch.promote_types(dtype, torch.float32), list(zip(policies, ranks))
         groups = []
@@ -82,7 +87,7 @@ class LayerState:
             groups.append(
                 Group(
                     policy=rule,
-                    kernels=kernels.of_heads(heads) if kernels else None,
+                    kernels=kernels.select_heads(heads) if kernels else None,
                     kv_heads=slice(None) if every else torch.tensor(heads, device=device),
                     query_heads=slice(None) if every else torch.tensor(readers, device=device),
                     k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
@@ -104,13 +109,15 @@ class LayerState:
                 yield f"{index}.{name}", getattr(group, name)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, measured from the tensors: entries, low_rank and bookkeeping (SPEC section 6), for the whole batch."""
-        kinds = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
+        """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch."""
+        parts = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
         held = {"entries": 0, "low_rank": 0, "bookkeeping": 0}
         for name, tensor in self.tensors():
-            held[kinds.get(name.split(".")[-1], "bookkeeping")] += tensor.untyped_storage().nbytes()
+            held[parts.get(name.split(".")[-1], "bookkeeping")] += tensor.untyped_storage().nbytes()
         return held
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reset(self) -> None:
         """Forgets everything, in place: as allocated."""
         for name, tensor in self.tensors():
@@ -120,6 +127,8 @@ class LayerState:
                 for name in ("k", "v", "position", "score"):
                     setattr(group, name, getattr(group, name)[:, :, :0].clone())
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
         self.n = self.n.index_select(0, rows)
@@ -128,17 +137,28 @@ class LayerState:
                 setattr(group, name, getattr(group, name).index_select(0, rows))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as one safetensors file: written aside, then renamed. OSError where that fails."""
+        """Writes the state as one safetensors file: written aside, then renamed. OSError if that fails."""
+        from ..files import write  # this room needs torch alone; files need safetensors
+
         write(path, dict(self.tensors()), self._identity())
 
     def load(self, path: str | os.PathLike) -> None:
-        """Takes over a saved state. ValueError, and nothing changed, where the file is broken or was saved with other policies or
-        sizes."""
+        """Takes over a saved state. LessError, and nothing changed, if the file is broken, or was saved with other policies,
+        kernels, sizes or another number of rows."""
+        from ..files import read
+
         tensors, about = read(path)
-        if about != self._identity():
-            raise ValueError(f"{path} holds a state of {about}, not of {self._identity()}")
+        mine = self._identity()
+        if about.keys() < mine.keys():  # files of less-kv 0.1.0 tell neither rows nor kernels
+            about = mine | about | {"rows": f"{len(tensors['n'])} rows"} if "n" in tensors else about
+        if other := next((part for part in mine if about.get(part) != mine[part]), None):
+            raise LessError(
+                f"{path} holds a state of {about.get(other)}, not of {mine[other]}: load it into a state that is allocated as "
+                f"that one was"
+            )
         self.take_over(tensors)
 
+    @torch.inference_mode(False)
     def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
         """Puts other tensors, named as `tensors` names them, in the place of these."""
         self.n = tensors["n"].to(self.n.device)
@@ -147,7 +167,10 @@ class LayerState:
                 setattr(group, name, tensors[f"{index}.{name}"].to(self.n.device))
 
     def _identity(self):
+        from ..files import digest
+
         group, heads = self.groups[0], torch.arange(self.kv_heads, device=self.n.device)
+        kernels = [digest(group.kernels.state_dict()) for group in self.groups if group.kernels]
         return {
             "groups": "; ".join(
                 f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}"
@@ -155,47 +178,43 @@ class LayerState:
             ),
             "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
             "dtype": f"{group.k.dtype}, {group.H.dtype}",
+            "rows": f"{len(self.n)} rows",
+            "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
         }
 
 
-def need_whole(what: str, number, most: int = 2**31 - 1) -> None:
-    """ValueError where it is not an integer of at least 1 and at most `most`."""
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
-        raise ValueError(f"{what} must be an integer of at least 1 and at most {most:,}, not {number!r}")
-
-
-def need_policy(*policies) -> None:
-    """ValueError for anything that is no policy."""
-    for policy in policies:
-        if not isinstance(policy, Policy):
-            raise ValueError(f"a policy is something like H2O(heavy=26, recent=25), its class inherits Policy: not {policy!r}")
-
-
-def need_kernels(kernels, kind: type) -> None:
-    """ValueError for kernels that are neither None nor of the kind."""
-    if kernels is not None and not isinstance(kernels, kind):
-        raise ValueError(f"kernels are {kind.__name__} (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
-
-
-def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list:
-    """The policy of each KV head of a layer. ValueError where heads, policies and kernels are none or do not fit each other."""
-    for what, size in {"query heads": query_heads, "KV heads": kv_heads, "head_dim": head_dim}.items():
-        need_whole(what, size)
+def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list[Policy]:
+    """The policy of each KV head. LessError if sizes, policies and kernels are none or do not fit each other."""
+    for what, size in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        integer(what, size)
+    need_kernels(kernels)
     policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
-    need_policy(*policies)
-    need_kernels(kernels, Features)
+    for rule in policies:
+        need_policy(rule)
     if query_heads % kv_heads or len(policies) != kv_heads:
-        raise ValueError(
+        raise LessError(
             f"{query_heads} query heads, {kv_heads} KV heads and {len(policies)} policies do not fit: query heads must be "
             f"a multiple of KV heads, and policies one, or one for each KV head"
         )
     if kernels is not None and (kernels.query_heads, kernels.kv_heads, kernels.head_dim) != (query_heads, kv_heads, head_dim):
-        raise ValueError(
+        raise LessError(
             f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
             f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
         )
     if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
-        raise ValueError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
+        raise LessError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
     if kernels is not None and policies[0].pooled and len(set(kernels.ranks)) > 1:
-        raise ValueError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {kernels.ranks}")
+        raise LessError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {kernels.ranks}")
     return policies
+
+
+def need_policy(policy) -> None:
+    """LessError for anything that is no policy."""
+    if not isinstance(policy, Policy):
+        raise LessError(f"a policy is something like H2O(heavy=26, recent=25), its class inherits Policy: not {policy!r}")
+
+
+def need_kernels(kernels) -> None:
+    """LessError for anything that is neither the kernels of one layer nor None."""
+    if kernels is not None and not isinstance(kernels, Features):
+        raise LessError(f"the kernels of a layer are LayerKernels, an element of LessKernels.layers, or None: not {kernels!r}")

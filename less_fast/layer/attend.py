@@ -1,4 +1,4 @@
-"""Attention over the visible tokens plus one virtual token, the low-rank state (SPEC section 2, step 1)."""
+"""Attention over the visible tokens plus one virtual token, the low-rank state."""
 
 import torch
 

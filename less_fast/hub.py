@@ -1,0 +1,71 @@
+"""The Hugging Face hub: where kernels are found, the card that they carry, and how they are uploaded."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+WEIGHTS, CONFIG, CARD = "kernels.safetensors", "config.json", "README.md"
+CARD_BEGINS = "---\nlibrary_name: less-kv\n"
+
+
+def locate(where) -> tuple[Path, Path]:
+    """The weights and the config of a local folder, or of a repository of the hub. FileNotFoundError if there are none."""
+    folder = Path(where)
+    if folder.is_dir():
+        missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"the folder {where} holds no kernels: {missing[0]} is missing")
+        return folder / WEIGHTS, folder / CONFIG
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(where), WEIGHTS)), Path(hf_hub_download(str(where), CONFIG))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"no kernels at {where}: neither a folder nor a repository of the hub") from error
+
+
+def upload(kernels, repository: str, private: bool) -> str:
+    """Uploads the kernels, their config and the card; returns the repository's address."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    with TemporaryDirectory() as folder:
+        kernels.save_pretrained(folder)
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="LESS kernels")
+    return str(address)
+
+
+def card(kernels) -> str:
+    """What the hub shows of LessKernels: what they are for, how they came about, how to use them."""
+    about, sizes = kernels.about, kernels.sizes
+    features = sum(sum(layer.ranks) for layer in kernels.layers) / (sizes["layers"] * sizes["kv_heads"])
+    lines = [
+        CARD_BEGINS + "tags: [less, kv-cache, long-context]\n---\n",
+        f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
+        "",
+        f"Kernels of the {sizes['family']} family for {sizes['layers']} layers, {sizes['query_heads']} query heads and "
+        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {features:g} features for each KV head on average. With them, "
+        f"text is generated in constant memory: what the policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
+        "",
+        "```python",
+        "from less_fast import H2O, LessCache, LessKernels",
+        "",
+        "cache = LessCache.for_model(model, policy=H2O(heavy=26, recent=25), kernels=LessKernels.from_pretrained(WHERE))",
+        "model.generate(**inputs, past_key_values=cache)",
+        "```",
+        "",
+    ]
+    if {"policy", "sequences", "window"} <= about.keys():
+        lines.append(f"Trained for {about['policy']} on {about['sequences']} windows of {about['window']} tokens.")
+    if "validation" in about:
+        shares = ", ".join(f"{errors['less'] / errors['bare']:.2f}" for errors in about["validation"])
+        lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")
+    for stage, tables in (("joint", "under uniform budgets"), ("tables", "under budget tables")):
+        if figures := about.get(stage):
+            by_budget = zip(figures["budgets"], figures["before"], figures["after"])
+            nats = "; ".join(f"{budget}: {before:.3f} to {after:.3f}" for budget, before, after in by_budget)
+            lines.append(f"All layers together {tables}: divergence from the full cache, by budget, {nats} nats.")
+    if kernels.curves:
+        lines.append(f"Budget tables are derived from curves for {', '.join(kernels.curves)} in {CONFIG}.")
+    return "\n".join([*lines, f"All settings and figures: {CONFIG}.", ""])

@@ -1,0 +1,284 @@
+"""The kernels phi and psi of one layer: the paper's learned ones (section 3), an exponential family, and three controls."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.functional import elu, gelu
+
+from .checks import LessError, integer
+
+MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, or a broken file
+
+
+class Features(nn.Module):
+    """What every family says: phi and psi of one layer, and the rank of each of its KV heads.
+
+    ranks: how many features each KV head has. If they differ, the features of the others are padded with exact zeros up to
+    `rank`, the largest, until `select_heads` takes heads of equal rank apart.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int]):
+        super().__init__()
+        self.query_heads = integer("the number of query heads", query_heads, 1, MOST)
+        self.kv_heads = integer("the number of KV heads", kv_heads, 1, MOST)
+        self.head_dim = integer("head_dim", head_dim, 1, MOST)
+        if self.query_heads % self.kv_heads:
+            raise LessError(f"{query_heads} query heads are no multiple of {kv_heads} KV heads: kernels need one")
+        ranks = rank if isinstance(rank, list | tuple) else [rank] * self.kv_heads
+        if len(ranks) != self.kv_heads:
+            raise LessError(f"kernels need one rank, or one for each of {kv_heads} KV heads, not {rank}")
+        self.ranks = [integer("the rank of kernels", rank, 1, MOST) for rank in ranks]
+        self._copies: dict = {}  # see `_shared`
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks)
+
+    def phi(self, q: torch.Tensor) -> torch.Tensor:
+        """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), in float32 or wider."""
+        raise NotImplementedError
+
+    def psi(self, k: torch.Tensor) -> torch.Tensor:
+        """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider."""
+        raise NotImplementedError
+
+    def select_heads(self, kv_heads: Sequence[int]) -> "Features":
+        """The kernels of these KV heads, which have equal ranks, and of the query heads that read them."""
+        raise NotImplementedError
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Features":
+        """Themselves if their weights are there in that dtype, else a copy that all who ask share."""
+        if all((weight.device, weight.dtype) == (device, dtype) for weight in self.state_dict().values()):
+            return self
+        return self._shared((device, dtype), lambda: copy.deepcopy(self).to(device, dtype))
+
+    def memory(self) -> int:
+        """Bytes of the weights, and of the copies of them that caches share."""
+        own = sum(weight.nbytes for weight in self.state_dict().values())
+        return own + sum(part.memory() for _, part in self._copies.values())
+
+    def _shared(self, key, make: Callable[[], "Features"]) -> "Features":
+        """What `make` makes of the weights; made once for a key, and anew after the weights have changed."""
+        weights = self.state_dict().values()
+        version = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if key not in self._copies or self._copies[key][0] != version:
+            with torch.inference_mode(False):
+                self._copies[key] = version, make()
+        return self._copies[key][1]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_copies": {}}  # of pickles and deep copies
+
+
+class Learned(Features):
+    """Kernels with weights: those whose names begin with q are of the query heads, those with k of the KV heads."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int], hidden: int, least: int):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        self.hidden = integer("the hidden width of kernels", hidden, least, MOST)
+        self.dropout = 0.0  # on the hidden layer, in train mode
+
+    @property
+    def _group(self):
+        return self.query_heads // self.kv_heads
+
+    def _hidden_layer(self, x, weight):
+        """x (H, N m, D) -> (H, N m, h): one matrix product for each head, weights never expanded."""
+        hidden = gelu(x @ weight)
+        if self.training and self.dropout > 0:
+            hidden = hidden * _dropout_mask(hidden, self.dropout)
+        return hidden
+
+    def select_heads(self, kv_heads):
+        """Themselves for all heads if their ranks are equal, else a copy of the weights that all who ask share."""
+        heads = tuple(kv_heads)
+        ranks = [self.ranks[head] for head in heads]
+        if heads == tuple(range(self.kv_heads)) and min(ranks) == self.rank:
+            return self
+        return self._shared(heads, lambda: self._copy_of(heads, ranks))
+
+    def _copy_of(self, heads, ranks):
+        query_heads = [head * self._group + a for head in heads for a in range(self._group)]
+        with torch.device("meta"):  # where nothing random is drawn
+            part = type(self)(len(query_heads), len(heads), self.head_dim, ranks, self.hidden)
+        part = part.to_empty(device=self.q1.device).to(self.q1.dtype).requires_grad_(False)
+        for name, weight in part.named_parameters():
+            rows = getattr(self, name).detach()[query_heads if name.startswith("q") else list(heads)]
+            weight.copy_(rows[tuple(slice(size) for size in weight.shape)])
+        return part.train(self.training)
+
+
+class PaperKernels(Learned):
+    """The paper's: two-layer networks with weights per query head (phi) and per KV head (psi), non-negative.
+
+        phi(q) = | gelu(gelu(q Q1) Q2) |        psi(k) = | gelu(gelu(k K1) K2) K3 |        exact GELU
+
+    K3 starts at 1e-4 times the identity, so that training starts from the bare policy.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 512):
+        super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=1)
+        R = self.rank
+        self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
+        self.q2 = nn.Parameter(torch.randn(query_heads, hidden, R) * hidden**-0.5)  # (Hq, h, R)
+        self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
+        self.k2 = nn.Parameter(torch.randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.eye(R).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
+        with torch.no_grad():  # a feature that starts at zero stays there, because its gradient is zero
+            for head, rank in enumerate(self.ranks):
+                self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
+                self.k2[head, :, rank:] = 0
+
+    def phi(self, q):
+        return _by_row(self._two_layers(_by_head(q), self.q1, self.q2).abs(), q)
+
+    def psi(self, k):
+        return _by_row((self._two_layers(_by_head(k), self.k1, self.k2) @ self.k3).abs(), k)
+
+    def _two_layers(self, x, first, second):
+        """x (H, N m, D) -> (H, N m, R)."""
+        return gelu(self._hidden_layer(x.to(first.dtype), first) @ second)
+
+
+LayerKernels = PaperKernels  # its public name since the first release
+
+
+class Exponential(Learned):
+    """A departure from the paper, learned and positive by an exponential instead of an absolute value:
+
+        phi(q) = exp(q Q0 + gelu(q Q1) Q2)        psi(k) = exp(k K0 + gelu(k K1) K2 + b)        exact GELU
+
+    A softmax weight is an exponential of something linear in q and in k, which a rank of 8 then has to sum up; so a narrow
+    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, so that training
+    starts from the bare policy.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 32):
+        super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=0)
+        R = self.rank
+        self.q0 = nn.Parameter(torch.randn(query_heads, head_dim, R) * head_dim**-0.5)  # (Hq, D, R)
+        self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
+        self.q2 = nn.Parameter(torch.zeros(query_heads, hidden, R))  # (Hq, h, R)
+        self.k0 = nn.Parameter(torch.randn(kv_heads, head_dim, R) * head_dim**-0.5)  # (Hkv, D, R)
+        self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
+        self.k2 = nn.Parameter(torch.zeros(kv_heads, hidden, R))  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.full((kv_heads, R), -10.0))  # (Hkv, R), b
+
+    def phi(self, q):
+        return self._padded(_by_row(self._exponential(_by_head(q), self.q0, self.q1, self.q2), q))
+
+    def psi(self, k):
+        return self._padded(_by_row(self._exponential(_by_head(k), self.k0, self.k1, self.k2, self.k3), k))
+
+    def _exponential(self, x, linear, first, second, bias=None):
+        """x (H, N m, D) -> (H, N m, R)."""
+        x = x.to(linear.dtype)
+        exponent = x @ linear + self._hidden_layer(x, first) @ second
+        if bias is not None:
+            exponent = exponent + bias[:, None]
+        return exponent.clamp(max=40).exp()
+
+    def _padded(self, features):
+        """features (N, H, m, R), with zeros beyond the rank of each head."""
+        if min(self.ranks) == self.rank:
+            return features
+        ranks = torch.tensor(self.ranks, device=features.device).repeat_interleave(features.shape[1] // self.kv_heads)  # (H,)
+        return features * (torch.arange(self.rank, device=features.device) < ranks[:, None])[:, None]
+
+
+class Control(Features):
+    """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
+        if isinstance(rank, list | tuple):
+            raise LessError(f"{type(self).__name__} has one rank for all heads, not {rank}")
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+
+    def psi(self, k):
+        return self.phi(k)
+
+    def select_heads(self, kv_heads):
+        return self
+
+
+class Performer(Control):
+    """Positive random features of the softmax (Choromanski et al. 2020): phi(q).psi(k) is e^(scale q.k) in expectation.
+
+        phi(x) = exp(w.x' - |x'|^2 / 2) / sqrt(R),  x' = sqrt(scale) x,  scale = 1 / sqrt(head_dim)
+
+    with R directions w, orthogonal in blocks of head_dim and as long as normal vectors. The exponent, at most |w|^2 / 2, is
+    cut at 40, so that products stay within float32.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        self.register_buffer("w", _directions(self.rank, self.head_dim))  # (R, D)
+
+    def phi(self, q):
+        x = q.to(self.w.dtype) * self.head_dim**-0.25
+        exponent = x @ self.w.T - x.square().sum(-1, keepdim=True) / 2
+        return exponent.clamp(max=40).exp() * self.rank**-0.5
+
+
+class Fourier(Control):
+    """Random Fourier features (Peng et al. 2021): of q and k of unit length, phi(q).psi(k) is e^(q.k) in expectation.
+
+        phi(x) = sqrt(2 e / R) [cos(w.x / |x|), sin(w.x / |x|)]    with R / 2 directions w
+
+    The features are signed, so phi.z may turn out negative: such a query does without its low-rank part.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, rank)
+        if self.rank % 2:
+            raise LessError(f"random Fourier features come in pairs: the rank must be even, not {rank}")
+        self.register_buffer("w", _directions(self.rank // 2, self.head_dim))  # (R / 2, D)
+
+    def phi(self, q):
+        x = q.to(self.w.dtype)
+        angle = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30) @ self.w.T
+        return torch.cat([angle.cos(), angle.sin()], -1) * math.sqrt(2 * math.e / self.rank)
+
+
+class Elu(Control):
+    """phi(x) = psi(x) = elu(x) + 1 (Katharopoulos et al. 2020): as many features as head_dim, whatever rank is asked for."""
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | None = None, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, head_dim)
+
+    def phi(self, q):
+        x = q.to(torch.promote_types(q.dtype, torch.float32))
+        return elu(x) + 1
+
+
+FAMILIES = {"paper": PaperKernels, "exponential": Exponential, "performer": Performer, "fourier": Fourier, "elu": Elu}
+"""Every family by the name that files and the command line use."""
+
+
+def _directions(count, head_dim):
+    """(count, head_dim): random directions, orthogonal in blocks of head_dim, as long as normal vectors are."""
+    q, r = torch.linalg.qr(torch.randn(-(-count // head_dim), head_dim, head_dim))
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # or some directions would come more often than others
+    return q.flatten(0, 1)[:count] * torch.randn(count, head_dim).norm(dim=1, keepdim=True)
+
+
+def _by_head(x):
+    """(N, H, m, D) -> (H, N m, D): what a head has to multiply."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _by_row(features, x):
+    """features (H, N m, R) of x (N, H, m, D) -> (N, H, m, R)."""
+    return features.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+
+def _dropout_mask(x, rate):
+    """0 or 1 / (1 - rate) in the shape of x. One random byte decides each element (so the rate is a multiple of 1/256): on
+    a CPU, drawing a random float for each takes a third of the whole training step."""
+    dropped = round(rate * 256)
+    longs = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), device=x.device)
+    keep = longs.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+    return keep.to(x.dtype).mul_(256 / (256 - dropped))

@@ -1,0 +1,156 @@
+"""Setting: how the cache of a model is compressed, in one value. It is checked once, when it is made; the policy and kernels of
+each KV head come out of it; and it alone counts the bytes that a cache holds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .budgets import Table
+from .kernels import LessKernels
+from .layer.checks import LessError, integer
+from .layer.fastgen import FastGen
+from .layer.features import Features
+from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, SnapKV, Window
+from .layer.state import LayerState, check_fit, need_policy
+
+POLICIES: dict[str, Policy] = {
+    "full": Full(),
+    "window": Window(32),
+    "lambda": Lambda(4, 28),
+    "h2o": H2O(16, 16),
+    "decayed-h2o": DecayedH2O(16, 16, 0.99),
+    "tova": TOVA(32),
+    "scissorhands": Scissorhands(32, 16, 32),
+    "snapkv": SnapKV(32, 8, 3),
+    "fastgen": FastGen(32, 8, 8, 0.95),
+}
+"""Every policy by the name that the command line uses; `with_budget` turns the example into the one wanted."""
+
+
+def policy_named(name: str, budget: str | int, length: int | None = None) -> Policy:
+    """The policy of that name with a budget in tokens ("51") or, if a length is known, as a share of it ("5%").
+
+    LessError if there is no such policy, or the budget is no whole number of tokens of at least 1.
+    """
+    if name not in POLICIES:
+        raise LessError(f"no policy is called {name!r}: choose one of {', '.join(POLICIES)}")
+    if POLICIES[name].budget is None:
+        return POLICIES[name]
+    text = str(budget).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise LessError(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}")
+    if text.endswith("%"):
+        if length is None:
+            raise LessError(f"a budget in percent needs a known length: say it in tokens, not {budget!r}")
+        number = int(number / 100 * length)
+    if number != int(number) or number < 1:
+        raise LessError(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {number:g}")
+    return POLICIES[name].with_budget(int(number))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Make one with `Setting.of`.
+
+    sizes: layers, query_heads, kv_heads and head_dim of the model; None for a bare policy with uniform budgets, which fits any.
+    less_layers: which of the layers LESS serves. budgets: a table (layers x KV heads), None for as many tokens in every head.
+    """
+
+    sizes: dict[str, int] | None
+    less_layers: tuple[int, ...]
+    policy: Policy
+    kernels: LessKernels | None = None
+    budgets: Table | None = None
+    chunk: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sizes: dict[str, int] | None,
+        less_layers: Sequence[int],
+        policy: Policy,
+        kernels: LessKernels | None = None,
+        budgets: Sequence[Sequence[int]] | str | None = None,
+        chunk: int | None = None,
+    ) -> "Setting":
+        """The setting that these arguments of `LessCache.for_model` ask for.
+
+        budgets None: the table that the kernels have for this policy and as many tokens in all, else uniform ones.
+        Raises LessError for what is no policy, kernels, table or chunk, or does not go together.
+        """
+        need_policy(policy)
+        if kernels is not None and not isinstance(kernels, LessKernels):
+            raise LessError(f"kernels are LessKernels (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
+        if chunk is not None:
+            integer("chunk", chunk)
+        if not (budgets is None or isinstance(budgets, list | tuple) or (isinstance(budgets, str) and budgets == "uniform")):
+            raise LessError(f'budgets are a table, None or "uniform", not {budgets!r}')
+        if budgets is None and kernels is not None:
+            budgets = kernels.budgets_for(policy)
+        if budgets is None or isinstance(budgets, str):
+            setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk)
+        else:
+            rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
+            if sizes is None or [len(row) for row in rows] != [sizes["kv_heads"]] * sizes["layers"]:
+                wanted = "for a model whose layers have equal heads" if sizes is None else "{layers} layers x {kv_heads} KV heads"
+                raise LessError(f"the budget table must be {wanted.format(**sizes or {})}")
+            table = [[integer("a budget", budget) for budget in row] for row in rows]
+            setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk)
+        if sizes is not None:
+            for index in setting.less_layers:
+                rule, features = setting.layer(index)
+                check_fit(rule, setting.sizes["query_heads"], setting.sizes["kv_heads"], setting.sizes["head_dim"], features)
+        return setting
+
+    def layer(self, index: int) -> tuple[Policy | list[Policy], Features | None]:
+        """The policy of a layer, or of each of its KV heads, and its kernels."""
+        features = self.kernels.layers[index] if self.kernels is not None else None
+        if self.budgets is None:
+            return self.policy, features
+        return [self.policy.with_budget(budget) for budget in self.budgets[index]], features
+
+    def shard(self, index: int, rank: int, world_size: int) -> tuple[Policy | list[Policy], Features | None]:
+        """The same for the KV heads of that layer which process `rank` of `world_size` has (tensor parallelism).
+
+        LessError if the heads cannot be shared out.
+        """
+        rule, features = self.layer(index)
+        if world_size == 1:
+            return rule, features
+        kv_heads = self.sizes["kv_heads"]
+        if kv_heads % world_size:
+            raise LessError(f"{kv_heads} KV heads cannot be shared out among {world_size} processes: start a divisor of it")
+        if self.policy.pooled:
+            raise LessError(f"{self.policy} pools over all heads of a layer, and tensor parallelism takes them apart")
+        heads = list(range(kv_heads))[rank * kv_heads // world_size : (rank + 1) * kv_heads // world_size]
+        return [rule[head] for head in heads] if isinstance(rule, list) else rule, features and features.select_heads(heads)
+
+    def memory(self, dtype: torch.dtype) -> int:
+        """Bytes that LESS's layers hold for one sequence, bookkeeping included: laid out on torch's "meta" device and counted.
+
+        dtype: of keys and values. Kernels are shared by all sequences, and counted by `LessKernels.memory`.
+        """
+        heads = {name: self.sizes[name] for name in ("query_heads", "kv_heads", "head_dim")}
+        held = 0
+        for index in self.less_layers:
+            rule, features = self.layer(index)
+            state = LayerState.allocate(rule, 1, **heads, kernels=features, dtype=dtype, device="meta")
+            held += sum(state.memory().values())
+        return held
+
+    def baseline_plus(self, dtype: torch.dtype) -> Policy:
+        """The policy with the smallest budget that, without kernels, holds at least as many bytes as this setting (Baseline+).
+
+        The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4
+        tokens.
+        """
+        wanted, bare = self.memory(dtype), replace(self, kernels=None, budgets=None)
+        while bare.memory(dtype) < wanted:
+            bare = replace(bare, policy=self.policy.with_budget(bare.policy.budget + 1))
+        return bare.policy
