@@ -21,6 +21,12 @@ RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=1, joint_steps
 WINDOWS = tokens(4, 30)
 
 
+class Kinds(H2O):
+    """A policy that asks for the kinds of tokens, and evicts one at a time."""
+
+    kinds = True
+
+
 def arguments(**changes):
     plain = dict(windows=WINDOWS, validation=tokens(2, 30, seed=1), policy=H2O(3, 3), recipe=RECIPE)
     return plain | changes
@@ -49,6 +55,7 @@ WRONG_WINDOWS = [
         ({"validation": tokens(2, 29)}, "windows have 30 tokens and validation 29: cut both to one length"),
         ({"policy": "h2o"}, "a policy is something like H2O"),
         ({"policy": FastGen(4, 1, 1, 0.5)}, "evicts one token at a time, and FastGen"),
+        ({"policy": Kinds(3, 3)}, "asks for the kinds of tokens"),
         ({"policy": Full()}, "nothing is evicted within 30 tokens"),
         ({"policy": H2O(15, 14)}, "nothing is evicted within 30 tokens"),
         ({"policy": Lambda(4, 2)}, "a budget of 2 leaves no recent tokens beside 4 sinks"),
@@ -230,7 +237,7 @@ def test_windows_too_short_for_two_budgets_have_no_grid(policy, length):
         ({"budgets": [4.0]}, "must be an integer from 1 to 30, not 4.0"),
         ({"budgets": [2, 8], "policy": Lambda(3, 1)}, "a budget of 2 leaves no recent tokens"),
         *(({"policy": policy}, "whose heads each keep a number of their own")
-          for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Full())),
+          for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Full(), Kinds(2, 2))),
         ({"policy": "h2o"}, "a policy is something like H2O"),
         ({"by": "taste"}, "measured by kl or error, not by 'taste'"),
         ({"kernels": "mine"}, "kernels are LessKernels"),

@@ -98,6 +98,7 @@ def train(
         return kernels.float().requires_grad_(False).eval()
 
 
+@torch.no_grad()
 def _settings(model, windows, validation, policy, recipe, disk, curves):
     """The settings of the joint stage, without kernels. LessError for what cannot be trained on or with."""
     if not isinstance(recipe, Recipe):
