@@ -1,4 +1,4 @@
-"""How a cache is compressed is one value: what it gives each head, what it counts, what it refuses; and which curves fit a policy."""
+"""How a cache is compressed is one value: what it gives each head, counts and refuses; and which curves fit a policy."""
 
 import pytest
 import torch

@@ -272,11 +272,11 @@ class SnapKV(Policy):
     def rank(self, position, score, n):
         recent = position >= n - self.window
         place = position.argsort(-1)  # (N, H, S)
-        where = position.gather(2, place)
+        ordered = position.gather(2, place)
         votes = score.sum(-1).masked_fill(recent | (position < 0), 0).gather(2, place)
         best = votes
         for apart in range(1, min(self.reach, position.shape[2] - 1) + 1):
-            near = where[..., apart:] - where[..., :-apart] <= self.reach
+            near = ordered[..., apart:] - ordered[..., :-apart] <= self.reach
             after = torch.nn.functional.pad(votes[..., apart:] * near, (0, apart))
             before = torch.nn.functional.pad(votes[..., :-apart] * near, (apart, 0))
             best = best.maximum(after).maximum(before)
@@ -308,7 +308,7 @@ def best_first(rank, position):
 
 def ordered_sum(x):
     """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
-    others, and would decide ties by where entries lie."""
+    others, and would decide ties by the slots of the entries."""
     while x.shape[2] > 1:
         half = x.shape[2] // 2
         rest = x[:, :, 2 * half :]

@@ -23,7 +23,7 @@ class Entries(NamedTuple):
 
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
-    position: torch.Tensor  # (N, H, S), -1 where there is none
+    position: torch.Tensor  # (N, H, S), -1 if there is none
     score: torch.Tensor  # (N, H, S) or (N, H, S, C), as the policy says
 
 
@@ -43,12 +43,12 @@ def extend(
 
     q (N, Hq, m, D), rotated and not scaled; k, v (N, Hkv, m, D) in the state's dtype;
     valid (N, m) bool: False for pads, anywhere in the row; pads are not seen, scored, kept, folded or counted, and their
-    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask;
+    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask (FastGen);
     softcap: logits l become softcap tanh(l / softcap) (Gemma 2); sinks (Hq,): for each query head the logit of nothing, which
     takes its share of the attention and gives no value (gpt-oss).
     A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace, like a pad, but its own output is
-    NaN: what is broken shows where it is broken, and the state stays sound.
-    Raises LessError where shapes or dtypes do not fit the state, or kinds are missing.
+    NaN: what is broken shows, and the state goes on as if it had not been.
+    Raises LessError (a ValueError) if shapes or dtypes do not fit the state, or kinds are missing.
     """
     _check(state, q, k, v, valid, kinds, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
