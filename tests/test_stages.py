@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import SIZES, make_kernels, make_model, tokens
+from short_training import POLICY, RECIPE, quick_training
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
@@ -18,13 +19,6 @@ from less_fast.hf.architecture import sizes
 from less_fast.training.head_costs import divergence
 from less_fast.training.layers import RECIPES, Work, train
 from less_fast.training.recording import Recording, bytes_on_disk
-
-RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, table_steps=12, joint_rate=0.02)
-POLICY = H2O(3, 3)
-
-
-def quick_training(folder=None, recipe=RECIPE, **more):
-    return train(make_model().float(), tokens(10, 30), tokens(4, 30, seed=1), POLICY, recipe, folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +214,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 from pathlib import Path
-from test_stages import quick_training
+from short_training import quick_training
 kernels = quick_training(Path({folder!r}), disk=1.5e5)
 assert (kernels is None) == (torch.distributed.get_rank() > 0)
 if kernels:
