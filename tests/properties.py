@@ -30,7 +30,7 @@ from strategies import (
     some_kernels,
 )
 
-from less_fast.parallel import eviction_times, parallel
+from less_fast.layer.parallel import eviction_times, parallel
 
 
 @given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION))
