@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from inspect import unwrap
 from types import FunctionType
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def extend(
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
         entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
-        slots_full = no_pads and entries.k is group.k and _known_true(state.n > group.policy.budget)
+        slots_full = no_pads and entries.k is group.k and _known_true(state.n >= group.k.shape[2])
         logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
         out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
         outs.append(out.flatten(1, 2).to(q.dtype))
@@ -89,7 +90,7 @@ def compiled(state: LayerState, like: torch.Tensor, softcap: float | None = None
 
 @cache
 def _compiled(*kind_of_state) -> Callable:
-    code = extend.__wrapped__  # beneath no_grad
+    code = unwrap(extend)  # beneath no_grad
     own = FunctionType(code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__)
     step = torch.no_grad()(torch.compile(own, fullgraph=True, dynamic=False))
 
