@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from .budgets import table as budget_table
 from .demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from .hf import LessCache
-from .hf.architecture import check_kernels, check_model, sizes
+from .hf.architecture import check_kernels, check_model, less_layers, sizes
 from .hub import CONFIG
 from .kernels import LessKernels, make_folder
 from .layer.checks import LessError
@@ -36,13 +36,14 @@ from .measuring.compare import baseline_plus, held_bytes, plot
 from .measuring.compare import compare as compare_caches
 from .measuring.plan import SHAPES, config_of
 from .measuring.plan import plan as plan_costs
-from .setting import POLICIES, policy_named
+from .setting import POLICIES, Setting, policy_named
 from .text import dataset_texts
 from .text import windows as cut_windows
+from .training import RECIPES, Recipe
+from .training import train as train_kernels
 from .training.head_costs import MEASURES, check_policy, measure
-from .training.head_costs import refine as refine_table
-from .training.layers import CURVE_WINDOWS, RECIPES, Recipe
-from .training.layers import train as train_kernels
+from .training.stages import CURVE_WINDOWS
+from .training.tables import refine as refine_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -442,7 +443,7 @@ def allocate(
     for one in tqdm(rules, desc="refining", unit="budget", disable=not rules):
         for kind, rule, some in (("less", one, learned), ("bare", baseline_plus(network, one, learned), None)):
             if budgets := budget_table(found, rule.budget * heads, kind == "less"):
-                better, _ = refine_table(network, chosen, rule, some, budgets)
+                better, _ = refine_table(network, chosen, Setting.of(sizes(network), less_layers(network), rule, some, budgets))
                 found.refined.setdefault(kind, {})[str(rule.budget * heads)] = better
         learned.save_pretrained(out or kernels)
     for share in (2, 5, 10):

@@ -9,7 +9,7 @@ from less_fast import H2O, LessCache, LessKernels
 from less_fast.demo import corpus
 from less_fast.measuring.compare import Contender, window_losses
 from less_fast.text import windows as cut_windows
-from less_fast.training.layers import RECIPES, train
+from less_fast.training import RECIPES, train
 
 HOLDS, IN_PART, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured here"
 SHARES = (0.02, 0.05, 0.10)  # of a window's tokens: the budgets of the paper's tables

@@ -3,7 +3,7 @@
 import time
 from dataclasses import replace
 
-from less_fast.training.layers import RECIPES, train
+from less_fast.training import RECIPES, train
 
 from .check import Found, Setting, verdict
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from less_fast import H2O, TOVA, LessCache
 from less_fast.hf.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
-from less_fast.training.layers import RECIPES, train
+from less_fast.training import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 
 PROMISED = sorted(KNOWN)

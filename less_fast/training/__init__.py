@@ -1,1 +1,6 @@
-"""Training of kernels: each layer alone, all together, what each head costs, and budget tables."""
+"""Training of kernels for a model, and of budget tables: `train` carries out the stages, each of which has a file of its own."""
+
+from .recipe import RECIPES, Recipe
+from .stages import train
+
+__all__ = ["RECIPES", "Recipe", "train"]

@@ -104,6 +104,6 @@ class Recording:
         return Recorded(*(torch.cat(part).to(device) for part in zip(*parts)))
 
     def forget(self, layer: int) -> None:
-        """Deletes the files of a layer."""
-        for file in self.folder.glob(f"layer-{layer:03}-shard-*.safetensors"):
-            file.unlink()
+        """Deletes the files of a layer, with those that a kill left half written."""
+        for file in self.folder.glob(f"*layer-{layer:03}-shard-*.safetensors"):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""How kernels are trained: the paper's recipe, and that of the exponential family."""
+
+from dataclasses import dataclass
+
+from ..layer.checks import LessError, integer
+from ..layer.features import FAMILIES, MOST, Learned
+from .checks import number
+
+LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The paper's recipe (section 3.2): Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer.
+
+    windows: how many each layer alone is trained on, None for all.
+    halve_every: epochs. None: the learning rate rises and falls once over the whole training (one cycle; Smith and Topin 2017).
+    clip: the largest norm of a step's gradient, None for any.
+    joint_steps, joint_rate: of the joint stage, in one cycle, with `batch` windows in each step; 0 steps leave it out. It takes
+    the multiples `joint_budgets` of the policy's budget in turn, except those with which nothing is evicted.
+    table_steps: the same under the budget tables for these budgets, if curves are measured; every other step under uniform ones.
+    LessError for values with which nothing can be trained.
+    """
+
+    rank: int = 8
+    hidden: int = 512
+    epochs: int = 40
+    batch: int = 2
+    learning_rate: float = 1e-3
+    halve_every: int | None = 10
+    dropout: float = 0.3
+    seed: int = 0
+    family: str = "paper"
+    clip: float | None = None
+    windows: int | None = None
+    joint_steps: int = 0
+    table_steps: int = 0
+    joint_rate: float = 5e-3
+    joint_budgets: tuple[float, ...] = (0.4, 1.0, 2.0)
+
+    def __post_init__(self):
+        if self.family not in LEARNED:
+            raise LessError(f"kernels of the family {self.family!r} are not learned: choose one of {', '.join(LEARNED)}")
+        limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1), joint_steps=(0,), table_steps=(0,))
+        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", "joint_steps", "table_steps"):
+            self._set(name, integer, *limits.get(name, (1,)))
+        for name, least, most in (("learning_rate", 0, 1e6), ("joint_rate", 0, 1e6), ("dropout", 0, 0.99), ("clip", 1e-9, 1e9)):
+            self._set(name, number, least, most)
+        if not isinstance(self.joint_budgets, list | tuple) or (not self.joint_budgets and self.joint_steps + self.table_steps):
+            raise LessError(
+                f"joint_budgets of a recipe are multiples of the policy's budget, one or more, not {self.joint_budgets!r}"
+            )
+        multiples = tuple(number("joint_budgets of a recipe", multiple, 1e-3, 1e3) for multiple in self.joint_budgets)
+        object.__setattr__(self, "joint_budgets", multiples)
+
+    def _set(self, name, check, *limits):
+        value = getattr(self, name)
+        if value is not None or name not in ("halve_every", "windows", "clip"):
+            object.__setattr__(self, name, check(f"{name} of a recipe", value, *limits))
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "exponential": Recipe(
+        family="exponential",
+        hidden=32,
+        epochs=10,
+        learning_rate=1e-2,
+        halve_every=None,
+        dropout=0.0,
+        clip=1.0,
+        windows=256,
+        joint_steps=150,
+        table_steps=100,
+    ),
+}
+"""How each family of learned kernels is trained, unless told otherwise."""

@@ -1,0 +1,136 @@
+"""Training of kernels for a model, in stages that survive a kill:
+
+1. each layer alone, as in the paper (layers.py);
+2. all layers together, under several budgets in turn (joint.py);
+3. what each head costs (head_costs.py), from which budget tables are made, and all layers together once more, under these tables.
+"""
+
+import hashlib
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..budgets import Curves, average
+from ..hf.architecture import check_model, fingerprint, less_layers, sizes
+from ..hf.seam import predictions
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.parallel import dense
+from ..layer.policies import Policy
+from ..setting import Setting
+from .checks import check_streamed, check_windows, number
+from .head_costs import check_policy, grid, measure
+from .joint import distill
+from .layers import train_layers
+from .recipe import Recipe
+from .work import Work, process, processes
+
+CURVE_WINDOWS = 8  # windows on which costs are measured
+JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def train(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    validation: torch.Tensor,
+    policy: Policy,
+    recipe: Recipe = Recipe(),
+    folder: str | os.PathLike | None = None,
+    disk: float = 20e9,
+    curves: bool = False,
+) -> LessKernels | None:
+    """Kernels for `model`, trained for streaming with `policy` on token windows.
+
+    windows (N, T), validation (V, T) int64: validation chooses the best epoch of each layer, and judges the joint stage.
+    folder: where unfinished work is kept; called again with the same arguments, training goes on there and ends in the same
+    weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit, at least one.
+    curves: measure at the end what each head costs at each budget, for budget tables.
+    Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
+    Raises LessError, before anything is written, if the model, windows or policy cannot be trained on or with; later if a layer's
+    attention is not finite, training diverges, or the folder holds other work. OSError if the disk is full.
+    """
+    check_model(model)
+    model.eval()
+    settings = _settings(model, windows, validation, policy, recipe, disk, curves)
+    if folder is None and processes() > 1:
+        raise LessError("several processes train together in one folder: give a `folder` that all of them see")
+    about = {
+        "fingerprint": fingerprint(model),
+        "policy": repr(policy),
+        "window": windows.shape[1],
+        "sequences": len(windows),
+        "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
+    }
+    text = hashlib.sha256(torch.cat([windows.cpu(), validation.cpu()]).numpy().tobytes()).hexdigest()
+    order = about | {"text": text, "curves": curves, "dtype": str(model.dtype)}
+    shape: dict[str, Any] = sizes(model)
+    kernels = LessKernels(**shape, rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
+    kernels.to(model.device, torch.promote_types(model.dtype, torch.float32))
+    settings = [replace(setting, kernels=kernels) for setting in settings]
+    with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        work, started = Work(Path(place), order), time.perf_counter()
+        about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
+        if process() != 0:
+            return None
+        few = validation[:JOINT_VALIDATION]
+
+        def together(stage, settings, judged, steps):
+            figures = distill(stage, model, windows, few, settings, judged, steps, recipe, work)
+            about[stage] = {"budgets": [setting.policy.budget for setting in judged]} | figures
+
+        if recipe.joint_steps:
+            together("joint", settings, settings, recipe.joint_steps)
+        if curves:
+            kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
+        uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
+        if uniform and recipe.table_steps:
+            tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
+            together("tables", [*chain(*zip(tables, uniform))], tables, recipe.table_steps)
+        about["seconds_since_resumed" if work.resumed else "seconds"] = round(time.perf_counter() - started)
+        return kernels.float().requires_grad_(False).eval()
+
+
+def _settings(model, windows, validation, policy, recipe, disk, curves):
+    """The settings of the joint stage, without kernels. LessError for what cannot be trained on or with."""
+    if not isinstance(recipe, Recipe):
+        raise LessError(f"a recipe is a Recipe, RECIPES['exponential'] for example, not {recipe!r}")
+    for what, part in (("windows", windows), ("validation", validation)):
+        check_windows(model, part, what)
+    T = windows.shape[1]
+    if validation.shape[1] != T:
+        raise LessError(f"windows have {T} tokens and validation {validation.shape[1]}: cut both to one length")
+    check_streamed(policy)
+    if policy.budget is None or policy.budget > T - 2:
+        raise LessError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
+    number("disk, in bytes,", disk, 1, 1e18)
+    if curves:
+        check_policy(policy)
+        grid(policy, T)
+    predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses what cannot attend by functions of our own
+    if not recipe.joint_steps and not recipe.table_steps:
+        return []
+    budgets = [max(1, int(policy.budget * multiple)) for multiple in recipe.joint_budgets]
+    budgets = [budget for budget in budgets if budget <= T - 2]
+    if not budgets:
+        raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {recipe.joint_budgets}: use smaller ones")
+    setting = Setting.of(sizes(model), less_layers(model), policy, budgets="uniform")
+    return [replace(setting, policy=policy.with_budget(budget)) for budget in budgets]
+
+
+def _curves(kernels, model, windows, policy, work):
+    """What each head costs, window by window."""
+    for index, window in enumerate(tqdm(windows.split(1), desc="curves", unit="window")):
+        if not work.has(f"curves-{index}"):
+            work.save(f"curves-{index}", asdict(measure(model, window, policy, kernels)))
+    return average([Curves(**work.load(f"curves-{index}")) for index in range(len(windows))])

@@ -1,0 +1,82 @@
+"""The folder of an unfinished training, and the processes of torchrun that share it."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ..files import aside
+from ..layer.checks import LessError
+
+FORMAT = 2  # of the files; a change of what they hold takes the next number
+
+
+class Work:
+    """What is done of a training, each file complete, and the order that it carries out.
+
+    Raises LessError if the folder holds the work on another order, or the other processes do not see it.
+    """
+
+    def __init__(self, folder: Path, order: dict[str, Any]):
+        self.folder, file = folder, folder / "order.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        order = json.loads(json.dumps({"format": FORMAT} | order))
+        self.resumed = file.exists()
+        if self.resumed:
+            self._check(file, order)
+        elif process() == 0:
+            with aside(file) as temporary:
+                temporary.write_text(json.dumps(order, indent=2) + "\n")
+        wait_for_all()
+        if file not in folder.iterdir():
+            raise LessError(f"process {process()} does not see {folder}: give a folder that all processes see")
+
+    def _check(self, file: Path, order: dict[str, Any]) -> None:
+        try:
+            begun = json.loads(file.read_text())
+        except ValueError:
+            begun = None
+        if not isinstance(begun, dict):
+            raise LessError(f"{file} is broken, so nobody knows what was begun there: delete {self.folder}")
+        if begun.get("format") != FORMAT:
+            raise LessError(
+                f"{self.folder} holds a training that another version of LESS began: finish it with that version, or delete that "
+                f"folder"
+            )
+        if other := sorted(name for name in order | begun if order.get(name) != begun.get(name)):
+            raise LessError(
+                f"{self.folder} holds an unfinished training with another {', '.join(other)}: go on with the options it was "
+                f"begun with, or delete that folder"
+            )
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def load(self, name: str) -> dict[str, Any]:
+        """What was saved under this name, on the CPU. LessError if the file is broken."""
+        file = self.folder / name
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise LessError(f"{file} is broken: delete it, and what it held is computed again") from error
+
+    def save(self, name: str, value: dict[str, Any]) -> None:
+        with aside(self.folder / name) as temporary:
+            torch.save(value, temporary)
+
+
+def process() -> int:
+    """Which of the processes of torchrun this is; 0 without torchrun."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
