@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .features import Features
 from .state import LayerState
 from .step import extend
+from .stream import can_replay, replay
 
 TOKENS_AT_ONCE = 128  # the low-rank part runs in blocks of this many tokens
 
@@ -33,14 +34,22 @@ def eviction_times(
     state = LayerState.allocate(policy, N, Hq, Hkv, D, dtype=q.dtype, device=q.device)
     e = torch.arange(T, device=q.device).expand(N, Hkv, T).clone()  # evicted at the end of its own step, unless ...
     last_held = torch.full((N, Hkv, T + 1), -1, device=q.device)  # column T takes the empty slots
-    for step in range(T):
-        now = slice(step, step + 1)
-        kind = None if kinds is None else kinds[:, now]
-        extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=scale, kinds=kind)
+    at = torch.zeros(1, dtype=torch.int64, device=q.device)
+
+    def step():
+        token = (x.index_select(2, at) for x in (q, k, v))
+        extend(state, *token, scale=scale, kinds=None if kinds is None else kinds.index_select(1, at))
         for group in state.groups:
             slots = group.position.long().masked_fill(group.position < 0, T)  # (N, H, S)
-            held = last_held[:, group.kv_heads].scatter(2, slots, step)
+            held = last_held[:, group.kv_heads].scatter(2, slots, at.expand(slots.shape))
             last_held[:, group.kv_heads] = held
+        at.add_(1)
+
+    if can_replay(state, T):
+        replay(step, T, [at, last_held, *(tensor for _, tensor in state.tensors())])
+    else:
+        for _ in range(T):
+            step()
     return torch.maximum(e, last_held[..., :T] + 1)
 
 
