@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from models import make_kernels, make_model, reference_kernels, reference_policy, tokens
-from scipy.stats import spearmanr
 
 import less_ref
 from less_fast import H2O, Lambda, LessError
@@ -31,7 +30,8 @@ def test_costs_by_the_gradient_follow_the_measured_divergences():
     measured, estimated = (measure(model, ids, POLICY, kernels, by=by) for by in ("kl", "gradient"))
     for name in ("bare", "less"):
         one, other = (np.array(getattr(curves, name))[..., :-1] for curves in (measured, estimated))
-        assert spearmanr(one.ravel(), other.ravel()).statistic > 0.95
+        ranks = [costs.ravel().argsort().argsort() for costs in (one, other)]
+        assert np.corrcoef(ranks)[0, 1] > 0.95
         assert np.median(other / one) == pytest.approx(1, abs=0.15)
         assert not np.array(getattr(estimated, name))[..., -1].any()
     assert (estimated.by, estimated.budgets) == ("gradient", measured.budgets)
