@@ -7,6 +7,7 @@ from ..layer.features import Features
 from ..layer.policies import Policy
 from ..layer.state import LayerState
 from ..layer.step import compiled, extend
+from ..layer.stream import stream
 from .seam import TaggingLayer
 
 MULTIPLIER = 6364136223846793005  # of the hash of fed columns: odd, so that no column is ever multiplied away
@@ -58,7 +59,9 @@ class LessLayer(TaggingLayer):
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
         step, chunk, kinds, self.kinds, outs = extend, self.chunk or m, self.kinds, None, []
-        if m == 1 and self.compile:
+        if self.chunk == 1 and m > 1:
+            step, chunk = stream, m
+        elif m == 1 and self.compile:
             step = compiled(self.state, query, softcap, sinks is not None)
         for start in range(0, m, chunk):
             now = slice(start, start + chunk)
