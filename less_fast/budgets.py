@@ -50,9 +50,9 @@ class Curves:
     def describe(self, policy: Policy) -> bool:
         """Whether they were measured under this policy, at whatever budget: its fields decide, not the name of its class."""
         try:
-            (call,) = ast.parse(self.policy).body
-            fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.value.keywords}
-            measured = policy_of(call.value.func.id, fields)
+            call = ast.parse(self.policy, mode="eval").body
+            fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}  # type: ignore[attr-defined]
+            measured = policy_of(call.func.id, fields)  # type: ignore[attr-defined]
         except (SyntaxError, ValueError, AttributeError, TypeError):
             return False  # a policy of somebody's own, which does not write itself as a dataclass does
         return measured is not None and measured.is_scaled(policy)

@@ -74,5 +74,5 @@ def digest(tensors: dict[str, torch.Tensor], about: str = "") -> str:
     sha = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     return sha.hexdigest()

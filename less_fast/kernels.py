@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,13 +44,13 @@ class LessKernels(nn.Module):
     ):
         super().__init__()
         sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
-        self.sizes = {name: integer(name, size, 1, MOST) for name, size in sizes.items()}
+        self.sizes: dict[str, Any] = {name: integer(name, size, 1, MOST) for name, size in sizes.items()}
         self.sizes |= dict(rank=_ranks(rank), hidden=integer("the hidden width of kernels", hidden, 0, MOST), family=family)
         self.about, self.curves = {} if about is None else about, {} if curves is None else curves
         self._check_about()
         if not isinstance(family, str) or family not in FAMILIES:
             raise LessError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
-        ranks = self.sizes["rank"] if isinstance(rank, list | tuple) else [rank] * layers
+        ranks: list = self.sizes["rank"] if isinstance(rank, list | tuple) else [rank] * layers
         if len(ranks) != layers:
             raise LessError(f"the ranks of {len(ranks)} layers do not fit {layers} layers")
         self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, row, hidden) for row in ranks)
@@ -82,7 +83,7 @@ class LessKernels(nn.Module):
 
     def memory(self) -> int:
         """Bytes of all weights, and of the copies that caches with a budget table, another device or dtype share."""
-        return sum(layer.memory() for layer in self.layers)
+        return sum(layer.memory() for layer in self.layers)  # type: ignore[operator]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes kernels.safetensors, config.json and a model card, README.md, into `folder`: all aside first, then renamed.

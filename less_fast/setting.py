@@ -4,6 +4,7 @@ each KV head come out of it; and it alone counts the bytes that a cache holds.""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -105,12 +106,12 @@ class Setting:
         if sizes is not None:
             for index in setting.less_layers:
                 rule, features = setting.layer(index)
-                check_fit(rule, setting.sizes["query_heads"], setting.sizes["kv_heads"], setting.sizes["head_dim"], features)
+                check_fit(rule, sizes["query_heads"], sizes["kv_heads"], sizes["head_dim"], features)
         return setting
 
     def layer(self, index: int) -> tuple[Policy | list[Policy], Features | None]:
         """The policy of a layer, or of each of its KV heads, and its kernels."""
-        features = self.kernels.layers[index] if self.kernels is not None else None
+        features = None if self.kernels is None else cast(Features, self.kernels.layers[index])
         if self.budgets is None:
             return self.policy, features
         return [self.policy.with_budget(budget) for budget in self.budgets[index]], features
@@ -123,7 +124,7 @@ class Setting:
         rule, features = self.layer(index)
         if world_size == 1:
             return rule, features
-        kv_heads = self.sizes["kv_heads"]
+        kv_heads = self._heads()["kv_heads"]
         if kv_heads % world_size:
             raise LessError(f"{kv_heads} KV heads cannot be shared out among {world_size} processes: start a divisor of it")
         if self.policy.pooled:
@@ -136,11 +137,10 @@ class Setting:
 
         dtype: of keys and values. Kernels are shared by all sequences, and counted by `LessKernels.memory`.
         """
-        heads = {name: self.sizes[name] for name in ("query_heads", "kv_heads", "head_dim")}
         held = 0
         for index in self.less_layers:
             rule, features = self.layer(index)
-            state = LayerState.allocate(rule, 1, **heads, kernels=features, dtype=dtype, device="meta")
+            state = LayerState.allocate(rule, 1, **self._heads(), kernels=features, dtype=dtype, device="meta")
             held += sum(state.memory().values())
         return held
 
@@ -150,7 +150,14 @@ class Setting:
         The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4
         tokens.
         """
+        budget = integer("the budget that Baseline+ begins with", self.policy.budget)
         wanted, bare = self.memory(dtype), replace(self, kernels=None, budgets=None)
         while bare.memory(dtype) < wanted:
-            bare = replace(bare, policy=self.policy.with_budget(bare.policy.budget + 1))
+            budget += 1
+            bare = replace(bare, policy=self.policy.with_budget(budget))
         return bare.policy
+
+    def _heads(self) -> dict[str, int]:
+        if self.sizes is None:
+            raise LessError("the layers of this model differ in their heads: its bytes are not counted, nor its heads shared out")
+        return {name: self.sizes[name] for name in ("query_heads", "kv_heads", "head_dim")}

@@ -10,6 +10,9 @@ settings.register_profile("ci", max_examples=100, derandomize=True, deadline=Non
 settings.register_profile("thorough", max_examples=20_000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+HELPERS = ("any_history", "authors", "both_paths", "caches", "properties")
+pytest.register_assert_rewrite(*HELPERS)  # an assertion that fails there says what it compared
+
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
 
 

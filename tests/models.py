@@ -1,7 +1,15 @@
 """Small random models of every supported family, kernels for them, tokens and their kinds."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
 
 import less_ref
 from less_fast import LayerKernels, LessKernels
@@ -35,6 +43,12 @@ def make_model(family="llama", **changes):
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(8)
     return model.double()
+
+
+def make_encoder_decoder():
+    """A model that LESS does not serve."""
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
 def make_kernels(model, rank=3, hidden=5, family="paper"):

@@ -66,9 +66,7 @@ def policies(*names, largest=5):
         "H2O": two,
         "DecayedH2O": two.flatmap(lambda both: st.tuples(*map(st.just, both), st.sampled_from([0.5, 0.9, 1.0]))),
         "TOVA": st.tuples(st.integers(1, 2 * largest)),
-        "Scissorhands": two.flatmap(
-            lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))
-        ),
+        "Scissorhands": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))),
         "SnapKV": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(1, sum(both)), st.integers(0, 3))),
         "FastGen": two.flatmap(
             lambda both: st.tuples(
@@ -264,3 +262,16 @@ def padded_batches(draw, length):
         else:
             valid[row, slice(length - tokens, None) if where == "left" else slice(tokens)] = True
     return valid
+
+
+def padded(draw_case):
+    return draw_case.flatmap(lambda case: st.tuples(st.just(case), padded_batches(case.length)))
+
+
+EVICTING = dict(length=st.integers(16, 40), policy=policies(largest=4))
+APART = Case(
+    Layer(3, 2, 4, 2, 3), (6, 1, 1, 4, 1), (Policy("H2O", (2, 2)), Policy("Window", (2,)), Policy("H2O", (2, 2))), 1.0, None, 0
+)
+"""Heads of one group with a head of another between them, and two query heads each: too rare to be left to chance."""
+YOUNG = Case(Layer(1, 1, 6, 2, 3), (20, 1, 1, 10, 1), (Policy("H2O", (3, 1)),), 1.0, 1.7, 0)
+"""Sharp attention to a few late tokens: what is heavy is not what is old, and changes with every chunk."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from models import make_kernels, make_model, tokens
-from test_hf import FASTGEN, KINDS, feed, generate, left_padded
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, FalconConfig, T5Config
+from caches import FASTGEN, KINDS, feed, generate, left_padded
+from models import make_encoder_decoder, make_kernels, make_model, tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from less_fast import H2O, TOVA, LessCache
 from less_fast.hf.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
@@ -167,8 +167,7 @@ def test_attention_code_of_its_own_is_refused(name):
 
 
 def test_alibi_is_refused():
-    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
-    refused(AutoModelForCausalLM.from_config(config).eval(), "alibi")
+    refused(tiny("falcon", alibi=True), "alibi")
 
 
 def test_attention_to_later_tokens_is_refused():
@@ -176,8 +175,7 @@ def test_attention_to_later_tokens_is_refused():
 
 
 def test_an_encoder_decoder_is_refused():
-    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    refused(AutoModelForSeq2SeqLM.from_config(config).eval(), "has an encoder")
+    refused(make_encoder_decoder(), "has an encoder")
 
 
 @pytest.mark.parametrize("name", ["mamba", "ministral"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from both_paths import heads_of
 from models import make_kernels, make_model
-from test_equivalence import heads_of
 from transformers import DynamicCache
 
 from less_fast import H2O, LayerState, Window

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from authors import read, save_as_the_authors
 from models import make_kernels, make_kinds, make_model, tokens
-from test_official_vectors import read, save_as_the_authors
 from transformers import AutoTokenizer
 
 from less_fast import H2O, LessCache, LessKernels, cli

@@ -5,12 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from closeness import BUDGETS
-from hypothesis import given
-from hypothesis import strategies as st
-from models import make_kernels, make_kinds, make_model, tokens
-from strategies import ANY_POLICY, Case, Layer, Policy, cases, padded_batches, slices
-from test_equivalence import (
+from both_paths import (
     allocate,
     assert_extends_alike,
     assert_identical,
@@ -20,8 +15,13 @@ from test_equivalence import (
     lower_precision_errors,
     with_pads,
 )
-from test_equivalence import extend as run_eager
-from test_hf import feed, generate, left_padded
+from both_paths import extend as run_eager
+from caches import feed, generate, left_padded
+from closeness import BUDGETS
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make_kernels, make_kinds, make_model, tokens
+from strategies import ANY_POLICY, Case, Layer, Policy, cases, padded_batches, slices
 from transformers import CompileConfig
 
 import less_fast

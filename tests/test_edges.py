@@ -7,11 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from closeness import BUDGETS, DRIFT, LOGITS_OF_1E4, error
-from hypothesis import example, given
-from hypothesis import strategies as st
-from strategies import ANY_POLICY, Case, Layer, Policy, cases, fast_kernels, policies, slices, some_kernels
-from test_equivalence import (
+from both_paths import (
     allocate,
     assert_extends_alike,
     assert_identical,
@@ -21,11 +17,14 @@ from test_equivalence import (
     extend,
     heads_of,
     lower_precision_errors,
-    padded,
     rounded,
     wide,
     widened,
 )
+from closeness import BUDGETS, DRIFT, LOGITS_OF_1E4, error
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import ANY_POLICY, Case, Layer, Policy, cases, fast_kernels, padded, policies, slices, some_kernels
 
 import less_fast
 import less_ref

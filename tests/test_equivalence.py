@@ -6,15 +6,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import properties
 import pytest
 import torch
-from closeness import BUDGETS, FLOAT64, assert_close, error
+from both_paths import (
+    allocate,
+    assert_extends_alike,
+    assert_identical,
+    assert_rows_equal_the_reference_alone,
+    assert_same_state,
+    at,
+    batch,
+    empty,
+    extend,
+    extend_reference,
+    kinds_of,
+    positions,
+    wide,
+    widened,
+    with_pads,
+)
+from closeness import FLOAT64, assert_close, error
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     ANY_ATTENTION,
     ANY_POLICY,
-    NON_NEGATIVE,
+    APART,
+    EVICTING,
     ONE_AT_A_TIME,
     Case,
     Layer,
@@ -22,7 +41,7 @@ from strategies import (
     cases,
     fast_kernels,
     one_for_all,
-    padded_batches,
+    padded,
     policies,
     slices,
     some_kernels,
@@ -35,151 +54,19 @@ from less_fast.layer import parallel as parallel_module
 from less_fast.layer import step as step_module
 from less_fast.layer.parallel import eviction_times, linear_parallel, merge, parallel
 
-EVICTING = dict(length=st.integers(16, 40), policy=policies(largest=4))
 WINDOW, LAMBDA, H2O = Policy("Window", (4,)), Policy("Lambda", (1, 3)), Policy("H2O", (2, 2))
-APART = Case(Layer(3, 2, 4, 2, 3), (6, 1, 1, 4, 1), (H2O, Policy("Window", (2,)), H2O), 1.0, None, 0)
-"""Heads of one group with a head of another between them, and two query heads each: too rare to be left to chance."""
-YOUNG = Case(Layer(1, 1, 6, 2, 3), (20, 1, 1, 10, 1), (Policy("H2O", (3, 1)),), 1.0, 1.7, 0)
-"""Sharp attention to a few late tokens: what is heavy is not what is old, and changes with every chunk."""
-
-
-def wide(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
-def allocate(case, rows=1, dtype=torch.float64, **instead):
-    layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype))
-    given = dict(policy=case.fast, kernels=kernels) | instead
-    return less_fast.LayerState.allocate(
-        batch=rows,
-        query_heads=layer.query_heads,
-        kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        dtype=dtype,
-        **given,
-    )
-
-
-def empty(case):
-    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
-
-
-def batch(case, rows=1, dtype=torch.float64):
-    """q, k, v of `rows` sequences in one batch, (rows, H, T, D)."""
-    return tuple(torch.from_numpy(np.stack(x)).to(dtype) for x in zip(*(case.qkv(row) for row in range(rows))))
-
-
-def kinds_of(case, rows=1):
-    """(rows, T): the kinds of the tokens of those sequences."""
-    return torch.from_numpy(np.stack([case.kinds(row) for row in range(rows)]))
-
-
-def widened(row):
-    """The same bits for the reference."""
-    return tuple(x.double().numpy() for x in row)
-
-
-def at(qkv, now):
-    return tuple(x[..., now, :] for x in qkv)
-
-
-def heads_of(state, row):
-    """A row's KV heads in order, each a less_ref.Head sorted by position."""
-    heads = {}
-    for group in state.groups:
-        for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
-            held = {name: getattr(group, name)[row, index].double().numpy() for name in group.TENSORS}
-            order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
-            slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
-            heads[g] = less_ref.Head(**slots, H=held["H"], z=held["z"])
-    return [heads[g] for g in range(state.kv_heads)]
-
-
-def positions(state, row):
-    return [head.position for head in heads_of(state, row)]
-
-
-def assert_same_state(state, row, reference):
-    assert state.n[row] == reference.n
-    for got, wanted in zip(heads_of(state, row), reference.heads, strict=True):
-        order = np.argsort(wanted.position)
-        for name in ("position", "k", "v"):
-            assert np.array_equal(getattr(got, name), getattr(wanted, name)[order])
-        for name in ("H", "z"):
-            assert_close(getattr(got, name), getattr(wanted, name))
-        assert_close(got.score, wanted.score[order].reshape(got.score.shape))
-
-
-def extend(case, state, qkv, now, valid=None, kinds=None):
-    """The fast path's on one chunk of a batch."""
-    kinds = kinds_of(case, len(state.n)) if kinds is None else kinds
-    valid = None if valid is None else torch.from_numpy(valid[:, now])
-    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
-    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now], case.softcap, sinks)
-
-
-def extend_reference(case, state, row, kinds, victims=None, kernels=None):
-    """The reference's on q, k, v and kinds of one row's chunk."""
-    kernels = case.kernels if kernels is None else kernels
-    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds, case.softcap, case.sinks)
-
-
-def assert_extends_alike(case, state, reference, qkv, chunks):
-    """One row, chunk by chunk, in both paths; returns the reference's state at the end."""
-    for now in chunks:
-        out = extend(case, state, qkv, now)
-        row = widened(x[0] for x in at(qkv, now))
-        expected, reference = extend_reference(case, reference, row, case.kinds(0)[now])
-        assert_close(out[0].transpose(0, 1), expected)
-        assert_same_state(state, 0, reference)
-    return reference
-
-
-def assert_rows_equal_the_reference_alone(case, state, references, qkv, valid):
-    """Every row of a padded batch, chunk by chunk; returns the reference's states at the end."""
-    for now in slices(case.chunks):
-        out = extend(case, state, qkv, now, valid)
-        for row, tokens in enumerate(valid[:, now]):
-            assert not out[row, :, ~tokens].any()
-            if tokens.any():
-                real = widened(x[row][:, tokens] for x in at(qkv, now))
-                kinds = case.kinds(row)[now][tokens]
-                expected, references[row] = extend_reference(case, references[row], real, kinds)
-                assert_close(out[row][:, tokens].transpose(0, 1), expected)
-            assert_same_state(state, row, references[row])
-    return references
 
 
 def batch_of(draw_case, rows=st.integers(1, 4)):
     return st.tuples(draw_case, rows)
 
 
-def padded(draw_case):
-    return draw_case.flatmap(lambda case: st.tuples(st.just(case), padded_batches(case.length)))
+def test_extend_equals_the_reference_after_every_chunk():
+    properties.extend_equals_the_reference_after_every_chunk()
 
 
-def with_pads(qkv, valid, fill=torch.nan):
-    """Pads hold NaN, which shows wherever one leaks, or something that looks like a token."""
-    pads = ~torch.from_numpy(valid)[:, None, :, None]
-    return tuple(x.masked_fill(pads, fill) for x in qkv)
-
-
-@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION))
-@example(APART)
-@example(YOUNG)
-def test_extend_equals_the_reference_after_every_chunk(case):
-    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
-
-
-@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.sampled_from([torch.nan, 1.0]))
-@example((APART, np.tri(4, APART.length, 8, dtype=bool)), torch.nan)
-def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid, fill):
-    case, valid = case_and_valid
-    rows = len(valid)
-    qkv = with_pads(batch(case, rows), valid, fill)
-    state = allocate(case, rows)
-    assert_rows_equal_the_reference_alone(case, state, [empty(case)] * rows, qkv, valid)
-    assert state.n.tolist() == valid.sum(1).tolist()
+def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero():
+    properties.each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero()
 
 
 @given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.integers(1, 7), st.integers(1, 7))
@@ -220,17 +107,8 @@ def test_the_fast_kernels_equal_the_reference_kernels(case, size):
 
 
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
-@given(case=cases(**EVICTING, k3=some_kernels))
-def test_huge_logits_neither_overflow_nor_vanish(shift, case):
-    """A constant in every query and key adds `shift` to every logit; far below zero the low-rank part is alone."""
-    q, k, v = case.qkv()
-    scale = case.layer.head_dim**-0.5 if case.scale is None else case.scale
-    q[..., -1], k[..., -1] = shift / scale, 1.0
-    qkv = tuple(torch.from_numpy(x)[None] for x in (q, k, v))
-    assert_extends_alike(case, allocate(case), empty(case), qkv, slices(case.chunks))
-    e = eviction_times(*qkv, case.fast, case.scale, kinds_of(case))
-    streamed = case.run(q=q, k=k, v=v, chunks=None).out
-    assert_close(parallel(*qkv, e, fast_kernels(case.kernels, case.layer), case.scale)[0].transpose(0, 1), streamed)
+def test_huge_logits_neither_overflow_nor_vanish(shift):
+    properties.huge_logits_neither_overflow_nor_vanish(shift=shift)
 
 
 def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once():
@@ -276,12 +154,6 @@ def test_a_saved_and_loaded_state_goes_on_identically(case, before):
         one, other = (extend(case, some, qkv, now) for some in (state, loaded))
         assert torch.equal(one, other)
         assert_identical(loaded, state)
-
-
-def assert_identical(one, other):
-    for (name, a), (other_name, b) in zip(one.tensors(), other.tensors(), strict=True):
-        assert (name, a.dtype) == (other_name, b.dtype)
-        assert torch.equal(a, b), name
 
 
 SAVED = Case(Layer(3, 2, 4, 2, 3), (6, 1), (WINDOW, H2O, WINDOW), 1.0, None, 5)
@@ -331,16 +203,8 @@ def test_a_reset_state_is_as_allocated_and_goes_on_so(case):
     assert_extends_alike(case, state, empty(case), first, slices(case.chunks))
 
 
-@given(cases(policy=ANY_POLICY))
-def test_later_steps_never_change_earlier_outputs_nor_the_inputs(case):
-    qkv, state = batch(case), allocate(case)
-    before = [x.clone() for x in qkv]
-    outs, copies = [], []
-    for now in slices(case.chunks):
-        outs.append(extend(case, state, qkv, now))
-        copies.append(outs[-1].clone())
-    assert all(torch.equal(out, copy) for out, copy in zip(outs, copies))
-    assert all(torch.equal(x, copy) for x, copy in zip(qkv, before))
+def test_later_steps_never_change_earlier_outputs_nor_the_inputs():
+    properties.later_steps_never_change_earlier_outputs_nor_the_inputs()
 
 
 def tensors_of(thing):
@@ -492,60 +356,8 @@ def test_gradients_of_the_parallel_form_equal_differences_of_the_reference(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(case=cases(**EVICTING, k3=NON_NEGATIVE))
-def test_lower_precision_stays_within_the_measured_budgets(dtype, case):
-    """The reference reads the same rounded bits, and evicts what the fast path evicted: at a near-tie either may go."""
-    for what, measured in lower_precision_errors(case, dtype).items():
-        assert measured <= BUDGETS[dtype][what], what
-
-
-def rounded(kernels, dtype):
-    """The reference's kernels with the bits that the fast path's have in that dtype."""
-    weights = {name: x for name, x in vars(kernels or ()).items() if isinstance(x, np.ndarray)} if kernels else {}
-    return kernels and replace(kernels, **{name: torch.tensor(x).to(dtype).double().numpy() for name, x in weights.items()})
-
-
-def room(policy, head, n):
-    """How many of a head's entries the policy keeps."""
-    ranks = policy.rank(head.position, head.score, n)
-    return min(policy.budget, (ranks > -np.inf).sum())
-
-
-def lower_precision_errors(case, dtype):
-    """The largest error of each kind over all chunks of a case; rank: by how much a victim outranks what was kept."""
-    state, reference, qkv = allocate(case, dtype=dtype), empty(case), batch(case, dtype=dtype)
-    kernels = rounded(case.kernels, wide(dtype))
-    errors = dict.fromkeys(("out", "score", "H", "z", "rank", "first"), 0.0)
-    unscored = not all(policy.fast.scored for policy in case.policies)
-
-    def note(what, actual, expected):
-        errors[what] = max(errors[what], error(actual, expected))
-
-    for now in slices(case.chunks):
-        row = widened(x[0] for x in at(qkv, now))
-        out = extend(case, state, qkv, now)
-        kept = positions(state, 0)
-        rest = (case, reference, row, case.kinds(0)[now])
-        _, all_held = extend_reference(*rest, [()] * case.layer.kv_heads, kernels)
-        gone = [np.setdiff1d(head.position, some) for head, some in zip(all_held.heads, kept)]
-        expected, reference = extend_reference(*rest, gone, kernels)
-        for policy, head, some in zip(case.reference, all_held.heads, kept):
-            assert len(some) == room(policy, head, now.stop)
-            assert np.isin(some, head.position).all()
-            rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, some)
-            if not stays.all():
-                lowest_kept, highest_gone = rank[stays].min(), rank[~stays].max()
-                excess = 0.0 if highest_gone <= lowest_kept else highest_gone - lowest_kept
-                errors["rank"] = max(errors["rank"], excess / max(1.0, abs(lowest_kept)))
-        note("first" if unscored and now.start == 0 else "out", out[0].transpose(0, 1), expected)
-        for got, wanted in zip(heads_of(state, 0), reference.heads):
-            order = np.argsort(wanted.position)
-            assert np.array_equal(got.k, wanted.k[order])
-            assert np.array_equal(got.v, wanted.v[order])
-            note("score", got.score, wanted.score[order])
-            note("H", got.H, wanted.H)
-            note("z", got.z, wanted.z)
-    return errors
+def test_lower_precision_stays_within_the_measured_budgets(dtype):
+    properties.lower_precision_stays_within_the_measured_budgets(dtype=dtype)
 
 
 def test_uninitialised_memory_reads_as_nan_in_these_tests():

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from authors import read, save_as_the_authors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_kernels, make_kinds, make_model
 from safetensors.torch import load_file, save_file
-from test_official_vectors import read, save_as_the_authors
 from transformers import AutoTokenizer
 
 import less_fast

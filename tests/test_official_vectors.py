@@ -4,11 +4,10 @@ Where the authors add 1e-6 or clamp at it, their numbers are compared twice: dir
 tightly, after the same change has been made to ours. That is done outside both paths, which have no epsilon.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from authors import FOLDER, kernels_of, read, save_as_the_authors
 from closeness import assert_close
 from strategies import fast_kernels, slices
 
@@ -16,33 +15,14 @@ import less_fast
 import less_ref
 from less_fast.layer import parallel as fast
 
-FOLDER = Path(__file__).parent / "official_vectors"
 GENERATION = sorted(path.name for path in FOLDER.glob("D_*.npz"))
 TRAINING = sorted(path.name for path in FOLDER.glob("B_*.npz"))
 EPSILON = 1e-6
 TIGHT = 1e-12
 
 
-def read(name):
-    with np.load(FOLDER / name) as file:
-        return dict(file)
-
-
-def kernels_of(file, factors=None):
-    """The authors' weights as our five matrices, float64; `factors`: tensors to take instead of the file's arrays."""
-    w = factors or {name[2:]: torch.from_numpy(array).double() for name, array in file.items() if name.startswith("w_")}
-    k1, k2, ik = (w[name] if w[name].ndim == 3 else w[name].T[None] for name in ("k1", "k2", "ik"))  # (Hkv, in, out)
-    first, second = w["sD"][0, :, 0], w["sD2"][0, :, 0]  # (Hkv, R)
-    k3 = torch.diag_embed(first.abs()) @ (torch.eye(ik.shape[-1]) + ik @ torch.diag_embed(second))
-    return dict(q1=w["q1"], q2=w["q2"], k1=k1, k2=k2, k3=k3)
-
-
 def reference_kernels(file):
-    return (
-        less_ref.Kernels(**{name: weight.numpy() for name, weight in kernels_of(file).items()})
-        if "w_q1" in file
-        else None
-    )
+    return less_ref.Kernels(**{name: weight.numpy() for name, weight in kernels_of(file).items()}) if "w_q1" in file else None
 
 
 def generated(name):
@@ -141,8 +121,7 @@ def test_streaming_equals_the_authors_parallel_form_in_both_paths():
     reference = reference_kernels(file)
     q, k, v = (torch.from_numpy(file[x]) for x in "qkv")
     traces = [
-        less_ref.run(file["q"][b], file["k"][b], file["v"][b], less_ref.Lambda(sinks, recent), reference)
-        for b in range(len(q))
+        less_ref.run(file["q"][b], file["k"][b], file["v"][b], less_ref.Lambda(sinks, recent), reference) for b in range(len(q))
     ]
     streamed = torch.from_numpy(np.stack([trace.out for trace in traces])).transpose(1, 2)
     state = less_fast.LayerState.allocate(
@@ -212,9 +191,7 @@ def test_the_training_loss_is_the_authors_but_for_one_query_whose_error_is_zero(
     times, projection = np.where(e == T, np.inf, e), file["Wo"].astype(float).T
     ours = np.mean(
         [
-            less_ref.training_loss(
-                *(file[x][b].reshape(T, 3, -1) for x in ("pred", "target_out")), projection, times[b]
-            )
+            less_ref.training_loss(*(file[x][b].reshape(T, 3, -1) for x in ("pred", "target_out")), projection, times[b])
             for b in (0, 1)
         ]
     )
@@ -242,18 +219,6 @@ def test_gradients_of_all_kernels_are_the_authors(name):
         for name, theirs in names.items():
             expected = file.get(f"grad_{theirs}", file.get(f"grad_{theirs}.weight"))
             assert_close(factors[name].grad / np.abs(expected).max(), expected / np.abs(expected).max(), tolerance)
-
-
-def save_as_the_authors(file, folder, layers=1):
-    """Their checkpoint of these weights: layer_*.pth, in which Falcon's key kernels are linear layers."""
-    names = {"q1": "kernel_q_mat1", "q2": "kernel_q_mat2", "k1": "kernel_k_mat1", "k2": "kernel_k_mat2", "ik": "interaction_k"}
-    names |= {"sD": "scalingD", "sD2": "scalingD2"}
-    weights = {name: torch.from_numpy(file[f"w_{name}"]) for name in names}
-    state = {names[name] + ".weight" * (name in ("k1", "k2", "ik") and w.ndim == 2): w for name, w in weights.items()}
-    for index in range(layers):
-        state["scalingD"] = weights["sD"] * (1 if index == layers - 1 else 2)  # the last is that of the file
-        more = {"train_mses": torch.zeros(3), "val_mses": torch.ones(3), "config": {"lr": 0.001, "model_name": "llama2"}}
-        torch.save({"model_state_dict": state} | more, folder / f"layer_{index}.pth")
 
 
 @pytest.mark.parametrize("name", [name for name in GENERATION if "w_q1" in read(name)])

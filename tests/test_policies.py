@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from histories import history
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases, policies, slices
-from test_reference_laws import history
 
 import less_fast
 import less_ref

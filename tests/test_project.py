@@ -63,6 +63,16 @@ def test_importing_the_cache_registers_nothing_with_transformers():
     )
 
 
+TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: file.stem)
+def test_test_modules_import_helpers_never_each_other_and_take_small_models_from_there(file):
+    text = file.read_text()  # the text, because some tests write programs
+    assert not re.findall(r"(?:from|import) test_\w+", text)
+    assert "from" + "_config(" not in text
+
+
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 

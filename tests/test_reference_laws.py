@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from closeness import assert_close
+from histories import history
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -43,20 +44,6 @@ def dense(q, k, v, scale=None, softcap=None, sinks=None):
     weight = np.exp(np.where(np.tri(T, dtype=bool), logits, -np.inf))
     nothing = np.exp(np.full(Hq, -np.inf) if sinks is None else sinks)[:, None, None]
     return (weight / (weight.sum(-1, keepdims=True) + nothing) @ v).transpose(1, 0, 2)
-
-
-def history(case, trace, g):
-    """What KV head g's kept positions say of every query i and token j: whether i sees j exactly, and whether j was
-    folded before i's chunk began. Both (T, T) bool."""
-    visible, folded = (np.zeros((case.length, case.length), bool) for _ in range(2))
-    held = np.array([], int)
-    for now, kept in zip(slices(case.chunks), trace.kept):
-        folded[now, : now.start] = True
-        folded[now, held] = False
-        visible[now, held] = True
-        visible[now, now] = np.tri(now.stop - now.start, dtype=bool)
-        held = kept[g]
-    return visible, folded
 
 
 def victims(trace, chunks):

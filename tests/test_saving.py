@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import FASTGEN, KINDS, feed, generate, left_padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_hf import FASTGEN, KINDS, feed, generate, left_padded
 
 from less_fast import H2O, TOVA, LessCache, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL

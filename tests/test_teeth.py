@@ -1,10 +1,11 @@
 """The tests can fail: each of these bugs, planted into the fast path at run time, turns two named tests red."""
 
+import properties
 import pytest
-import test_equivalence as equivalence
-import test_state_machine as histories
 import torch
+from any_history import Float64, steps
 from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 import less_fast
 from less_fast.layer import step
@@ -87,42 +88,38 @@ def outputs_share_their_memory(patch):
     patch.setattr(less_fast, "extend", into_the_same_memory)
 
 
-STOP_AT_ONCE = dict(
-    derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
-)
+STOP_AT_ONCE = dict(derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 
 
-def run(test, patch, **given):
-    """A test of hypothesis as it stands, with the examples of the quick profile, and without shrinking."""
+def run(test, patch, **arguments):
+    """A property as it stands, with the examples of the quick profile, and without shrinking."""
     quick = settings(test._hypothesis_internal_use_settings, max_examples=100, **STOP_AT_ONCE)
     patch.setattr(test, "_hypothesis_internal_use_settings", quick)  # calling settings(...) would change it for good
-    test(**given)
+    test(**arguments)
 
 
 def every_chunk(patch):
-    run(equivalence.test_extend_equals_the_reference_after_every_chunk, patch)
+    run(properties.extend_equals_the_reference_after_every_chunk, patch)
 
 
 def padded_rows(patch):
-    run(equivalence.test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero, patch)
+    run(properties.each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero, patch)
 
 
 def huge_logits(patch):
-    run(equivalence.test_huge_logits_neither_overflow_nor_vanish, patch, shift=600.0)
+    run(properties.huge_logits_neither_overflow_nor_vanish, patch, shift=600.0)
 
 
 def lower_precision(patch):
-    run(equivalence.test_lower_precision_stays_within_the_measured_budgets, patch, dtype=torch.float32)
+    run(properties.lower_precision_stays_within_the_measured_budgets, patch, dtype=torch.float32)
 
 
 def earlier_outputs(patch):
-    run(equivalence.test_later_steps_never_change_earlier_outputs_nor_the_inputs, patch)
+    run(properties.later_steps_never_change_earlier_outputs_nor_the_inputs, patch)
 
 
 def any_history(patch):
-    steps = histories.steps
-    patch.setattr(histories, "steps", lambda _: settings(steps(30), **STOP_AT_ONCE))
-    histories.test_a_state_is_what_its_history_says(histories.Float64)
+    run_state_machine_as_test(Float64, settings=settings(steps(30), **STOP_AT_ONCE))
 
 
 TESTS = {

@@ -11,7 +11,7 @@ from closeness import assert_close
 from models import make_kernels, make_model
 
 from less_fast import H2O, TOVA, LessCache
-from less_fast import hf as hf_module
+from less_fast.hf import cache as cache_module
 
 SCRIPT = """
 import json, os, sys, warnings
@@ -53,7 +53,7 @@ def test_two_processes_generate_what_one_does_and_share_the_memory(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_part_has_the_tables_and_kernels_of_its_heads(monkeypatch, place):
-    monkeypatch.setattr(hf_module, "_tensor_parallel", lambda model: (place, 2))
+    monkeypatch.setattr(cache_module, "tensor_parallel", lambda model: (place, 2))
     model, table = make_model(), [[3, 9], [5, 5], [12, 1]]
     kernels = make_kernels(model, rank=[[1, 4], [2, 2], [3, 5]])
     cache = LessCache.for_model(model, H2O(1, 1), kernels, table)
@@ -66,13 +66,13 @@ def test_a_part_has_the_tables_and_kernels_of_its_heads(monkeypatch, place):
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch, tmp_path):
     model = make_model()
-    monkeypatch.setattr(hf_module, "_tensor_parallel", lambda model: (0, 2))
+    monkeypatch.setattr(cache_module, "tensor_parallel", lambda model: (0, 2))
     with pytest.raises(ValueError, match="pools over all heads of a layer"):
         LessCache.for_model(model, TOVA(4))
     cache = LessCache.for_model(model, H2O(2, 2))
     with pytest.raises(ValueError, match="heads on several processes"):
         cache.save(tmp_path / "cache")
-    monkeypatch.setattr(hf_module, "_tensor_parallel", lambda model: (0, 4))
+    monkeypatch.setattr(cache_module, "tensor_parallel", lambda model: (0, 4))
     with pytest.raises(ValueError, match="2 KV heads cannot be shared out among 4"):
         LessCache.for_model(model, H2O(2, 2))
 

@@ -13,6 +13,7 @@ from less_fast.setting import Setting
 from less_fast.training import RECIPES, Recipe, layers, recording, stages, train, work
 from less_fast.training.head_costs import grid, measure
 from less_fast.training.joint import divergence
+from less_fast.training.recipe import STEPS
 from less_fast.training.tables import refine
 from less_fast.training.work import Work
 from paper_checks.architectures import tiny
@@ -96,9 +97,11 @@ def test_a_model_whose_layers_attend_in_another_way_is_refused_and_leaves_no_wor
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({name: value}, f"{name} of a recipe must be an integer from 1") for name in ("epochs", "batch", "rank", "windows")
+        *(({name: value}, f"{name} of a recipe must be an integer from 1") for name in ("batch", "rank", "windows")
           for value in (0, -1, 1.5, "1")),
-        *(({name: -1}, f"{name} of a recipe must be an integer from 0") for name in ("joint_steps", "table_steps", "seed")),
+        *(({name: -1}, f"{name} of a recipe must be an integer from 0") for name in ("epochs", "seed", *STEPS)),
+        ({"epochs": 1.5}, "epochs of a recipe must be an integer from 0"),
+        ({"epochs": 0, "table_steps": 5}, "trains nothing: give it some"),
         ({"hidden": -1}, "hidden of a recipe must be an integer from 0"),
         ({"halve_every": 0}, "halve_every of a recipe must be an integer from 1"),
         *(({name: value}, f"{name} of a recipe must be a number from 0") for name in ("learning_rate", "joint_rate")
@@ -239,7 +242,7 @@ def test_windows_too_short_for_two_budgets_have_no_grid(policy, length):
         *(({"policy": policy}, "whose heads each keep a number of their own")
           for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Full(), Kinds(2, 2))),
         ({"policy": "h2o"}, "a policy is something like H2O"),
-        ({"by": "taste"}, "measured by kl or error, not by 'taste'"),
+        ({"by": "taste"}, "measured by kl, gradient or error, not by 'taste'"),
         ({"kernels": "mine"}, "kernels are LessKernels"),
         ({"kernels": make_kernels(make_model(num_hidden_layers=2))}, "for a model of other sizes"),
         ({"kernels": make_kernels(make_model(num_hidden_layers=4))}, "for a model of other sizes"),

@@ -8,18 +8,18 @@ dense attention. A model that calls scaled_dot_product_attention by itself meets
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..layer.checks import LessError
-from .architecture import calls_sdpa, check_model, less_layers
+from .architecture import calls_sdpa, check_model, layers_of, less_layers
 
 OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); older ones keep recurrent states outside the cache
 
@@ -49,11 +49,14 @@ class TaggingLayer(CacheLayerMixin):
     def read(self, query, key, value, valid, scaling, softcap=None, sinks=None) -> torch.Tensor:
         """What the attention function calls, once for the keys of one update."""
         if not self.unread:
-            raise LessError("this model attends twice to the keys that it gave its cache once, and a LessCache counts once")
+            raise LessError(
+                "this model attends twice to the keys that it gave its cache once, and a LessCache counts once: use "
+                "transformers' own cache for it"
+            )
         if value.shape != key.shape:
             raise LessError(
                 f"this model's values, {tuple(value.shape)}, have another shape than its keys, {tuple(key.shape)} (multi-head "
-                f"latent attention has): LESS serves keys and values of one head_dim"
+                f"latent attention has): LESS serves keys and values of one head_dim; use transformers' own cache for it"
             )
         self.unread = False
         return self.attend(query, key, value, valid, scaling, softcap, sinks)
@@ -61,6 +64,9 @@ class TaggingLayer(CacheLayerMixin):
     @abstractmethod
     def attend(self, query, key, value, valid, scaling, softcap, sinks) -> torch.Tensor:
         """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
+
+    def check_past(self, columns: torch.Tensor) -> None:
+        """LessError if a mask's columns (N, tokens seen) bool are not those that this layer was fed."""
 
     def get_max_length(self) -> int:
         return -1
@@ -80,48 +86,59 @@ class FunctionLayer(TaggingLayer):
 
     def attend(self, query, key, value, valid, scaling, softcap, sinks):
         if softcap is not None or sinks is not None:
-            raise LessError("kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks")
+            raise LessError(
+                "kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks: use this model "
+                "with the bare policy"
+            )
         return self.attention(query, key, value, scaling)
 
     def get_seq_length(self) -> int:
         return 0
 
 
-def predictions(model, ids: torch.Tensor, attentions: Sequence[Callable]) -> torch.Tensor:
-    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer attends by a function of its own.
+def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> torch.Tensor:
+    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer that LESS serves attends by a function of its own.
 
-    attentions: for each layer a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k rotated.
-    Raises LessError for a model that has other layers than those with full attention.
+    attentions: for each layer of the model a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k
+        rotated; None for the layers that LESS does not serve, which attend as they always do.
+    Raises LessError for functions that do not fit the model's layers.
     """
     check_model(model)
-    by_sdpa = calls_sdpa(model)
-    if len(less_layers(model)) < len(attentions):
+    served = less_layers(model)
+    if [index for index, attention in enumerate(attentions) if attention is not None] != served:
         raise LessError(
-            f"kernels and budget tables are made for models whose layers all have full attention, and {type(model).__name__} "
-            f"has others: use it with the bare policy"
+            f"of {type(model).__name__} LESS serves the layers {served}: give a function for each of these and None for all "
+            f"others; kernels and budget tables are made for models whose layers all have full attention"
         )
     use_less_attention(model)
-    cache = Cache(layers=[FunctionLayer(attention, by_sdpa) for attention in attentions])
-    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
+    layers = layers_with(model, {index: FunctionLayer(attentions[index], calls_sdpa(model)) for index in served})
+    logits = model(input_ids=ids.to(model.device), past_key_values=Cache(layers=layers), use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def use_less_attention(model) -> None:
+def layers_with(model: PreTrainedModel, layers: Mapping[int, TaggingLayer]) -> list:
+    """The layers of a cache: these in their places, and those that transformers has for the model in all others."""
+    return [layers.get(index, own) for index, own in enumerate(layers_of(model))]
+
+
+def use_less_attention(model: PreTrainedModel) -> None:
     """Switches the model to the attention "less", unless it calls torch's attention itself."""
     if calls_sdpa(model):
         return
     model.set_attn_implementation("less")
     if model.config.get_text_config(decoder=True)._attn_implementation != "less":
-        raise LessError(f"{type(model).__name__} did not accept the attention implementation 'less'")
+        raise LessError(
+            f"{type(model).__name__} did not accept the attention implementation 'less': use transformers' own cache for it"
+        )
 
 
-def check_version():
+def check_version() -> None:
     """ImportError for a transformers that is too old; a warning for one that is newer than all that were tested."""
-    found = Version(transformers.__version__)
-    if found < Version(OLDEST):
-        raise ImportError(f"LessCache needs transformers {OLDEST} or newer, and this is {found}: pip install -U transformers")
-    if found.release[:2] > Version(NEWEST).release[:2]:
-        warnings.warn(f"LessCache was tested with transformers up to {NEWEST}, and {found} is newer", stacklevel=3)
+    installed = Version(transformers.__version__)
+    if installed < Version(OLDEST):
+        raise ImportError(f"LessCache needs transformers {OLDEST} or newer, and this is {installed}: pip install -U transformers")
+    if installed.release[:2] > Version(NEWEST).release[:2]:
+        warnings.warn(f"LessCache was tested with transformers up to {NEWEST}, and {installed} is newer", stacklevel=3)
 
 
 def less_mask(
@@ -129,8 +146,9 @@ def less_mask(
 ):
     """The padding alone (N, 1, q_length, 1) where the mask is causal over just the new tokens, else transformers' own 4D mask.
 
-    A LessLayer asks for a mask over the new tokens only: what it holds has no pads. Masks with four dimensions pass through a
-    model unchanged, so one that was made before a compiled forward pass arrives.
+    A LessLayer asks for a mask over the new tokens only: what it holds has no pads. What the mask says about the past must be
+    what was fed. Masks with four dimensions pass through a model unchanged, so one that was made before a compiled forward pass
+    arrives.
     """
     if mask_function is not causal_mask_function or kv_length != q_length:
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
@@ -138,12 +156,21 @@ def less_mask(
         return None
     if attention_mask is None:  # compiled decoding steps shall see a mask with and without padding
         return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
-    if attention_mask.shape[-1] < int(kv_offset) + kv_length:
+    seen = int(kv_offset)
+    check_mask(attention_mask, seen, kv_length, getattr(kv_offset, "less_layer", None))
+    return attention_mask[:, None, seen : seen + kv_length, None].bool().contiguous()
+
+
+def check_mask(attention_mask: torch.Tensor, seen: int, new: int, layer: TaggingLayer | None) -> None:
+    """LessError for a mask (N, columns) that does not cover the tokens seen and the new ones, or that says something else about
+    the past than was fed to the layer."""
+    if attention_mask.shape[-1] < seen + new:
         raise LessError(
-            f"the attention mask covers {attention_mask.shape[-1]} tokens, but {int(kv_offset)} were seen before these "
-            f"{kv_length}: pass a mask over all of them"
+            f"the attention mask covers {attention_mask.shape[-1]} tokens, but {seen} were seen before these {new}: pass a mask "
+            f"over all of them, or reset() the cache before another text"
         )
-    return attention_mask[:, None, int(kv_offset) : int(kv_offset) + kv_length, None].bool().contiguous()
+    if layer is not None:
+        layer.check_past(attention_mask[:, :seen].bool())
 
 
 def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -153,7 +180,9 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
         return _dense(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     refused = [name for name in ("position_bias", "sliding_window") if kwargs.get(name) is not None]
     if refused or kwargs.get("is_causal") is False:
-        raise LessError(f"a LessCache does not support {', '.join(refused) or 'attention that is not causal'}")
+        raise LessError(
+            f"a LessCache does not support {', '.join(refused) or _NOT_CAUSAL}: use transformers' own cache for such a model"
+        )
     valid = _valid(attention_mask, query)
     out = layer.read(query, key, value, valid, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
@@ -184,7 +213,11 @@ def _valid(mask, query):
     raise LessError(_WRONG_MASK)
 
 
-_WRONG_MASK = "a LessCache takes a 2D attention mask (1 for tokens, 0 for pads); this model or call made another"
+_NOT_CAUSAL = "attention that is not causal"
+_WRONG_MASK = (
+    "a LessCache takes a 2D attention mask (1 for tokens, 0 for pads), and this call made another: leave out masks of your own, "
+    "token_type_ids and whatever else lets tokens see later ones"
+)
 
 
 def _of_padding(mask, query):
@@ -207,7 +240,7 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     """In the place of scaled_dot_product_attention; of a causal mask (N, 1, m, m) the diagonal tells tokens from pads."""
     m, valid = query.shape[2], None
     if attn_mask is None and m > 1 and not is_causal:
-        raise LessError("a LessCache does not support attention that is not causal")
+        raise LessError(f"a LessCache does not support {_NOT_CAUSAL}: use transformers' own cache for such a model")
     if attn_mask is not None:
         fits = attn_mask.dtype == torch.bool and attn_mask.shape == (query.shape[0], 1, m, m)
         valid = attn_mask[:, 0].diagonal(dim1=1, dim2=2) if fits else None  # (N, m)

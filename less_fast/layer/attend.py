@@ -22,7 +22,7 @@ def attend(
     (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R); softcap: logits l become softcap tanh(l / softcap);
     sinks (H, G): the logit of nothing, which takes its share of each query's attention and gives no value.
     Returns out (N, H, G, m, D) and p (N, H, G, m, S), the softmax over the visible tokens alone. A query that is not real gets
-    zeros in both; where phi.z is not positive there is no virtual token.
+    zeros in both; if phi.z is not positive there is no virtual token.
     """
     N, H, G, m, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .features import Features
 from .state import LayerState
 from .step import extend
+from .stream import can_replay, replay
 
 TOKENS_AT_ONCE = 128  # the low-rank part runs in blocks of this many tokens
 
@@ -24,7 +25,7 @@ def eviction_times(
     scale: float | None = None,
     kinds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """e (N, Hkv, T) int64 of streaming with `policy` (one, or one for each KV head); T where a token is never evicted.
+    """e (N, Hkv, T) int64 of streaming with `policy` (one, or one for each KV head); T if a token is never evicted.
 
     q (N, Hq, T, D); k, v (N, Hkv, T, D); kinds (N, T) for policies that ask. It streams the bare policy through `extend`:
     kernels never change what is kept.
@@ -33,14 +34,22 @@ def eviction_times(
     state = LayerState.allocate(policy, N, Hq, Hkv, D, dtype=q.dtype, device=q.device)
     e = torch.arange(T, device=q.device).expand(N, Hkv, T).clone()  # evicted at the end of its own step, unless ...
     last_held = torch.full((N, Hkv, T + 1), -1, device=q.device)  # column T takes the empty slots
-    for step in range(T):
-        now = slice(step, step + 1)
-        kind = None if kinds is None else kinds[:, now]
-        extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=scale, kinds=kind)
+    at = torch.zeros(1, dtype=torch.int64, device=q.device)
+
+    def step():
+        token = (x.index_select(2, at) for x in (q, k, v))
+        extend(state, *token, scale=scale, kinds=None if kinds is None else kinds.index_select(1, at))
         for group in state.groups:
             slots = group.position.long().masked_fill(group.position < 0, T)  # (N, H, S)
-            held = last_held[:, group.kv_heads].scatter(2, slots, step)
+            held = last_held[:, group.kv_heads].scatter(2, slots, at.expand(slots.shape))
             last_held[:, group.kv_heads] = held
+        at.add_(1)
+
+    if can_replay(state, T):
+        replay(step, T, [at, last_held, *(tensor for _, tensor in state.tensors())])
+    else:
+        for _ in range(T):
+            step()
     return torch.maximum(e, last_held[..., :T] + 1)
 
 
@@ -98,7 +107,7 @@ def exact_part(q, k, v, e, scale: float | None = None) -> tuple[torch.Tensor, to
 
 
 def low_rank_part(phi, psi, v, e) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the low-rank state adds where at most one token of a head goes at each step, in linear time.
+    """What the low-rank state adds if at most one token of a head goes at each step, in linear time.
 
     Each token is moved to the first query that sees it through the state, e + 1: then it is causal linear attention.
     phi (N, Hq, T, R), psi (N, Hkv, T, R), v (N, Hkv, T, D), e (N, Hkv, T).
@@ -110,8 +119,8 @@ def low_rank_part(phi, psi, v, e) -> tuple[torch.Tensor, torch.Tensor]:
     token = token[:, :, :T, None]  # (N, Hkv, T, 1)
     ones = torch.ones_like(v[..., :1])
     values = torch.cat([v, ones], -1)  # (N, Hkv, T, D + 1): the sums with and without v at once
-    some, place = token < T, token.clamp(max=T - 1)
-    psi = _blocks(psi.gather(2, place.expand(-1, -1, -1, psi.shape[-1])) * some)  # (N, Hkv, b, C, R)
+    leaves, place = token < T, token.clamp(max=T - 1)
+    psi = _blocks(psi.gather(2, place.expand(-1, -1, -1, psi.shape[-1])) * leaves)  # (N, Hkv, b, C, R)
     values = _blocks(values.gather(2, place.expand(-1, -1, -1, values.shape[-1])))  # (N, Hkv, b, C, D + 1)
     phi = _blocks(phi)  # (N, Hq, b, C, R)
     block = psi.mT @ values  # (N, Hkv, b, R, D + 1)
@@ -123,7 +132,7 @@ def low_rank_part(phi, psi, v, e) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def merge(exact, lse, weighted, mass):
-    """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part, where their mass is positive.
+    """(weighted + e^lse exact) / (mass + e^lse): the low-rank sums joined to the exact part, if their mass is positive.
     Shapes (..., D) and (...)."""
     weighted, mass = weighted * (mass > 0)[..., None], mass.clamp(min=0)
     kinds = torch.finfo(lse.dtype)

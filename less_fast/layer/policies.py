@@ -14,7 +14,7 @@ What a policy may say of itself stands in Policy, the base class.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -41,7 +41,10 @@ class Policy:
     kinds: ClassVar[bool] = False
     """True: tokens come with a kind, an integer that becomes the first number of their score."""
 
-    budget: int | None
+    if TYPE_CHECKING:  # a field or a property of each policy
+
+        @property
+        def budget(self) -> int | None: ...
 
     def update(self, score: torch.Tensor, p: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         return score
@@ -55,7 +58,7 @@ class Policy:
 
     def is_scaled(self, other: "Policy") -> bool:
         """Whether they are one policy at two budgets: one of them, given the other's budget, is the other."""
-        if type(self) is not type(other):
+        if type(self) is not type(other) or self.budget is None or other.budget is None:
             return False
         try:
             return self.with_budget(other.budget) == other or other.with_budget(self.budget) == self
@@ -80,9 +83,12 @@ class Policy:
 class Full(Policy):
     """Keeps everything: the one policy whose tensors grow with the text."""
 
-    budget: ClassVar[None] = None
     scored: ClassVar[bool] = False
     one_leaves: ClassVar[bool] = False
+
+    @property
+    def budget(self) -> None:
+        return None
 
     def rank(self, position, score, n):
         return position
@@ -259,7 +265,7 @@ class SnapKV(Policy):
             raise LessError(f"SnapKV needs its window within the budget, not {self}")
 
     @property
-    def score_shape(self) -> tuple[int, ...]:
+    def score_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.window,)
 
     def update(self, score, p, visible):
@@ -272,11 +278,11 @@ class SnapKV(Policy):
     def rank(self, position, score, n):
         recent = position >= n - self.window
         place = position.argsort(-1)  # (N, H, S)
-        where = position.gather(2, place)
+        ordered = position.gather(2, place)
         votes = score.sum(-1).masked_fill(recent | (position < 0), 0).gather(2, place)
         best = votes
         for apart in range(1, min(self.reach, position.shape[2] - 1) + 1):
-            near = where[..., apart:] - where[..., :-apart] <= self.reach
+            near = ordered[..., apart:] - ordered[..., :-apart] <= self.reach
             after = torch.nn.functional.pad(votes[..., apart:] * near, (0, apart))
             before = torch.nn.functional.pad(votes[..., :-apart] * near, (apart, 0))
             best = best.maximum(after).maximum(before)
@@ -290,11 +296,13 @@ class SnapKV(Policy):
 
 def policy_of(name: str, fields: dict) -> Policy | None:
     """The policy of a class name and fields, as they were written to a file; None if no such class is imported."""
-    classes = [Policy]
-    for kind in classes:
+    classes = [*Policy.__subclasses__()]
+    for kind in classes:  # it grows on the way
         classes += kind.__subclasses__()
-    kind = {kind.__name__: kind for kind in classes}.get(name)
-    return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
+    known = {kind.__name__: kind for kind in classes}
+    return (
+        known[name](**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()}) if name in known else None
+    )
 
 
 def best_first(rank, position):
@@ -308,7 +316,7 @@ def best_first(rank, position):
 
 def ordered_sum(x):
     """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
-    others, and would decide ties by where entries lie."""
+    others, and would decide ties by the slots of the entries."""
     while x.shape[2] > 1:
         half = x.shape[2] // 2
         rest = x[:, :, 2 * half :]

@@ -41,7 +41,7 @@ class LayerState:
         self.groups, self.n = groups, n
         self.query_heads, self.kv_heads = query_heads, kv_heads
         if len(groups) > 1:  # where each query head stands when the groups' outputs stand side by side
-            self.place = torch.cat([group.query_heads for group in groups]).argsort()
+            self.place = torch.cat([group.query_heads for group in groups]).argsort()  # type: ignore[misc]
 
     @classmethod
     def allocate(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from inspect import unwrap
 from types import FunctionType
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Entries(NamedTuple):
 
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
-    position: torch.Tensor  # (N, H, S), -1 where there is none
+    position: torch.Tensor  # (N, H, S), -1 if there is none
     score: torch.Tensor  # (N, H, S) or (N, H, S, C), as the policy says
 
 
@@ -43,12 +44,12 @@ def extend(
 
     q (N, Hq, m, D), rotated and not scaled; k, v (N, Hkv, m, D) in the state's dtype;
     valid (N, m) bool: False for pads, anywhere in the row; pads are not seen, scored, kept, folded or counted, and their
-    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask;
+    output is zero; scale: 1/sqrt(D) unless given; kinds (N, m) integers: of the tokens, for policies that ask (FastGen);
     softcap: logits l become softcap tanh(l / softcap) (Gemma 2); sinks (Hq,): for each query head the logit of nothing, which
     takes its share of the attention and gives no value (gpt-oss).
     A token that holds NaN, infinity or a number beyond LARGEST in q, k or v leaves no trace, like a pad, but its own output is
-    NaN: what is broken shows where it is broken, and the state stays sound.
-    Raises LessError where shapes or dtypes do not fit the state, or kinds are missing.
+    NaN: what is broken shows, and the state goes on as if it had not been.
+    Raises LessError (a ValueError) if shapes or dtypes do not fit the state, or kinds are missing.
     """
     _check(state, q, k, v, valid, kinds, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -65,7 +66,7 @@ def extend(
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
         entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
-        slots_full = no_pads and entries.k is group.k and _known_true(state.n > group.policy.budget)
+        slots_full = no_pads and entries.k is group.k and _known_true(state.n >= group.k.shape[2])
         logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
         out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
         outs.append(out.flatten(1, 2).to(q.dtype))
@@ -89,7 +90,7 @@ def compiled(state: LayerState, like: torch.Tensor, softcap: float | None = None
 
 @cache
 def _compiled(*kind_of_state) -> Callable:
-    code = extend.__wrapped__  # beneath no_grad
+    code = unwrap(extend)  # beneath no_grad
     own = FunctionType(code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__)
     step = torch.no_grad()(torch.compile(own, fullgraph=True, dynamic=False))
 

@@ -21,11 +21,14 @@ class Descent:
         )
 
     def step(self, loss: torch.Tensor) -> None:
-        weights = list(self.kernels.parameters())
         self.adam.zero_grad()
-        loss.backward(inputs=weights)
+        loss.backward(inputs=list(self.kernels.parameters()))
+        self.take()
+
+    def take(self) -> None:
+        """A step along gradients that are there."""
         if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(weights, self.clip)
+            torch.nn.utils.clip_grad_norm_(self.kernels.parameters(), self.clip)
         self.adam.step()
         self.schedule.step()
 

@@ -1,7 +1,8 @@
 """What each KV head costs at each budget: the curves that budget tables are made of.
 
 A model reads a few texts with one head compressed, its low-rank state in place, and all others whole. The cost is the KL
-divergence from the full cache's predictions to these. Much cheaper, and a poorer guide: how far the layer's output moves.
+divergence from the full cache's predictions to these. That runs the model for every head and budget; by the gradient it is
+estimated from one backward pass (sensitivity.py), and much cheaper, a poorer guide, is how far the layer's output moves.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from ..budgets import Curves
-from ..hf.architecture import attention_modules, check_kernels, check_model, output_weight, sizes
+from ..hf.architecture import attention_modules, check_model, output_weight, sizes
+from ..hf.identity import check_kernels
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError, integer
@@ -21,8 +23,9 @@ from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
 from .checks import check_setting, check_windows
+from .sensitivity import eviction_times_of, watch
 
-MEASURES = ("kl", "error")
+MEASURES = ("kl", "gradient", "error")
 BUDGETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # as far as windows go
 AT_ONCE = 2  # windows in one forward pass
 
@@ -67,7 +70,8 @@ def measure(
     """The curves of every KV head under `policy` with each of the budgets, with the kernels and without them.
 
     windows (W, T) int64, a few, and none of those on which results will be reported. budgets: ascending, None for `grid`.
-    by: "kl", in nats per token, or "error", the squared change of the layer's output relative to that output.
+    by: "kl", in nats per token; "gradient", an estimate of that in time linear in layers; or "error", the squared change of the
+    layer's output relative to that output.
     progress(done, of) is called on the way.
     Raises LessError for a policy that `check_policy` refuses; for windows, budgets or kernels that do not fit; and if a cost is
     not finite.
@@ -76,7 +80,7 @@ def measure(
     check_policy(policy)
     check_windows(model, windows)
     if by not in MEASURES:
-        raise LessError(f"costs are measured by {' or '.join(MEASURES)}, not by {by!r}")
+        raise LessError(f"costs are measured by {', '.join(MEASURES[:-1])} or {MEASURES[-1]}, not by {by!r}")
     T = windows.shape[1]
     budgets = grid(policy, T) if budgets is None else [integer("a budget of curves", budget, 1, T) for budget in budgets]
     if not budgets or sorted(set(budgets)) != budgets:
@@ -90,6 +94,9 @@ def measure(
     modules, kv_heads = attention_modules(model), sizes(model)["kv_heads"]
     total = torch.zeros(len(settings), len(modules), kv_heads, len(budgets), dtype=torch.float64)
     parts = windows.to(model.device).split(AT_ONCE)
+    if by == "gradient":
+        bare, *less = _by_gradient(model, parts, policy, budgets, settings, progress).tolist()
+        return Curves(repr(policy), budgets, bare, less[0] if less else None, T, len(windows), by)
     done, steps = 0, len(parts) * len(modules) * len(budgets)
     for ids in parts:
         recorded: list = [None] * len(modules)
@@ -123,6 +130,25 @@ def measure(
                 raise LessError(f"a cost in layer {index} is not finite: the weights of the model or the kernels are broken")
     bare, *less = total.tolist()
     return Curves(repr(policy), budgets, bare, less[0] if less else None, T, len(windows), by)
+
+
+def _by_gradient(model, parts, policy, budgets, settings, progress) -> torch.Tensor:
+    """The cost of each head at each budget, (settings, layers, KV heads, budgets), in nats per token."""
+    shape, tokens = sizes(model), sum(ids.numel() for ids in parts)
+    total = torch.zeros(len(settings), shape["layers"], shape["kv_heads"], len(budgets), dtype=torch.float64)
+    for number, ids in enumerate(parts):
+        layers = watch(model, ids, seed=number)
+        for column, budget in enumerate(budgets):
+            progress(number * len(budgets) + column + 1, len(parts) * len(budgets))
+            if budget >= ids.shape[1] - 1:
+                continue  # only the last query could miss anything, and does not
+            for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, policy.with_budget(budget)))):
+                for row, setting in enumerate(settings):
+                    out = linear_parallel(layer.q, layer.k, layer.v, e, setting.layer(index)[1], layer.scale)
+                    total[row, index, :, column] += layer.cost_of_heads(out).sum((0, 2)).double().cpu() / tokens
+    if not total.isfinite().all():
+        raise LessError("a cost is not finite: the weights of the model or the kernels are broken")
+    return total
 
 
 def _divergences(model, ids, index, full, out, predicted, kv_heads) -> list[float]:

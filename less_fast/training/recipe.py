@@ -6,6 +6,7 @@ from ..layer.checks import LessError, integer
 from ..layer.features import FAMILIES, MOST, Learned
 from .checks import number
 
+STEPS = ("together_steps", "joint_steps", "table_steps")
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
 
 
@@ -13,7 +14,8 @@ LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learn
 class Recipe:
     """The paper's recipe (section 3.2): Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer.
 
-    windows: how many each layer alone is trained on, None for all.
+    epochs: of each layer alone; 0 leaves that stage out. windows: how many it is trained on, None for all.
+    together_steps: of all layers at once, `batch` windows in each, with `learning_rate` in one cycle; 0 leaves that stage out.
     halve_every: epochs. None: the learning rate rises and falls once over the whole training (one cycle; Smith and Topin 2017).
     clip: the largest norm of a step's gradient, None for any.
     joint_steps, joint_rate: of the joint stage, in one cycle, with `batch` windows in each step; 0 steps leave it out. It takes
@@ -33,6 +35,7 @@ class Recipe:
     family: str = "paper"
     clip: float | None = None
     windows: int | None = None
+    together_steps: int = 0
     joint_steps: int = 0
     table_steps: int = 0
     joint_rate: float = 5e-3
@@ -41,12 +44,15 @@ class Recipe:
     def __post_init__(self):
         if self.family not in LEARNED:
             raise LessError(f"kernels of the family {self.family!r} are not learned: choose one of {', '.join(LEARNED)}")
-        limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1), joint_steps=(0,), table_steps=(0,))
-        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", "joint_steps", "table_steps"):
+        limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1)) | dict.fromkeys(("epochs", *STEPS), (0,))
+        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", *STEPS):
             self._set(name, integer, *limits.get(name, (1,)))
         for name, least, most in (("learning_rate", 0, 1e6), ("joint_rate", 0, 1e6), ("dropout", 0, 0.99), ("clip", 1e-9, 1e9)):
             self._set(name, number, least, most)
-        if not isinstance(self.joint_budgets, list | tuple) or (not self.joint_budgets and self.joint_steps + self.table_steps):
+        if not self.epochs + self.together_steps + self.joint_steps:
+            raise LessError("a recipe without epochs, together_steps and joint_steps trains nothing: give it some of one of them")
+        steps = sum(getattr(self, name) for name in STEPS)
+        if not isinstance(self.joint_budgets, list | tuple) or (not self.joint_budgets and steps):
             raise LessError(
                 f"joint_budgets of a recipe are multiples of the policy's budget, one or more, not {self.joint_budgets!r}"
             )

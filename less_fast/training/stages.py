@@ -1,6 +1,6 @@
 """Training of kernels for a model, in stages that survive a kill:
 
-1. each layer alone, as in the paper (layers.py);
+1. each layer alone, as in the paper (layers.py), or all at once, for large models (together.py);
 2. all layers together, under several budgets in turn (joint.py);
 3. what each head costs (head_costs.py), from which budget tables are made, and all layers together once more, under these tables.
 """
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..budgets import Curves, average
-from ..hf.architecture import check_model, fingerprint, less_layers, sizes
+from ..hf.architecture import check_model, less_layers, sizes
+from ..hf.identity import fingerprint
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError
@@ -32,6 +33,7 @@ from .head_costs import check_policy, grid, measure
 from .joint import distill
 from .layers import train_layers
 from .recipe import Recipe
+from .together import train_together
 from .work import Work, process, processes
 
 CURVE_WINDOWS = 8  # windows on which costs are measured
@@ -80,15 +82,19 @@ def train(
     settings = [replace(setting, kernels=kernels) for setting in settings]
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         work, started = Work(Path(place), order), time.perf_counter()
-        about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
+        if recipe.epochs:
+            about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
             return None
+        if recipe.together_steps:
+            budgets = [setting.policy.budget for setting in settings]
+            about["together"] = {"budgets": budgets} | train_together(model, windows, validation, settings, recipe, work)
         few = validation[:JOINT_VALIDATION]
         if recipe.joint_steps:
             steps = recipe.joint_steps
             about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
         if curves:
-            kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, work)
+            kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, recipe, work)
         uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.table_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
@@ -117,7 +123,7 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     if curves:
         check_policy(policy)
         grid(policy, T)
-    multiples = recipe.joint_budgets if recipe.joint_steps or recipe.table_steps else ()
+    multiples = recipe.joint_budgets if recipe.together_steps or recipe.joint_steps or recipe.table_steps else ()
     budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
     if multiples and not budgets:
         raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
@@ -127,9 +133,12 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     return settings
 
 
-def _curves(kernels, model, windows, policy, work):
+def _curves(kernels, model, windows, policy, recipe, work):
     """What each head costs, window by window."""
     for index, window in enumerate(tqdm(windows.split(1), desc="curves", unit="window")):
         if not work.has(f"curves-{index}"):
-            work.save(f"curves-{index}", asdict(measure(model, window, policy, kernels)))
+            work.save(
+                f"curves-{index}",
+                asdict(measure(model, window, policy, kernels, by="gradient" if recipe.together_steps else "kl")),
+            )
     return average([Curves(**work.load(f"curves-{index}")) for index in range(len(windows))])

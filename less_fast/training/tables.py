@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..budgets import Table
-from ..hf.architecture import check_kernels, check_model
+from ..hf.architecture import check_model
+from ..hf.identity import check_kernels
 from ..layer.checks import LessError
 from ..setting import Setting
 from .checks import check_setting, check_windows

@@ -1,0 +1,273 @@
+"""Which model this is, told by what it computes: the identity that kernels and saved caches carry.
+
+A probe, one forward pass over a few tokens, goes through LESS's own seam and records the rotated queries, keys and values of each
+layer that LESS serves. So it sees whatever decides what a cache holds (embeddings, MLPs, norms, biases, rotations, active
+adapters), and it asks nothing of the weights, which may be quantised, offloaded or shared out among devices and processes.
+"""
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.policies import Full
+from ..layer.state import LayerState
+from ..layer.step import extend
+from .architecture import attention_modules, calls_sdpa, check_model, decoder_of, heads_mesh, less_layers, sizes
+from .seam import TaggingLayer, layers_with, use_less_attention
+
+NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
+REACH = 64
+DIRECTIONS = 2  # on which q, k and v of each token are projected: in units of their norm, 1 % of error shows as about 0.01
+
+# What two identities may differ by, of the tokens near the beginning. Measured on the embedded model and on random Llamas and Qwen2s
+# of 3 and 32 layers: the largest of all layers, and the first one.
+#
+#                                            directions      first layer     norms
+#   float32 with 1 or 2 threads, or float64  0.0000          0.0000          0.0000
+#   bfloat16 and float16 for float32         0.001 to 0.019  0.000 to 0.005  0.003
+#   int8 weights (torchao)                   0.007 to 0.036  0.004 to 0.007  0.006
+#   int8 (torch, dynamic)                    0.016 to 0.082  0.011 to 0.019  0.019
+#   5 % of noise on every weight             0.061 to 0.312  0.038 to 0.074  0.058
+#   MLPs times 1.3                           0.109 to 0.399  0               0.093    0.012 if random weights are so small
+#   rope_theta 500000 for 10000              0.441 to 0.876  0.298 to 0.542  0.107    that MLPs hardly matter
+#   the keys of one layer times 1.05         0.000 to 0.004  0               0.049
+SAME_BITS = {torch.float64: 0.005, torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.03}
+"""For a saved cache, whose model must have the same dtype, rotations far from the beginning included."""
+NORMS = 0.03
+
+
+def _any_precision(layer: int) -> float:
+    """For kernels, whose model may have another dtype or be quantised: what that adds up to grows from layer to layer. Tokens far
+    from the beginning are left out, because `model.bfloat16()` rounds the frequencies of a RoPE, too."""
+    return 0.027 if layer == 0 else 0.075 * (1 + layer / 16) ** 0.5
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What `same_model` and `check_kernels` compare, as JSON holds it:
+
+    "rope": config.rope_parameters, flat, or {}. "layers": for each layer that LESS serves a line of numbers, for each token of
+    the probe and each of q, k and v the logarithm of the norm and the projections.
+    It takes as long as one short forward pass. Every process of a model that is shared out must call it.
+    Raises LessError for a model that LESS cannot serve or that does not run.
+    """
+    check_model(model)
+    served = less_layers(model)
+    layers = {index: _Recorder(calls_sdpa(model)) for index in served}
+    with _left_as_it_was(model):
+        use_less_attention(model)
+        model.eval()
+        try:
+            with torch.no_grad():
+                decoder_of(model)(**_tokens(model), past_key_values=Cache(layers=layers_with(model, layers)), use_cache=True)
+        except LessError:
+            raise
+        except Exception as error:
+            raise LessError(
+                f"a forward pass over {NEAR + FAR} tokens fails, so {type(model).__name__} cannot be identified: make it run "
+                f"before it is given kernels or saved caches ({type(error).__name__}: {error})"
+            ) from error
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return {"rope": dict(_flat(rope)), "layers": [layers[index].numbers(heads_mesh(model)) for index in served]}
+
+
+class _Recorder(TaggingLayer):
+    """Dense attention that keeps its q (1, Hq, T, D), k, v (1, Hkv, T, D)."""
+
+    qkv: tuple[torch.Tensor, ...]
+
+    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+        self.qkv = query, key, value
+        (N, query_heads, _, D), kv_heads = query.shape, key.shape[1]
+        state = LayerState.allocate(Full(), N, query_heads, kv_heads, D, None, key.dtype, key.device)
+        return extend(state, query, key, value, None, scaling, None, softcap, sinks)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def numbers(self, mesh) -> str:
+        """For each token: log |x| and the projections of x / |x|, for x = q, k and v over all heads."""
+        parts = []
+        for x in self.qkv:
+            heads = x[0].transpose(0, 1).double().cpu()  # (T, H, D)
+            first = 0 if mesh is None else mesh.get_local_rank() * heads.shape[1]
+            directions = _directions(first, *heads.shape[1:])  # (DIRECTIONS, H, D)
+            sums = torch.cat([heads.square().sum((1, 2))[:, None], torch.einsum("thd,rhd->tr", heads, directions)], 1)
+            if mesh is not None:
+                sums = sums.to(x.device)
+                torch.distributed.all_reduce(sums, group=mesh.get_group())
+            norm = sums[:, :1].sqrt().clamp(min=1e-30)  # (T, 1)
+            parts.append(torch.cat([norm.log(), sums[:, 1:] / norm], 1))
+        return " ".join(f"{number:.4f}" for number in torch.cat(parts, 1).flatten().tolist())
+
+
+def _directions(first: int, heads: int, head_dim: int) -> torch.Tensor:
+    """Pseudo-random numbers (DIRECTIONS, heads, head_dim) of mean 0 and variance 1 for the heads from `first` on, by a formula."""
+    r, h, d = torch.meshgrid(torch.arange(DIRECTIONS), torch.arange(first, first + heads), torch.arange(head_dim), indexing="ij")
+    wave = (12.9898 * d + 78.233 * h + 37.719 * r + 1).double().sin() * 43758.5453
+    return (wave - wave.floor() - 0.5) * math.sqrt(12)
+
+
+def _tokens(model) -> dict[str, torch.Tensor]:
+    """The probe's tokens (1, NEAR + FAR), spread over the first of the vocabulary, and their positions."""
+    decoder, config = decoder_of(model), model.config.get_text_config(decoder=True)
+    golden = torch.arange(1, NEAR + FAR + 1) * 0.6180339887
+    device = "cpu" if model.device.type == "meta" else model.device  # offloaded: the hooks of accelerate take it along
+    inputs = {"input_ids": (golden.frac() * min(config.vocab_size, 1000)).long()[None].to(device)}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        last = (
+            getattr(config, "max_position_embeddings", None) or 2048
+        ) - 2  # below the length at which a dynamic RoPE stretches
+        near = torch.linspace(0, min(REACH, last) - 1, NEAR)
+        positions = torch.cat([near, torch.linspace(min(REACH, last), last, FAR)])
+        inputs["position_ids"] = positions.long()[None].to(device)
+    return inputs
+
+
+@contextmanager
+def _left_as_it_was(model) -> Iterator[None]:
+    """Afterwards the model has the attention, the mode and whatever else its modules keep between passes that it had before."""
+    kept = [(vars(module), vars(module).copy(), module._buffers.copy()) for module in model.modules()]
+    configs = {id(config): config for _, before, _ in kept if isinstance(config := before.get("config"), PreTrainedConfig)}
+    attention = [(config, config._attn_implementation) for config in configs.values()]
+    frequencies = [(x, x.clone()) for name, x in model.named_buffers() if name.endswith("inv_freq") and x.device.type != "meta"]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for config, implementation in attention:
+            config._attn_implementation_internal = implementation
+        for now, before, buffers in kept:
+            now["_buffers"].update(buffers)
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update((name, value) for name, value in before.items() if now.get(name) is not value)
+        for buffer, before in frequencies:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+def _flat(parameters: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value, default=str)
+
+
+def check_kernels(model: PreTrainedModel, kernels: LessKernels) -> None:
+    """LessError, with the reason, if LessKernels were made for another model; a warning if nobody can tell."""
+    for name, wanted in sizes(model).items():
+        if kernels.sizes[name] != wanted:
+            raise LessError(
+                f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model; "
+                f"train kernels for this one with `less-kv train`"
+            )
+    difference = None
+    if "identity" in kernels.about:
+        tolerances = [_any_precision(layer) for layer in less_layers(model)]
+        difference = _difference(kernels.about["identity"], identity(model), slice(NEAR), tolerances)
+    elif norms := kernels.about.get("fingerprint"):
+        difference = _difference_of_norms(norms, model)
+    if difference:
+        raise LessError(
+            f"these kernels are for another model of the same shape: {difference}; train kernels for this one with `less-kv train`"
+        )
+
+
+def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:
+    """LessError, with the reason, if a file says that its cache was saved with another model than this one of equal dtype."""
+    if "identity" in about:
+        tolerances = [SAME_BITS.get(model.dtype, max(SAME_BITS.values()))] * len(less_layers(model))
+        difference = _difference(about["identity"], identity(model), slice(None), tolerances)
+    else:
+        difference = _difference_of_signatures(about["signature"], model)
+    if difference:
+        raise LessError(
+            f"{path} was saved with another model: {difference}; load it with the model that it was saved with, with the same "
+            f"adapters and quantisation"
+        )
+
+
+def _difference(one: dict, other: dict, tokens: slice, tolerances: list[float]) -> str | None:
+    """What tells two identities apart, looking at these tokens of the probe, or None."""
+    try:
+        ropes = one["rope"], other["rope"]
+        layers = [[_parsed(line) for line in lines] for lines in (one["layers"], other["layers"])]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return "what is known of that one is broken"
+    for name in ropes[0].keys() & ropes[1].keys():  # another version of transformers may know more of them
+        if ropes[0][name] != ropes[1][name]:
+            return f"its {name} is {ropes[0][name]}, and this model's is {ropes[1][name]}"
+    if len(layers[0]) != len(layers[1]):
+        return f"it has {len(layers[0])} layers with full attention, and this model {len(layers[1])}"
+    for index, (a, b, tolerance) in enumerate(zip(*layers, tolerances)):
+        difference = (a - b)[tokens].abs()  # (T, 3, 1 + DIRECTIONS)
+        directions = (
+            difference[:, :, 1:].square().mean((1, 2)).sqrt().median().item()
+        )  # of most tokens: experts may change places
+        norms = difference[:, :, 0].median(0).values.max().item()
+        if not (directions <= tolerance and norms <= NORMS):
+            return f"queries, keys and values of its layer {index} differ from this model's by {max(directions, norms):.1%}"
+    return None
+
+
+def _parsed(line: str) -> torch.Tensor:
+    """(tokens, 3, 1 + DIRECTIONS)"""
+    return torch.tensor([*map(float, line.split())], dtype=torch.float64).view(NEAR + FAR, 3, 1 + DIRECTIONS)
+
+
+# Files of less-kv 0.1.0 tell a model by its weights.
+
+
+def fingerprint(model: PreTrainedModel) -> list[float]:
+    """For each layer the norm of its key projection, or of all weights of its attention if keys have none of their own."""
+
+    def norm(module):
+        weights = [module.k_proj.weight] if hasattr(module, "k_proj") else [w for w in module.parameters() if w.ndim > 1]
+        if not all(weight.is_floating_point() for weight in weights):
+            raise TypeError("weights are quantised")
+        return torch.stack([weight.detach().float().norm() for weight in weights]).norm().item()
+
+    return [round(norm(module), 4) for module in attention_modules(model)]
+
+
+def _difference_of_norms(norms: list[float], model) -> str | None:
+    try:
+        here = fingerprint(model)
+    except (AttributeError, TypeError, RuntimeError):
+        warnings.warn(
+            "these kernels tell their model by its weights, and those of this model are quantised or offloaded: nobody checks that "
+            "they belong together; kernels that are trained anew tell it by what it computes",
+            stacklevel=4,
+        )
+        return None
+    same = len(norms) == len(here) and all(abs(a - b) <= 0.01 * b for a, b in zip(norms, here))
+    return None if same else "its key projections differ"
+
+
+def _difference_of_signatures(signature: list[float], model) -> str | None:
+    """A signature has for each layer the logarithm of its attention's norm, and where its weights point, in units of theirs."""
+
+    def points(weight):
+        left, right = (torch.arange(size, device=weight.device).add(1).mul(12.9898).sin() for size in weight.shape)
+        return left @ weight @ right / weight.norm()
+
+    here = []
+    try:
+        for module in attention_modules(model):
+            weights = [weight.detach().float().flatten(1) for weight in module.parameters() if weight.ndim > 1]
+            here += [torch.stack([w.norm() for w in weights]).norm().log().item(), sum(map(points, weights)).item()]
+    except (AttributeError, TypeError, RuntimeError):
+        return "it is told by its weights, and those of this model are quantised or offloaded"
+    same = len(signature) == len(here) and all(abs(a - b) <= 0.01 for a, b in zip(signature, here))
+    return None if same else "its attention has other weights"

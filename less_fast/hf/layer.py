@@ -1,0 +1,152 @@
+"""LessLayer: one layer of a LessCache, a LayerState that transformers sees as a layer of its own cache."""
+
+import torch
+
+from ..layer.checks import LessError
+from ..layer.features import Features
+from ..layer.policies import Policy
+from ..layer.state import LayerState
+from ..layer.step import compiled, extend
+from ..layer.stream import stream
+from .seam import TaggingLayer
+
+MULTIPLIER = 6364136223846793005  # of the hash of fed columns: odd, so that no column is ever multiplied away
+NO_CROP = (
+    "a LessCache cannot be cropped (assisted generation, prompt lookup), because folded tokens do not return: leave out the "
+    "assistant, or save the cache before what you may want to take back"
+)
+
+
+class LessLayer(TaggingLayer):
+    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come.
+
+    seen: columns of the mask that came, pads included: what transformers calls the sequence length.
+    fed: (N,) int64, a hash of what these columns said, 1 for tokens and 0 for pads; None if a file did not tell.
+    """
+
+    def __init__(self, policy: Policy | list[Policy], kernels: Features | None, chunk: int | None, compile: bool, by_sdpa: bool):
+        super().__init__(by_sdpa)
+        self.policy, self.kernels, self.chunk = policy, kernels, chunk
+        self.is_compileable = not by_sdpa and all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
+        self.compile = compile
+        self.state: LayerState | None = None
+        self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
+        self.seen: torch.Tensor | int = 0
+        self.fed: torch.Tensor | None = None
+
+    def allocate(
+        self, batch: int, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """An empty state, and the kernels on its device."""
+        if self.kernels is not None:
+            self.kernels = self.kernels.on(device, torch.promote_types(dtype, torch.float32))
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+        self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
+        with torch.inference_mode(False):  # nothing here takes over the caller's autograd mode
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
+            self.fed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.pin_addresses()
+
+    def pin_addresses(self) -> None:
+        """CUDA graphs may only change what stays at its address."""
+        if self.device.type == "cuda" and self.is_compileable:
+            for tensor in (self.seen, self.fed, *(tensor for _, tensor in self.state.tensors())):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+        (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
+        if self.state is None:
+            self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
+        step, chunk, kinds, self.kinds, outs = extend, self.chunk or m, self.kinds, None, []
+        if self.chunk == 1 and m > 1:
+            step, chunk = stream, m
+        elif m == 1 and self.compile:
+            step = compiled(self.state, query, softcap, sinks is not None)
+        for start in range(0, m, chunk):
+            now = slice(start, start + chunk)
+            q, k, v = (x[:, :, now] for x in (query, key, value))
+            mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
+            outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
+        self.seen += m
+        if self.fed is not None:
+            self.fed.copy_(hash_of(self.fed.new_ones(1, m) if valid is None else valid, self.fed))
+        out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]  # (N, Hq, m, D)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in (query, key, value)):
+            return _WithoutGradients.apply(out, query, key, value)
+        return out
+
+    @property
+    def batch_size(self) -> int:
+        return self.state.n.shape[0] if self.state else -1
+
+    def get_seq_length(self) -> torch.Tensor | int:
+        """An int, but for code that is being compiled, which would depend on it."""
+        return self.seen if torch.compiler.is_compiling() else int(self.seen)
+
+    def get_mask_sizes(self, query_length):
+        if self.state is None:
+            return query_length, 0
+        seen = self.seen.view(())  # with a pointer, as the keys have: `less_mask` asks whether the mask fits the past
+        seen.less_layer = self
+        return query_length, seen
+
+    def check_past(self, columns):
+        if self.fed is None or not columns.shape[1]:
+            return
+        differ = (hash_of(columns.to(self.fed.device), torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
+        if len(differ):
+            raise LessError(
+                f"the attention mask says something else about the past than was fed, in rows {differ.tolist()}: what came as a "
+                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked. "
+                f"Pass the earlier mask with columns for the new tokens behind it, or reset() the cache and feed the whole text "
+                f"with this mask"
+            )
+
+    def reset(self) -> None:
+        self.unread = self.reached = False
+        if self.state is not None:
+            self.state.reset()
+            self.seen.zero_()
+            with torch.inference_mode(False):
+                self.fed = torch.zeros_like(self.state.n) if self.fed is None else self.fed.zero_()
+
+    def reorder_cache(self, beam_idx):
+        if self.state is not None:
+            rows = beam_idx.to(self.device)
+            self.state.reorder(rows)
+            with torch.inference_mode(False):
+                self.fed = None if self.fed is None else self.fed.index_select(0, rows)
+            self.pin_addresses()
+
+    def crop(self, tokens_to_remove):
+        raise LessError(NO_CROP)
+
+    def offload(self, *args, **kwargs):
+        raise LessError("a LessCache is not offloaded: its memory is constant; leave offloading off")
+
+    prefetch = offload
+
+
+def hash_of(columns: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The hash (N,) of m >= 1 columns (N, m) that came after those whose hash is `before` (N,): each column is added, then all is
+    multiplied (Horner's rule, modulo 2^64), so columns that come one by one give what they give together."""
+    if columns.shape[1] == 1:
+        return (before + columns[:, 0]) * MULTIPLIER
+    powers = before.new_full((columns.shape[1],), MULTIPLIER).cumprod(0)  # (m,)
+    return before * powers[-1] + (columns * powers.flip(0)).sum(1)
+
+
+class _WithoutGradients(torch.autograd.Function):
+    """What a LessCache hands out looks as if it carried gradients; who asks for them is told that it does not."""
+
+    @staticmethod
+    def forward(ctx, out, *qkv):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise LessError(
+            "a LessCache carries no gradients: train without it (leave past_key_values out), or compute what needs none under "
+            "torch.no_grad()"
+        )

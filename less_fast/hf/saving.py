@@ -1,0 +1,131 @@
+"""Saved caches: all that a LessCache holds in one file, and back."""
+
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from ..files import digest, read, write
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.policies import policy_of
+from .architecture import attention_modules, check_model
+from .identity import check_saved, identity
+from .layer import LessLayer
+
+if TYPE_CHECKING:
+    from .cache import LessCache
+
+
+def save(cache: "LessCache", path: str | os.PathLike) -> None:
+    """See `LessCache.save`."""
+    model, policy = cache.model(), cache.setting.policy
+    unsaved = {type(layer).__name__ for layer in cache.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    if cache.world_size > 1:
+        unsaved.add("its heads on several processes")
+    if model is None:
+        unsaved.add("no model any more")
+    if any(any(row) for row in cache.positions or ()):
+        unsaved.add(f"positions that the model keeps outside the cache ({', '.join(cache.keepers)})")
+    if unsaved:
+        raise LessError(f"this cache cannot be saved: it has {', '.join(sorted(unsaved))}; keep the text and feed it again")
+    if cache.open:
+        raise LessError("the forward pass before was broken off, so layers have seen different tokens: reset() the cache first")
+    written = [type(policy).__name__, asdict(policy)]
+    try:
+        again = policy_of(*json.loads(json.dumps(written)))
+    except TypeError:
+        again = None
+    if again != policy:
+        raise LessError(
+            f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples: {policy}; give it such fields"
+        )
+    tensors, lengths = {}, []
+    for index, layer in enumerate(cache.layers):
+        held = _tensors_of(layer)
+        tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
+        lengths.append(int(layer.get_seq_length()) if held else 0)
+    about = {
+        "model": _kind(model) | {"identity": identity(model)},
+        "policy": written,
+        "budgets": cache.setting.budgets or "uniform",
+        "chunk": cache.setting.chunk,
+        "kernels": cache.setting.kernels and digest(cache.setting.kernels.state_dict()),
+        "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in cache.less_layers],
+        "lengths": lengths,
+    }
+    if cache.token_kinds is not None:
+        tensors["token_kinds"] = cache.token_kinds
+    write(path, tensors, about)
+
+
+def load(
+    kind: type["LessCache"], path: str | os.PathLike, model: PreTrainedModel, kernels: LessKernels | None, compile: bool
+) -> "LessCache":
+    """See `LessCache.load`."""
+    tensors, about = read(path)
+    if "model" not in about:
+        raise LessError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
+    check_model(model)
+    for what, value in _kind(model).items():
+        if about["model"].get(what) != value:
+            raise LessError(
+                f"{path} was saved with another model, of {what} {about['model'].get(what)}, and this one is of {value}: load it "
+                f"with the model that it was saved with"
+            )
+    if about["kernels"] != (kernels and digest(kernels.state_dict())):
+        raise LessError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
+    policy = policy_of(*about["policy"])
+    if policy is None:
+        raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
+    check_saved(path, about["model"], model)
+    cache = kind.for_model(model, policy, kernels, about["budgets"], about["chunk"], tensors.get("token_kinds"), compile)
+    heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
+    for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
+        held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
+        device = next(modules[index].parameters()).device if index in modules else model.device
+        with torch.inference_mode(False):
+            if isinstance(layer, LessLayer) and (its_heads := next(heads)):
+                _fill(layer, held, its_heads, length, device)
+            elif held:
+                _fill_window(path, layer, held, length, device)
+    if any(about["lengths"]):
+        cache.positions = [(0,) * len(cache.keepers)] * cache.batch_size if cache.keepers else None
+    return cache
+
+
+def _kind(model):
+    config = model.config.get_text_config(decoder=True)
+    return {"type": config.model_type, "layers": config.num_hidden_layers, "dtype": str(model.dtype)}
+
+
+def _tensors_of(layer) -> dict[str, torch.Tensor]:
+    if not isinstance(layer, LessLayer):
+        return {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
+    if layer.state is None:
+        return {}
+    return dict(layer.state.tensors()) | ({} if layer.fed is None else {"fed": layer.fed})
+
+
+def _fill(layer, held, heads, length, device):
+    (N, *_, D), dtype = held["0.k"].shape, held["0.k"].dtype
+    layer.allocate(N, *heads, D, dtype, device)
+    layer.state.take_over(held)
+    layer.seen.fill_(length)
+    layer.fed = held["fed"].to(device) if "fed" in held else None  # files of less-kv 0.1.0 do not tell it
+    layer.pin_addresses()
+
+
+def _fill_window(path, layer, held, length, device):
+    entries = min(length, layer.sliding_window - 1)
+    if held["keys"].shape[2] != entries:
+        raise LessError(
+            f"{path} holds {held['keys'].shape[2]} tokens of a sliding window, and this model's window of {layer.sliding_window} "
+            f"would hold {entries}: load it with the model that it was saved with"
+        )
+    keys, values = held["keys"].to(device), held["values"].to(device)
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.cumulative_length = keys, values, length

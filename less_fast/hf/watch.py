@@ -1,0 +1,224 @@
+"""WatchedCache: a cache that is told of every forward pass of its model, and refuses what would go wrong in silence.
+
+The hooks on the model's decoder are functions of this module, so that a model that has them can be sent to another process.
+"""
+
+import inspect
+import weakref
+from types import MethodType
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..layer.checks import LessError
+from .architecture import decoder_of
+from .layer import LessLayer
+from .seam import check_mask
+
+ANOTHER_MODEL = "this model is not the one that the cache was made for: make one with LessCache.for_model"
+
+
+class WatchedCache(Cache):
+    """What a LessCache knows of its model, and what it checks before and after each pass.
+
+    open: a pass has begun and not ended. token_kinds: (vocabulary,), for policies that ask.
+    keepers: modules of the model that keep positions outside the cache, by name (see `keepers_of_positions`). positions: what
+    they held for each row after the last pass, or None before the first one.
+    """
+
+    model: weakref.ref
+    keepers: dict[str, str]
+    open = False
+    positions: list[tuple[int, ...]] | None = None
+    token_kinds: torch.Tensor | None = None
+
+    @property
+    def less_layers(self) -> list[LessLayer]:
+        """The layers that are LESS's; all others are transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, LessLayer)]
+
+    @property
+    def batch_size(self) -> int:
+        return self.less_layers[0].batch_size
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.open:
+            raise LessError(ANOTHER_MODEL)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def begin(self, decoder, args, kwargs) -> None:
+        """Before a pass: refuses what would run wrong, and hands the kinds of the tokens on if the cache asks."""
+        if self.open:
+            raise LessError(
+                "the forward pass before was broken off, so layers have seen different tokens: reset() the cache first"
+            )
+        if kwargs.get("use_cache") is False:
+            raise LessError("use_cache=False with a LessCache would feed every token twice: leave it out")
+        if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+            raise LessError(
+                "a LessCache does not support output_attentions, because most of what it attends to is no longer there: leave it out"
+            )
+        if decoder.training:
+            raise LessError("a LessCache is for inference and carries no gradients: call model.eval() first")
+        ids = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if ids is None else ids  # (N, m) or (N, m, hidden size)
+        if tokens is not None and self.batch_size not in (-1, tokens.shape[0]):
+            raise LessError(
+                f"this cache holds {self.batch_size} sequences, and {tokens.shape[0]} came: make a cache for these, or repeat or "
+                f"select its rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
+            )
+        if not torch.compiler.is_compiling():  # the prompt is not, and all this stays so after it
+            self._check_state_of_the_model(decoder, args, kwargs, tokens)
+        if self.token_kinds is not None:
+            if ids is None:
+                raise LessError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
+            for layer in self.less_layers:
+                layer.kinds = self.token_kinds[ids]
+        self.open = True
+
+    def _check_state_of_the_model(self, decoder, args, kwargs, tokens):
+        model, seen = self.model(), self.less_layers[0].get_seq_length()
+        if model is not None and decoder_of(model) is not decoder:
+            raise LessError(ANOTHER_MODEL)
+        new = None if tokens is None else tokens.shape[1]
+        if new == 0:
+            raise LessError(
+                f"no new tokens came after the {seen} that this cache has seen: give `generate` the whole text so far with new "
+                f"tokens behind it, or reset() the cache before another text"
+            )
+        mask = _argument(decoder, args, kwargs, "attention_mask")
+        if self.less_layers[0].by_sdpa and mask is not None and mask.ndim == 2 and new is not None:  # `less_mask` is not asked
+            check_mask(mask, seen, new, self.less_layers[0])
+        limit = _rotates_in_another_way_beyond(decoder.config)
+        if limit and new and 0 < seen <= limit < seen + new:
+            raise LessError(
+                f"{type(decoder).__name__} rotates keys in another way beyond {limit} tokens, and what the cache holds cannot be "
+                f"rotated again: stay below that length"
+            )
+        if self.keepers:
+            self._check_positions(model, _argument(decoder, args, kwargs, "position_ids"))
+
+    def _check_positions(self, model, position_ids):
+        """Refuses a pass of a model whose modules hold positions of another text."""
+        if self.positions is not None:
+            stale = self.positions != held_positions(model, self.keepers, self.batch_size) and not _of_an_image(position_ids)
+        else:  # positions that this very text has brought come as position_ids
+            deltas = [getattr(model.get_submodule(name), "rope_deltas", None) for name in self.keepers]
+            stale = position_ids is None and any(delta is not None and delta.any() for delta in deltas)
+        if stale:
+            places = ", ".join(f"{name}.{attribute}" for name, attribute in self.keepers.items())
+            raise LessError(
+                f"the model holds positions of another text than this cache's ({places}): feed one text at a time to a model that "
+                f"keeps positions outside the cache, or set it back to what it held after this cache's last pass (rope_deltas = "
+                f"None for a text without images)"
+            )
+
+    def end(self, decoder) -> None:
+        """After a pass: refuses a model that left the cache out."""
+        if any(layer.unread for layer in self.less_layers):
+            raise LessError(
+                "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention "
+                'is no longer "less" (make a new cache with LessCache.for_model); else this model is not supported'
+            )
+        if not all(layer.reached for layer in self.less_layers):
+            raise LessError(
+                f"{type(decoder).__name__} did not give its keys to the cache: it is not supported, use transformers' own cache"
+            )
+        for layer in self.less_layers:
+            layer.reached = False
+        if self.keepers and not torch.compiler.is_compiling():
+            self.positions = held_positions(self.model(), self.keepers, self.batch_size)
+        self.open = False
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Lets the model's decoder tell of every forward pass, once."""
+    decoder = decoder_of(model)
+    if not any(hook is before_pass for hook in decoder._forward_pre_hooks.values()):
+        decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
+        decoder.register_forward_hook(after_pass, with_kwargs=True)
+    if getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None):
+        model.prepare_inputs_for_generation = MethodType(prepare_inputs_for_generation, model)
+
+
+def before_pass(decoder, args, kwargs):
+    if (cache := _cache_among(args, kwargs)) is not None:
+        cache.begin(decoder, args, kwargs)
+
+
+def after_pass(decoder, args, kwargs, output):
+    if (cache := _cache_among(args, kwargs)) is not None:
+        cache.end(decoder)
+
+
+def _cache_among(args, kwargs):
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, WatchedCache)), None)
+
+
+def _argument(decoder, args, kwargs, name):
+    """The argument of that name of the decoder's forward pass, or None."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    return inspect.signature(decoder.forward).bind_partial(*args).arguments.get(name)
+
+
+def keepers_of_positions(model: PreTrainedModel) -> dict[str, str]:
+    """The modules that keep from one pass to the next what decides where tokens stand, and in which attribute: M-RoPE's shift
+    of the tokens behind an image (Qwen2-VL and its relatives), and how far a dynamic RoPE has been stretched."""
+    keepers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "rope_deltas"):
+            keepers[name] = "rope_deltas"
+        elif "dynamic" in str(getattr(module, "rope_type", "")):
+            keepers[name] = "max_seq_len_cached"
+    return keepers
+
+
+def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -> list[tuple[int, ...]]:
+    """For each row one number of each keeper; 0 is what a text has that brought nothing unusual."""
+    columns = []
+    for name, attribute in keepers.items():
+        module = model.get_submodule(name)
+        if attribute == "rope_deltas":
+            deltas = [0] if module.rope_deltas is None else module.rope_deltas.flatten().tolist()
+            columns.append([deltas[row * len(deltas) // rows] for row in range(rows)])  # fewer deltas are of several rows each
+        else:
+            reached = [value for name, value in vars(module).items() if name.endswith(attribute)]  # one for each kind of layer
+            columns.append([int(max(reached)) - module.original_max_seq_len] * rows)
+    return list(zip(*columns))
+
+
+def _of_an_image(position_ids):
+    """Whether these are positions (3 or more axes, N, m) of a chunk with an image: height and width differ there."""
+    return (
+        position_ids is not None
+        and position_ids.ndim == 3
+        and len(position_ids) > 2
+        and bool((position_ids[-1] != position_ids[-2]).any())
+    )
+
+
+# Rotations that change beyond a length (LongRoPE).
+
+
+def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    """The model's own, refusing to drop a LessCache (Phi-3 does, where its rotation changes)."""
+    inputs = type(self).prepare_inputs_for_generation(
+        self, input_ids, past_key_values=past_key_values, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+    )
+    if isinstance(past_key_values, WatchedCache) and inputs.get("past_key_values") is not past_key_values:
+        raise LessError(
+            f"{type(self).__name__} rotates keys in another way beyond {self.config.original_max_position_embeddings} tokens and "
+            f"drops its cache there, and folded keys cannot be rotated again: stay below that length"
+        )
+    return inputs
+
+
+def _rotates_in_another_way_beyond(config) -> int | None:
+    """The length at which LongRoPE goes over to other frequencies, if the model has it."""
+    kinds = getattr(config, "rope_parameters", None) or {}
+    for parameters in (kinds, *(kind for kind in kinds.values() if isinstance(kind, dict))):
+        if parameters.get("rope_type") == "longrope":
+            return parameters.get("original_max_position_embeddings")
+    return None

@@ -1,0 +1,69 @@
+"""Tokens one at a time: `extend` for each of them. On a GPU the step is captured once as a CUDA graph and replayed, because
+launching its many small kernels one by one takes longer than running them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .state import LayerState
+from .step import extend
+
+WARM_UP = 3  # steps before a graph is captured, as torch asks for
+FEW = 16  # steps for which no graph is captured
+
+
+def stream(
+    state: LayerState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    scale: float | None = None,
+    kinds: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`extend` with m tokens that enter alone, one after the other: shapes, output and errors as there."""
+
+    def of_step(x: torch.Tensor | None, index, dim: int) -> torch.Tensor | None:
+        return None if x is None else x.index_select(dim, index) if torch.is_tensor(index) else x.narrow(dim, index, 1)
+
+    def step(index) -> torch.Tensor:
+        token = (of_step(x, index, 2) for x in (q, k, v))
+        return extend(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
+
+    m = q.shape[2]
+    if not can_replay(state, m):
+        return torch.cat([step(index) for index in range(m)], 2)
+    out, at = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros(1, dtype=torch.int64, device=q.device)
+
+    def next_step():
+        out.index_copy_(2, at, step(at))
+        at.add_(1)
+
+    replay(next_step, m, [at, *(tensor for _, tensor in state.tensors())])
+    return out
+
+
+def can_replay(state: LayerState, steps: int) -> bool:
+    """Whether so many steps are worth a graph, and one can be captured: shapes stay what they are, on a GPU."""
+    return steps > FEW and state.n.is_cuda and all(group.policy.one_leaves for group in state.groups)
+
+
+def replay(step: Callable[[], None], times: int, changed: Sequence[torch.Tensor]) -> None:
+    """Calls `step` so many times, from a CUDA graph. It changes these tensors in place, and depends on no value on the CPU."""
+    before = [tensor.clone() for tensor in changed]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor, value in zip(changed, before):
+        tensor.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(times):
+        graph.replay()
+    torch.cuda.current_stream().synchronize()  # before the graph, and its memory, are gone

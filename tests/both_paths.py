@@ -1,0 +1,179 @@
+"""One case in both paths: the same bits for each, one chunk at a time, and what the two states must have in common."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from closeness import assert_close, error
+from strategies import fast_kernels, slices
+
+import less_fast
+import less_ref
+
+
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def allocate(case, rows=1, dtype=torch.float64, **instead):
+    layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype))
+    given = dict(policy=case.fast, kernels=kernels) | instead
+    return less_fast.LayerState.allocate(
+        batch=rows,
+        query_heads=layer.query_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        dtype=dtype,
+        **given,
+    )
+
+
+def empty(case):
+    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
+
+
+def batch(case, rows=1, dtype=torch.float64):
+    """q, k, v of `rows` sequences in one batch, (rows, H, T, D)."""
+    return tuple(torch.from_numpy(np.stack(x)).to(dtype) for x in zip(*(case.qkv(row) for row in range(rows))))
+
+
+def kinds_of(case, rows=1):
+    """(rows, T): the kinds of the tokens of those sequences."""
+    return torch.from_numpy(np.stack([case.kinds(row) for row in range(rows)]))
+
+
+def widened(row):
+    """The same bits for the reference."""
+    return tuple(x.double().numpy() for x in row)
+
+
+def at(qkv, now):
+    return tuple(x[..., now, :] for x in qkv)
+
+
+def with_pads(qkv, valid, fill=torch.nan):
+    """Pads hold NaN, which shows wherever one leaks, or something that looks like a token."""
+    pads = ~torch.from_numpy(valid)[:, None, :, None]
+    return tuple(x.masked_fill(pads, fill) for x in qkv)
+
+
+def rounded(kernels, dtype):
+    """The reference's kernels with the bits that the fast path's have in that dtype."""
+    weights = {name: x for name, x in vars(kernels or ()).items() if isinstance(x, np.ndarray)} if kernels else {}
+    return kernels and replace(kernels, **{name: torch.tensor(x).to(dtype).double().numpy() for name, x in weights.items()})
+
+
+def extend(case, state, qkv, now, valid=None, kinds=None):
+    """The fast path's on one chunk of a batch."""
+    kinds = kinds_of(case, len(state.n)) if kinds is None else kinds
+    valid = None if valid is None else torch.from_numpy(valid[:, now])
+    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
+    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now], case.softcap, sinks)
+
+
+def extend_reference(case, state, row, kinds, victims=None, kernels=None):
+    """The reference's on q, k, v and kinds of one row's chunk."""
+    kernels = case.kernels if kernels is None else kernels
+    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds, case.softcap, case.sinks)
+
+
+def heads_of(state, row):
+    """A row's KV heads in order, each a less_ref.Head sorted by position."""
+    heads = {}
+    for group in state.groups:
+        for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
+            held = {name: getattr(group, name)[row, index].double().numpy() for name in group.TENSORS}
+            order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
+            slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
+            heads[g] = less_ref.Head(**slots, H=held["H"], z=held["z"])
+    return [heads[g] for g in range(state.kv_heads)]
+
+
+def positions(state, row):
+    return [head.position for head in heads_of(state, row)]
+
+
+def room(policy, head, n):
+    """How many of a head's entries the policy keeps."""
+    ranks = policy.rank(head.position, head.score, n)
+    return min(policy.budget, (ranks > -np.inf).sum())
+
+
+def assert_same_state(state, row, reference):
+    assert state.n[row] == reference.n
+    for got, wanted in zip(heads_of(state, row), reference.heads, strict=True):
+        order = np.argsort(wanted.position)
+        for name in ("position", "k", "v"):
+            assert np.array_equal(getattr(got, name), getattr(wanted, name)[order])
+        for name in ("H", "z"):
+            assert_close(getattr(got, name), getattr(wanted, name))
+        assert_close(got.score, wanted.score[order].reshape(got.score.shape))
+
+
+def assert_identical(one, other):
+    for (name, a), (other_name, b) in zip(one.tensors(), other.tensors(), strict=True):
+        assert (name, a.dtype) == (other_name, b.dtype)
+        assert torch.equal(a, b), name
+
+
+def assert_extends_alike(case, state, reference, qkv, chunks):
+    """One row, chunk by chunk, in both paths; returns the reference's state at the end."""
+    for now in chunks:
+        out = extend(case, state, qkv, now)
+        row = widened(x[0] for x in at(qkv, now))
+        expected, reference = extend_reference(case, reference, row, case.kinds(0)[now])
+        assert_close(out[0].transpose(0, 1), expected)
+        assert_same_state(state, 0, reference)
+    return reference
+
+
+def assert_rows_equal_the_reference_alone(case, state, references, qkv, valid):
+    """Every row of a padded batch, chunk by chunk; returns the reference's states at the end."""
+    for now in slices(case.chunks):
+        out = extend(case, state, qkv, now, valid)
+        for row, tokens in enumerate(valid[:, now]):
+            assert not out[row, :, ~tokens].any()
+            if tokens.any():
+                real = widened(x[row][:, tokens] for x in at(qkv, now))
+                kinds = case.kinds(row)[now][tokens]
+                expected, references[row] = extend_reference(case, references[row], real, kinds)
+                assert_close(out[row][:, tokens].transpose(0, 1), expected)
+            assert_same_state(state, row, references[row])
+    return references
+
+
+def lower_precision_errors(case, dtype):
+    """The largest error of each kind over all chunks of a case; rank: by how much a victim outranks what was kept."""
+    state, reference, qkv = allocate(case, dtype=dtype), empty(case), batch(case, dtype=dtype)
+    kernels = rounded(case.kernels, wide(dtype))
+    errors = dict.fromkeys(("out", "score", "H", "z", "rank", "first"), 0.0)
+    unscored = not all(policy.fast.scored for policy in case.policies)
+
+    def note(what, actual, expected):
+        errors[what] = max(errors[what], error(actual, expected))
+
+    for now in slices(case.chunks):
+        row = widened(x[0] for x in at(qkv, now))
+        out = extend(case, state, qkv, now)
+        kept = positions(state, 0)
+        rest = (case, reference, row, case.kinds(0)[now])
+        _, all_held = extend_reference(*rest, [()] * case.layer.kv_heads, kernels)
+        gone = [np.setdiff1d(head.position, some) for head, some in zip(all_held.heads, kept)]
+        expected, reference = extend_reference(*rest, gone, kernels)
+        for policy, head, some in zip(case.reference, all_held.heads, kept):
+            assert len(some) == room(policy, head, now.stop)
+            assert np.isin(some, head.position).all()
+            rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, some)
+            if not stays.all():
+                lowest_kept, highest_gone = rank[stays].min(), rank[~stays].max()
+                excess = 0.0 if highest_gone <= lowest_kept else highest_gone - lowest_kept
+                errors["rank"] = max(errors["rank"], excess / max(1.0, abs(lowest_kept)))
+        note("first" if unscored and now.start == 0 else "out", out[0].transpose(0, 1), expected)
+        for got, wanted in zip(heads_of(state, 0), reference.heads):
+            order = np.argsort(wanted.position)
+            assert np.array_equal(got.k, wanted.k[order])
+            assert np.array_equal(got.v, wanted.v[order])
+            note("score", got.score, wanted.score[order])
+            note("H", got.H, wanted.H)
+            note("z", got.z, wanted.z)
+    return errors

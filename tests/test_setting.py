@@ -1,0 +1,159 @@
+"""How a cache is compressed is one value: what it gives each head, counts and refuses; and which curves fit a policy."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make_kernels, make_model, tokens
+
+from less_fast import H2O, TOVA, Lambda, LessCache, LessError, LessKernels, SnapKV, Window
+from less_fast.budgets import Curves
+from less_fast.demo import KERNELS
+from less_fast.layer.policies import policy_of
+from less_fast.setting import POLICIES, Setting, policy_named
+
+SHAPE = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)
+TABLE = [[3, 9], [5, 5], [12, 1]]
+WITH_BUDGET = [name for name in POLICIES if name != "full"]
+
+
+@given(st.sampled_from(WITH_BUDGET), st.integers(5, 5000))
+def test_a_budget_is_read_in_tokens_and_as_a_share(name, budget):
+    assert policy_named(name, budget).budget == policy_named(name, f" {budget} ").budget == budget
+    assert policy_named(name, "50%", 2 * budget + 1).budget == budget
+    assert policy_named(name, f"{budget}.0") == POLICIES[name].with_budget(budget)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "length", "message"),
+    [
+        ("h20", 5, None, "no policy is called 'h20': choose one of full, window"),
+        ("h2o", "much", None, "a number of tokens .* or a share"),
+        ("h2o", "inf", None, "a number of tokens"),
+        ("h2o", "nan%", 10, "a number of tokens"),
+        ("h2o", "2.5", None, "a whole number of tokens"),
+        ("h2o", "0.01%", 100, "at least 1, and '0.01%' is 0"),
+        ("h2o", "5%", None, "in percent needs a known length"),
+        ("lambda", "3", None, "leaves no recent tokens beside 4 sinks"),
+    ],
+)
+def test_what_is_no_budget_is_refused(name, budget, length, message):
+    with pytest.raises(LessError, match=message):
+        policy_named(name, budget, length)
+
+
+def test_each_head_gets_the_policy_and_the_kernels_that_the_setting_says():
+    kernels = make_kernels(make_model())
+    uniform = Setting.of(SHAPE, range(3), H2O(2, 2), kernels)
+    assert uniform.layer(1) == (H2O(2, 2), kernels.layers[1])
+    by_head = Setting.of(SHAPE, range(3), H2O(2, 2), kernels, TABLE)
+    assert by_head.layer(2) == ([H2O(6, 6), H2O(1, 0)], kernels.layers[2])
+    rule, features = by_head.shard(2, 1, 2)
+    assert rule == [H2O(1, 0)]
+    assert torch.equal(features.k3, kernels.layers[2].k3[1:])
+
+
+@pytest.mark.parametrize("budgets", [None, TABLE])
+@pytest.mark.parametrize("ranks", [None, 3, [[1, 4], [2, 2], [3, 5]]])
+def test_the_bytes_that_are_counted_are_those_that_a_cache_holds(budgets, ranks):
+    model = make_model()
+    kernels = ranks and make_kernels(model, ranks)
+    cache = LessCache.for_model(model, H2O(3, 3), kernels, budgets)
+    with torch.no_grad():
+        model(tokens(1, 30), past_key_values=cache)
+    assert Setting.of(SHAPE, range(3), H2O(3, 3), kernels, budgets).memory(torch.float64) == sum(cache.memory().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(policy="h2o"), "a policy is something like H2O"),
+        (dict(kernels=torch.nn.Linear(1, 1)), "kernels are LessKernels"),
+        (dict(chunk=0), "chunk must be an integer from 1"),
+        (dict(budgets="even"), 'budgets are a table, None or "uniform"'),
+        (dict(budgets=TABLE[:2]), "must be 3 layers x 2 KV heads"),
+        (dict(budgets=[[3, 9], [5, 5], [12, 0]]), "a budget must be an integer from 1 to .*, not 0"),
+        (dict(budgets=[[3, 9], [5, 5], [12, 2.5]]), "a budget must be an integer from 1 to .*, not 2.5"),
+        (dict(budgets=TABLE, policy=TOVA(4)), "must be that of all its KV heads"),
+        (dict(budgets=TABLE, sizes=None), "for a model whose layers have equal heads"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, message):
+    with pytest.raises(LessError, match=message):
+        Setting.of(**dict(sizes=SHAPE, less_layers=range(3), policy=H2O(2, 2)) | changes)
+
+
+@pytest.mark.parametrize(("policy", "world_size", "message"), [(H2O(2, 2), 3, "2 KV heads cannot"), (TOVA(4), 2, "pools over")])
+def test_heads_that_cannot_be_shared_out_are_refused(policy, world_size, message):
+    with pytest.raises(LessError, match=message):
+        Setting.of(SHAPE, range(3), policy).shard(0, 0, world_size)
+
+
+@given(st.sampled_from(WITH_BUDGET), st.integers(5, 300), st.integers(5, 300))
+def test_a_policy_is_the_same_at_every_budget(name, one, other):
+    policy = POLICIES[name]
+    assert policy.is_scaled(policy.with_budget(one))
+    assert policy.with_budget(one).is_scaled(policy)
+    different = next(rule for other_name, rule in POLICIES.items() if other_name not in (name, "full"))
+    assert not policy.with_budget(one).is_scaled(different.with_budget(other))
+
+
+@pytest.mark.parametrize(
+    ("policy", "takes_a_table"),
+    [
+        (H2O(26, 25), True),
+        (H2O(10, 10), True),
+        (H2O(51, 0), False),
+        (H2O(20, 31), False),
+        (Lambda(4, 47), True),
+        (Lambda(8, 43), False),
+        (Lambda(60, 4), False),
+        (Window(51), False),
+        (SnapKV(51, 12, 3), False),
+    ],
+)
+def test_curves_serve_the_policy_that_they_were_measured_under_and_no_other_of_its_class(policy, takes_a_table):
+    kernels = LessKernels.from_pretrained(KERNELS)
+    assert (kernels.budgets_for(policy) is not None) == takes_a_table
+    sizes = {name: kernels.sizes[name] for name in SHAPE}
+    setting = Setting.of(sizes, range(4), policy, kernels)
+    assert (setting.budgets is not None) == takes_a_table
+
+
+def test_curves_of_a_policy_that_nobody_knows_serve_none():
+    for text in ("H2O(heavy=1", "Unknown(budget=3)", "H2O(3, 4)", "H2O", "1 + 1", "H2O(heavy=print())"):
+        curves = Curves(text, [1, 2], [[[1.0, 0.0]]], None, 9, 1, "kl")
+        assert not curves.describe(H2O(1, 1))
+
+
+@given(st.sampled_from(list(POLICIES)))
+def test_a_policy_comes_back_from_its_name_and_fields(name):
+    policy = POLICIES[name]
+    assert policy_of(type(policy).__name__, vars(policy)) == policy
+    assert policy_of("Nobody", {}) is None
+
+
+def test_heads_apart_share_their_copies_of_the_kernels_until_the_weights_change():
+    kernels = make_kernels(make_model())
+    layer, before = kernels.layers[0], kernels.memory()
+    part = layer.select_heads([1])
+    assert layer.select_heads((1,)) is part
+    assert kernels.memory() == before + sum(weight.nbytes for weight in part.state_dict().values())
+    layer.k3.add_(1)
+    assert torch.equal(layer.select_heads([1]).k3, layer.k3[1:])
+    assert kernels.memory() == before + sum(weight.nbytes for weight in part.state_dict().values())
+    half = layer.on(torch.device("cpu"), torch.float32)
+    assert layer.on(torch.device("cpu"), torch.float32) is half
+    assert layer.on(torch.device("cpu"), torch.float64) is layer
+
+
+@torch.no_grad()
+def test_caches_of_one_model_share_the_kernels_of_heads_apart():
+    model = make_model()
+    kernels = make_kernels(model)
+    caches = [LessCache.for_model(model, H2O(2, 2), kernels, TABLE) for _ in range(2)]
+    for cache in caches:
+        model(tokens(1, 5), past_key_values=cache)
+    one, other = ([group.kernels for layer in cache.layers for group in layer.state.groups] for cache in caches)
+    assert len(one) == 5
+    assert all(a is b for a, b in zip(one, other, strict=True))

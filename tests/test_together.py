@@ -1,0 +1,154 @@
+"""What a change of attention costs by one backward pass, and the training of all layers at once on it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import make_kernels, make_model, reference_kernels, reference_policy, tokens
+
+import less_ref
+from less_fast import H2O, Lambda, LessError
+from less_fast.hf.architecture import less_layers, sizes
+from less_fast.layer.parallel import eviction_times
+from less_fast.setting import Setting
+from less_fast.training import RECIPES, together, train
+from less_fast.training.head_costs import measure
+from less_fast.training.sensitivity import eviction_times_of, watch
+
+POLICY = H2O(3, 3)
+RECIPE = replace(RECIPES["exponential"], epochs=0, together_steps=24, joint_steps=0, table_steps=0, rank=2, hidden=3)
+
+
+def quick_training(folder=None, recipe=RECIPE, **more):
+    return train(make_model().float(), tokens(10, 30), tokens(4, 30, seed=1), POLICY, recipe, folder, **more)
+
+
+def test_costs_by_the_gradient_follow_the_measured_divergences():
+    model, ids = make_model().float(), tokens(8, 40)
+    kernels = make_kernels(model).float()
+    measured, estimated = (measure(model, ids, POLICY, kernels, by=by) for by in ("kl", "gradient"))
+    for name in ("bare", "less"):
+        one, other = (np.array(getattr(curves, name))[..., :-1] for curves in (measured, estimated))
+        ranks = [costs.ravel().argsort().argsort() for costs in (one, other)]
+        assert np.corrcoef(ranks)[0, 1] > 0.95
+        assert np.median(other / one) == pytest.approx(1, abs=0.15)
+        assert not np.array(getattr(estimated, name))[..., -1].any()
+    assert (estimated.by, estimated.budgets) == ("gradient", measured.budgets)
+
+
+def test_the_cost_of_all_heads_is_that_of_the_layer_and_of_no_change_nothing():
+    layer = watch(make_model().float(), tokens(2, 12), seed=0)[1]
+    out = layer.full + torch.randn(layer.full.shape, generator=torch.Generator().manual_seed(0))
+    one_head = layer.full.clone()
+    one_head[:, 2:] = out[:, 2:]  # the query heads of the second KV head
+    torch.testing.assert_close(layer.cost_of_heads(out)[:, 1], layer.cost(one_head))
+    torch.testing.assert_close(layer.cost(out[:, :, 5:], 5), layer.cost(out)[:, 5:])
+    assert not layer.cost(layer.full).any()
+
+
+def test_the_seed_of_the_labels_decides_and_nothing_else():
+    model, ids = make_model().float(), tokens(2, 12)
+    torch.manual_seed(1)
+    one = watch(model, ids, seed=3)[0].g
+    torch.manual_seed(2)
+    assert torch.equal(watch(model, ids, seed=3)[0].g, one)
+    assert not torch.equal(watch(model, ids, seed=4)[0].g, one)
+
+
+@pytest.mark.parametrize("policy", [POLICY, Lambda(1, 4)])
+def test_eviction_times_of_all_layers_at_once_are_those_of_each(policy):
+    layers = watch(make_model().float(), tokens(2, 30), seed=0)
+    for layer, e in zip(layers, eviction_times_of(layers, policy), strict=True):
+        assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale))
+
+
+def test_the_share_that_is_left_is_that_of_the_references_outputs():
+    model = make_model().float()
+    kernels = make_kernels(model, family="exponential").float()
+    layers = watch(model, tokens(2, 30), seed=0)
+    for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, POLICY))):
+        costs = np.zeros(2)
+        for row in range(2):
+            qkv = [getattr(layer, name)[row].double().numpy() for name in "qkv"]
+            for kind, features in enumerate((kernels.layers[index], None)):
+                features = features and reference_kernels(features)
+                out = less_ref.run(*qkv, reference_policy(POLICY), features, scale=layer.scale).out[7:]  # (T - 7, Hq, D)
+                change = out.transpose(1, 0, 2) - layer.full[row, :, 7:].double().numpy()
+                costs[kind] += np.square((layer.g[:, row, :, 7:].double().numpy() * change).sum((1, 3))).sum()
+        share = together.share_left(layer, e, kernels.layers[index], POLICY.budget).item()
+        assert share == pytest.approx(costs[0] / costs[1], rel=1e-3)
+
+
+def test_training_leaves_less_of_the_cost_and_reports_it():
+    trained = quick_training()
+    assert trained.about["together"]["budgets"] == [2, 6, 12]
+    shares = np.array(trained.about["together"]["left"])  # (budgets, layers)
+    assert shares.shape == (3, 3)
+    assert (shares < 1).all()
+    untrained = quick_training(recipe=replace(RECIPE, learning_rate=0.0))
+    assert (shares < np.array(untrained.about["together"]["left"])).all()
+    model = make_model().float()
+    setting = Setting.of(sizes(model), less_layers(model), POLICY, trained, "uniform")
+    parts = [together._shares_left(watch(model, ids, RECIPE.seed), setting) for ids in tokens(4, 30, seed=1).split(2)]
+    assert np.mean(parts, 0) == pytest.approx(shares[1], rel=1e-5)
+
+
+def test_what_is_left_counts_every_window_alike():
+    """Of five validation windows, in parts of two, the last is alone."""
+    model, held_out = make_model().float(), tokens(5, 30, seed=1)
+    trained = train(model, tokens(10, 30), held_out, POLICY, replace(RECIPE, together_steps=1))
+    setting = Setting.of(sizes(model), less_layers(model), POLICY, trained, "uniform")
+    shares = [together._shares_left(watch(model, held_out[rows], RECIPE.seed), setting) for rows in ([0, 1], [2, 3], [4])]
+    assert trained.about["together"]["left"][1] == pytest.approx(np.average(shares, 0, [2, 2, 1]), rel=1e-5)
+
+
+def test_a_model_in_float64_is_trained_where_gradients_are_off():
+    model = make_model()
+    with torch.inference_mode():
+        kernels = train(model, tokens(10, 30), tokens(4, 30, seed=1), POLICY, RECIPE, curves=True)
+        curves = measure(model, tokens(1, 30), POLICY, by="gradient")
+    assert (np.array(kernels.about["together"]["left"]) < 1).all()
+    assert {weight.dtype for weight in kernels.state_dict().values()} == {torch.float32}
+    assert curves == measure(model, tokens(1, 30), POLICY, by="gradient")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path, monkeypatch):
+    whole, own = quick_training(curves=True), together.watch
+    for steps in (5, 8, 9):  # more than a checkpoint's worth in all
+        left = iter(range(steps))
+
+        def dies(*args, left=left):
+            if next(left, None) is None:
+                raise Killed
+            return own(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(together, "watch", dies)
+            patch.setattr(together, "CHECKPOINT", 4)
+            with pytest.raises(Killed):
+                quick_training(tmp_path, curves=True)
+    again = quick_training(tmp_path, curves=True)
+    assert again.curves == whole.curves
+    assert again.curves["H2O"].by == "gradient"
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name]), name
+
+
+def test_training_that_diverges_is_refused(monkeypatch):
+    own = together.share_left
+    monkeypatch.setattr(together, "share_left", lambda *args: own(*args) * torch.inf)
+    with pytest.raises(LessError, match="training diverged at step 0: lower the learning rate"):
+        quick_training()
+
+
+def test_a_model_whose_predictions_are_not_finite_is_refused():
+    model = make_model().float()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(LessError, match="predictions are not finite"):
+        watch(model, tokens(2, 12), seed=0)
