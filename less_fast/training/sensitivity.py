@@ -74,7 +74,7 @@ def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Watched]
         ]
     with torch.no_grad():
         return [
-            Watched(*(x.to(wide) for x in (q, k, v)), scale, dense(q, k, v, scale).to(wide), torch.stack(g).to(wide))
+            Watched(q.to(wide), k.to(wide), v.to(wide), scale, dense(q, k, v, scale).to(wide), torch.stack(g).to(wide))
             for (q, k, v, scale), g in zip(seen, zip(*gradients))
         ]
 

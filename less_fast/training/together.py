@@ -60,11 +60,12 @@ def train_together(
             if (step + 1) % CHECKPOINT == 0:
                 work.save("together", {"step": step + 1, "descent": descent.state_dict()})
     kernels.eval()
-    left = []
+    left, parts = [], validation.split(recipe.batch)
+    weights = torch.tensor([len(ids) for ids in parts]) / len(validation)  # (parts,)
     with torch.no_grad():
         for setting in settings:
-            parts = [(len(ids), _shares_left(watch(model, ids, recipe.seed), setting)) for ids in validation.split(recipe.batch)]
-            left.append(sum(size * torch.tensor(shares) for size, shares in parts).div(len(validation)).tolist())
+            of_parts = torch.tensor([_shares_left(watch(model, ids, recipe.seed), setting) for ids in parts])  # (parts, layers)
+            left.append((weights @ of_parts).tolist())
     work.save("together", {"left": left, "kernels": kernels.state_dict()})
     return {"left": left}
 
