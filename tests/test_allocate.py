@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from torch.nn.functional import kl_div
 
-from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessKernels, Window
+from less_fast import H2O, Lambda, LessCache, LessKernels, Window
 from less_fast.budgets import Curves, average, table
-from less_fast.hf.architecture import attention_modules
+from less_fast.hf.architecture import attention_modules, sizes
 from less_fast.hub import CONFIG
 from less_fast.measuring.compare import Contender, compare, window_losses
-from less_fast.training.head_costs import RIVALS, divergence, grid, measure, refine
+from less_fast.setting import Setting
+from less_fast.training.head_costs import grid, measure
+from less_fast.training.joint import divergence
+from less_fast.training.tables import LARGEST, refine
+
+
+def setting(model, policy, kernels, table):
+    return Setting.of(sizes(model), range(3), policy, kernels, table)
 
 
 def curves_of(damage, budgets, **more):
@@ -141,17 +148,17 @@ def test_a_refined_table_costs_what_is_said_and_no_move_among_its_largest_heads_
     kernels = make_kernels(model)
 
     def cost(table):
-        return divergence(model, ids, [[H2O(1, 1).with_budget(budget) for budget in row] for row in table], kernels).item()
+        return divergence(model, ids, setting(model, H2O(1, 1), kernels, table)).item()
 
-    found, said = refine(model, ids, H2O(1, 1), kernels, start)
-    assert found != start == [[20, 2], [2, 16], [2, 2]]
-    assert np.sum(found) == np.sum(start)
+    refined, said = refine(model, ids, setting(model, H2O(1, 1), kernels, start))
+    assert refined != start == [[20, 2], [2, 16], [2, 2]]
+    assert np.sum(refined) == np.sum(start)
     with torch.no_grad():
-        assert cost(found) == pytest.approx(said)
+        assert cost(refined) == pytest.approx(said)
         assert said < cost(start)
-        places = sorted(product(range(3), range(2)), key=lambda place: -found[place[0]][place[1]])[:RIVALS]
+        places = sorted(product(range(3), range(2)), key=lambda place: -refined[place[0]][place[1]])[:LARGEST]
         for source, target in permutations(places, 2):
-            moved = np.array(found)
+            moved = np.array(refined)
             half = moved[source] // 2
             moved[source] -= half
             moved[target] += half
@@ -159,14 +166,14 @@ def test_a_refined_table_costs_what_is_said_and_no_move_among_its_largest_heads_
 
 
 def test_refining_never_gives_a_head_less_than_its_policy_takes():
-    table, _ = refine(make_model(), tokens(2, 24), Lambda(3, 1), None, [[4, 6], [4, 4], [7, 4]])
+    table, _ = refine(make_model(), tokens(2, 24), setting(make_model(), Lambda(3, 1), None, [[4, 6], [4, 4], [7, 4]]))
     assert np.sum(table) == 29
     assert np.min(table) >= 4
 
 
 def test_refining_never_gives_a_head_more_than_a_whole_window():
-    found, _ = refine(make_model(), tokens(1, 20), H2O(1, 1), None, [[16, 16], [2, 2], [16, 2]])
-    assert np.max(found) <= 19
+    table, _ = refine(make_model(), tokens(1, 20), setting(make_model(), H2O(1, 1), None, [[16, 16], [2, 2], [16, 2]]))
+    assert np.max(table) <= 19
 
 
 def test_a_refined_table_comes_before_the_curves_for_its_own_total_alone():
@@ -181,17 +188,6 @@ def test_the_grid_begins_where_the_policy_can_and_ends_at_the_whole_window():
     assert grid(H2O(2, 2), 100) == [4, 8, 16, 32, 64, 99]
     assert grid(Lambda(7, 2), 100) == [8, 16, 32, 64, 99]
     assert grid(Lambda(4, 2), 65) == [5, 8, 16, 32, 64]
-
-
-@pytest.mark.parametrize("policy", [TOVA(4), FastGen(4, 1, 1, 0.9), Full()], ids=lambda policy: type(policy).__name__)
-def test_policies_whose_heads_do_not_choose_alone_have_no_curves(policy):
-    with pytest.raises(ValueError, match="whose heads each keep a number of their own"):
-        measure(make_model(), tokens(1, 20), policy)
-
-
-def test_an_unknown_measure_is_refused():
-    with pytest.raises(ValueError, match="measured by kl or error, not by 'taste'"):
-        measure(make_model(), tokens(1, 20), H2O(2, 2), by="taste")
 
 
 @pytest.fixture

@@ -68,8 +68,8 @@ def distill(
 ) -> dict[str, Any]:
     """Trains the kernels that the settings share, in place, each step under the next setting.
 
-    windows (N, T), validation (V, T) int64. Returns the divergences on the validation windows under the settings that are judged,
-    before and after; if they have not become less on average, the weights from before are kept.
+    windows (N, T), validation (V, T) int64. Returns the budgets of the settings that are judged, and their divergences on the
+    validation windows, before and after; if these have not become less on average, the weights from before are kept.
     Raises LessError if a loss is not finite. Unfinished work is saved under `name`.
     """
     kernels, saved, first = settings[0].kernels, work.load(name) if work.has(name) else None, 0
@@ -82,7 +82,8 @@ def distill(
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
     start = copy.deepcopy(kernels.state_dict())
     if saved is None:
-        figures: dict[str, Any] = {"before": [mean_divergence(model, validation, setting) for setting in judged]}
+        figures: dict[str, Any] = {"budgets": [setting.policy.budget for setting in judged]}
+        figures["before"] = [mean_divergence(model, validation, setting) for setting in judged]
     else:
         figures, first = saved["figures"], saved["step"]
         descent.load_state_dict(saved["descent"])

@@ -91,6 +91,8 @@ def _train_layer(sizes, index, recording, validation, projection, recipe, work, 
         return sum(size * error(data).item() for size, data in parts) / len(validation.windows)
 
     bare = mean(lambda data: projected_error(data.exact, data.full, projection))
+    if not bare > 0:
+        raise LessError(f"layer {index} loses nothing under the bare policy, so there is nothing to learn: train on other text")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed + index)
         shape = (sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rank", "hidden"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import aside
@@ -95,12 +95,15 @@ class Recording:
         return attention
 
     def rows(self, layer: int, index: Sequence[int], device: torch.device | str = "cpu") -> Recorded:
-        """Some of the windows, read from disk."""
+        """Some of the windows, read from disk. LessError if a file is broken."""
         parts = []
         for row in index:
-            with safe_open(self.file(layer, row // SHARD), "pt") as file:
-                one = slice(row % SHARD, row % SHARD + 1)
-                parts.append([file.get_slice(name)[one] for name in Recorded.__dataclass_fields__])
+            one, shard = slice(row % SHARD, row % SHARD + 1), self.file(layer, row // SHARD)
+            try:
+                with safe_open(shard, "pt") as file:
+                    parts.append([file.get_slice(name)[one] for name in Recorded.__dataclass_fields__])
+            except SafetensorError as error:
+                raise LessError(f"{shard} is broken: delete it, and it is recorded again ({error})") from error
         return Recorded(*(torch.cat(part).to(device) for part in zip(*parts)))
 
     def forget(self, layer: int) -> None:

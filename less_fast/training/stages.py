@@ -89,27 +89,27 @@ def train(
             budgets = [setting.policy.budget for setting in settings]
             about["together"] = {"budgets": budgets} | train_together(model, windows, validation, settings, recipe, work)
         few = validation[:JOINT_VALIDATION]
-
-        def together(stage, settings, judged, steps):
-            figures = distill(stage, model, windows, few, settings, judged, steps, recipe, work)
-            about[stage] = {"budgets": [setting.policy.budget for setting in judged]} | figures
-
         if recipe.joint_steps:
-            together("joint", settings, settings, recipe.joint_steps)
+            steps = recipe.joint_steps
+            about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
         if curves:
             kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, recipe, work)
         uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.table_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
-            together("tables", [*chain(*zip(tables, uniform))], tables, recipe.table_steps)
+            turns, steps = [*chain(*zip(tables, uniform))], recipe.table_steps
+            about["tables"] = distill("tables", model, windows, few, turns, tables, steps, recipe, work)
         about["seconds_since_resumed" if work.resumed else "seconds"] = round(time.perf_counter() - started)
         return kernels.float().requires_grad_(False).eval()
 
 
+@torch.no_grad()
 def _settings(model, windows, validation, policy, recipe, disk, curves):
     """The settings of the joint stage, without kernels. LessError for what cannot be trained on or with."""
     if not isinstance(recipe, Recipe):
         raise LessError(f"a recipe is a Recipe, RECIPES['exponential'] for example, not {recipe!r}")
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise LessError("no gradient goes through a model that was made under torch.inference_mode: load it outside of that")
     for what, part in (("windows", windows), ("validation", validation)):
         check_windows(model, part, what)
     T = windows.shape[1]
@@ -122,15 +122,15 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     if curves:
         check_policy(policy)
         grid(policy, T)
-    predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses what cannot attend by functions of our own
-    if not recipe.together_steps and not recipe.joint_steps and not recipe.table_steps:
-        return []
-    budgets = [max(1, int(policy.budget * multiple)) for multiple in recipe.joint_budgets]
-    budgets = [budget for budget in budgets if budget <= T - 2]
-    if not budgets:
-        raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {recipe.joint_budgets}: use smaller ones")
+    several = recipe.together_steps or recipe.joint_steps or recipe.table_steps
+    multiples = recipe.joint_budgets if several else ()
+    budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
+    if multiples and not budgets:
+        raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
     setting = Setting.of(sizes(model), less_layers(model), policy, budgets="uniform")
-    return [replace(setting, policy=policy.with_budget(budget)) for budget in budgets]
+    settings = [replace(setting, policy=policy.with_budget(budget)) for budget in budgets]
+    predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses models whose layers attend in another way
+    return settings
 
 
 def _curves(kernels, model, windows, policy, recipe, work):

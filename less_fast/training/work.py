@@ -60,8 +60,8 @@ class Work:
         file = self.folder / name
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise LessError(f"{file} is broken: delete it, and what it held is computed again") from error
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise LessError(f"{file} is broken: delete it, and what it held is computed again ({error})") from error
 
     def save(self, name: str, value: dict[str, Any]) -> None:
         with aside(self.folder / name) as temporary:
