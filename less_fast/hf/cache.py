@@ -109,8 +109,9 @@ class LessCache(WatchedCache):
         """A cache that `save` wrote, for the same model and the same kernels; it goes on bit for bit where that one was.
 
         For several continuations of one prompt load it several times, copy it (`copy.deepcopy`), or repeat its rows
-        (`batch_repeat_interleave`). Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken,
-        is none of `save`, or was saved with another model or other kernels, or under a policy that is not imported.
+        (`batch_repeat_interleave`).
+        Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken, is none of `save`, or was
+        saved with another model or other kernels, or under a policy that is not imported.
         """
         return load(cls, path, model, kernels, compile)
 

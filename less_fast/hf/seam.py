@@ -97,7 +97,7 @@ class FunctionLayer(TaggingLayer):
 
 
 def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> torch.Tensor:
-    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer that LESS serves attends by a function of its own.
+    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) if every layer that LESS serves attends by a function of its own.
 
     attentions: for each layer of the model a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k
         rotated; None for the layers that LESS does not serve, which attend as they always do.
