@@ -15,7 +15,7 @@ from ..layer.checks import LessError
 from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
-from .architecture import calls_sdpa, check_model, less_layers, sizes, tensor_parallel
+from .architecture import calls_sdpa, check_model, device_of, less_layers, sizes, tensor_parallel
 from .identity import check_kernels
 from .layer import NO_CROP, LessLayer
 from .saving import load, save
@@ -88,7 +88,7 @@ class LessCache(WatchedCache):
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):
-                cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
+                cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(device_of(model))
         watch(model)
         return cache
 

@@ -22,7 +22,7 @@ from ..layer.checks import LessError
 from ..layer.policies import Full
 from ..layer.state import LayerState
 from ..layer.step import extend
-from .architecture import attention_modules, calls_sdpa, check_model, decoder_of, heads_mesh, less_layers, sizes
+from .architecture import attention_modules, calls_sdpa, check_model, decoder_of, device_of, heads_mesh, less_layers, sizes
 from .seam import TaggingLayer, layers_with, use_less_attention
 
 NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
@@ -42,7 +42,7 @@ DIRECTIONS = 2  # on which q, k and v of each token are projected: in units of t
 #   rope_theta 500000 for 10000              0.441 to 0.876  0.298 to 0.542  0.107    that MLPs hardly matter
 #   the keys of one layer times 1.05         0.000 to 0.004  0               0.049
 SAME_DTYPE = {torch.float64: 0.005, torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.03}
-"""For a saved cache, whose model must have the dtype that it had: directions and norms, of the tokens far from the beginning, too."""
+"""For a saved cache, whose model must have the dtype that it had: directions and norms, far from the beginning also."""
 ANY_DTYPE_NORMS = 0.03
 
 
@@ -122,14 +122,13 @@ def _directions(first: int, heads: int, head_dim: int) -> torch.Tensor:
 def _tokens(model) -> dict[str, torch.Tensor]:
     """The probe's tokens (1, NEAR + FAR), some of the first of the vocabulary, and their positions."""
     decoder, config = decoder_of(model), model.config.get_text_config(decoder=True)
-    device = "cpu" if model.device.type == "meta" else model.device  # offloaded: the hooks of accelerate take them along
     i, near, far = torch.arange(NEAR + FAR), torch.arange(NEAR), torch.arange(FAR)
     inputs = {"input_ids": (7919 * i * i + 131 * i + 17) % min(config.vocab_size, 1000)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         last = (getattr(config, "max_position_embeddings", None) or 2048) - 2  # where a dynamic RoPE is not yet stretched
         reach = min(REACH, last)
         inputs["position_ids"] = torch.cat([near * (reach - 1) // (NEAR - 1), reach + far * (last - reach) // (FAR - 1)])
-    return {name: row[None].to(device) for name, row in inputs.items()}
+    return {name: row[None].to(device_of(model)) for name, row in inputs.items()}
 
 
 @contextmanager
@@ -187,7 +186,7 @@ def check_kernels(model: PreTrainedModel, kernels: LessKernels) -> None:
 def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:
     """LessError, with the reason, if a file says that its cache was saved with another model than this one of equal dtype."""
     if "identity" in about:
-        tolerances = [(SAME_DTYPE[model.dtype],) * 2] * len(less_layers(model))
+        tolerances = [(SAME_DTYPE.get(model.dtype, 0.03),) * 2] * len(less_layers(model))
         difference = _difference(about["identity"], identity(model), slice(None), tolerances)
     else:
         difference = _difference_of_signatures(about["signature"], model)

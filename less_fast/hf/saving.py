@@ -12,7 +12,7 @@ from ..files import digest, read, write
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import policy_of
-from .architecture import attention_modules, check_model
+from .architecture import attention_modules, check_model, device_of
 from .identity import check_saved, identity
 from .layer import LessLayer
 from .watch import BROKEN_OFF
@@ -88,7 +88,7 @@ def load(
     heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-        device = next(modules[index].parameters()).device if index in modules else model.device
+        device = device_of(modules.get(index, model))
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
                 _fill(layer, held, layer_heads, length, device)

@@ -110,9 +110,9 @@ class WatchedCache(Cache):
         if stale:
             places = ", ".join(f"{name}.{attribute}" for name, attribute in self.keepers.items())
             raise LessError(
-                f"the model holds positions of another text than this cache's ({places}): feed one text at a time to a model "
-                f"that keeps positions outside the cache, or set it back to what it held after this cache's last pass "
-                f"(rope_deltas = None for a text without images)"
+                f"the model holds positions of another text than this cache's ({places}): another went through it since, and "
+                f"such a model serves one at a time. reset() the cache and feed its text again; before a text without images set "
+                f"rope_deltas to None"
             )
 
     def end(self, decoder) -> None:
