@@ -17,7 +17,7 @@ from less_fast import H2O, Lambda, LessCache, LessKernels
 from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.setting import Setting
-from less_fast.training import RECIPES, joint, layers, recording, stages, train, work
+from less_fast.training import joint, layers, recording, stages, train, work
 from less_fast.training.joint import divergence
 from less_fast.training.recording import Recording, bytes_on_disk
 
