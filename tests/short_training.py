@@ -5,7 +5,7 @@ from dataclasses import replace
 from models import make_model, tokens
 
 from less_fast import H2O
-from less_fast.training.layers import RECIPES, train
+from less_fast.training import RECIPES, train
 
 RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, joint_steps=13, table_steps=12, joint_rate=0.02)
 
