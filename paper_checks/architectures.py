@@ -95,7 +95,7 @@ def _known(kind):
 
 @dataclass
 class Row:
-    """What was found: of how many layers LESS serves how many, the largest difference of logits, of padded logits and from the
+    """What was measured: of how many layers LESS serves how many, the largest difference of logits, of padded logits and from the
     reference, each relative to the largest value; or why not."""
 
     model_type: str
@@ -112,9 +112,9 @@ def measure(model_type: str) -> Row:
     ids = torch.randint(1, SIZES["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    wanted = [feed(model, ids, some, DynamicCache(config=model.config)) for some in (None, mask)]
+    wanted = [feed(model, ids, pads, DynamicCache(config=model.config)) for pads in (None, mask)]
     try:
-        got = [feed(model, ids, some, LessCache.for_model(model, ROOM)) for some in (None, mask)]
+        got = [feed(model, ids, pads, LessCache.for_model(model, ROOM)) for pads in (None, mask)]
         reference = from_reference(model, ids[:1])
     except ValueError as why:
         return Row(model_type, refused=" ".join(str(why).split()))
@@ -129,8 +129,8 @@ def feed(model, ids, mask, cache) -> torch.Tensor:
     """Logits of a prompt and of tokens that come one by one."""
     logits = []
     for now in [slice(PROMPT), *(slice(i, i + 1) for i in range(PROMPT, LENGTH))]:
-        some = None if mask is None else mask[:, : now.stop]
-        logits.append(model(input_ids=ids[:, now], attention_mask=some, past_key_values=cache, use_cache=True).logits)
+        seen = None if mask is None else mask[:, : now.stop]
+        logits.append(model(input_ids=ids[:, now], attention_mask=seen, past_key_values=cache, use_cache=True).logits)
     return torch.cat(logits, 1)
 
 
@@ -139,7 +139,7 @@ def from_reference(model, ids) -> float:
     what lies before it has forgotten nothing."""
     cache, calls = LessCache.for_model(model, SMALL, chunk=1), []
     layer, attend = cache.less_layers[0], cache.less_layers[0].attend
-    layer.attend = lambda *given: calls.append((*given, out := attend(*given))) or out
+    layer.attend = lambda *inputs: calls.append((*inputs, out := attend(*inputs))) or out
     feed(model, ids, None, cache)
     q, k, v, _, scale, softcap, sinks, out = zip(*calls)
     q, k, v, out = (torch.cat(x, 2)[0].double().numpy() for x in (q, k, v, out))  # (H, T, D)
@@ -156,7 +156,7 @@ def difference(got, wanted) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
-def rows(model_types) -> Iterator[Row | tuple[str, str]]:
+def measured(model_types) -> Iterator[Row | tuple[str, str]]:
     """A row for each, or (type, reason) where the model cannot be made small or does not run without LESS either."""
     for model_type in model_types:
         try:
@@ -165,24 +165,24 @@ def rows(model_types) -> Iterator[Row | tuple[str, str]]:
             yield model_type, f"{type(failure).__name__} {failure}".splitlines()[0][:160]
 
 
-def markdown(found) -> str:
+def markdown(rows) -> str:
     """The tables: served, refused, and not tried."""
-    served = [row for row in found if isinstance(row, Row) and not row.refused]
-    refused = [row for row in found if isinstance(row, Row) and row.refused]
+    served = [row for row in rows if isinstance(row, Row) and not row.refused]
+    refused = [row for row in rows if isinstance(row, Row) and row.refused]
     lines = ["| type | layers served | logits | padded | small budget, from less_ref |", "|---|---|---|---|---|"]
     for row in served:
         lines.append(f"| {row.model_type} | {row.layers} | {row.full:.0e} | {row.padded:.0e} | {row.reference:.0e} |")
     lines += ["", "| refused | why |", "|---|---|"]
     lines += [f"| {row.model_type} | {row.refused} |" for row in refused]
     lines += ["", "| not tried: no small model of it could be made, or run with any cache | what was said |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, reason in (row for row in found if not isinstance(row, Row))]
+    lines += [f"| {name} | {reason} |" for name, reason in (row for row in rows if not isinstance(row, Row))]
     return "\n".join(lines) + "\n"
 
 
-def summary(found) -> str:
+def summary(rows) -> str:
     """The same on one screen: types that fare alike in one line."""
     groups = {}
-    for row in found:
+    for row in rows:
         if isinstance(row, Row):
             served = "" if row.refused else "all" if len({*row.layers.split(" of ")}) == 1 else "those with full attention"
             why = re.sub(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|Decoder|ConditionalGeneration)\b", "it", row.refused).split(":")[0]
@@ -208,13 +208,13 @@ def main():
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     chosen = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    found = []
-    for row in rows(chosen.types or sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))):
-        found.append(row)
+    rows = []
+    for row in measured(chosen.types or sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))):
+        rows.append(row)
         print(row, flush=True)
     if chosen.out:
         head = HEAD.format(version=transformers.__version__, torch=torch.__version__)
-        chosen.out.write_text(f"{head}{summary(found)}\n## One by one\n\n{markdown(found)}")
+        chosen.out.write_text(f"{head}{summary(rows)}\n## One by one\n\n{markdown(rows)}")
 
 
 HEAD = """# Architectures

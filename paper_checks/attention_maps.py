@@ -6,7 +6,7 @@ from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
 from less_fast.layer.parallel import dense, eviction_times
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 from .residual_rank import maps
 
 CLAIM = "LESS reconstructs attention probabilities that the sparse policy loses (Hellinger distance, maps)"
@@ -25,9 +25,9 @@ def reconstructed(q, k, e, scale, kernels):
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
-    model, policy = setting.model, setting.policies()[-2 if not setting.quick else 0]
-    ids, found, shown = setting.windows(2, setting.length // 2).to(model.device), {"bare": [], "LESS": []}, {}
+def check(subject: Subject) -> Finding:
+    model, policy = subject.model, subject.policies()[-2 if not subject.quick else 0]
+    ids, distances, shown = subject.windows(2, subject.length // 2).to(model.device), {"bare": [], "LESS": []}, {}
 
     def attention(layer):
         def attend(q, k, v, scale):
@@ -36,14 +36,14 @@ def check(setting: Setting) -> Found:
             ours = reconstructed(q, k, e, scale, layer)
             for name, matrix in (("bare", bare), ("LESS", ours)):
                 distance = (full.sqrt() - matrix.sqrt()).square().sum(-1).div(2).sqrt()  # (N, Hq, T)
-                found[name].append(distance[:, :, policy.budget + 1 :].mean((0, 2)))
+                distances[name].append(distance[:, :, policy.budget + 1 :].mean((0, 2)))
             shown.update({"full cache": full[0, 0].cpu(), f"{policy}": bare[0, 0].cpu(), "LESS": ours[0, 0].cpu()})
             return dense(q, k, v, scale)
 
         return attend
 
-    predictions(model, ids, [attention(layer) for layer in setting.kernels.layers])
-    bare, less = (torch.stack(found[name]) for name in ("bare", "LESS"))  # (layers, Hq)
+    predictions(model, ids, [attention(layer) for layer in subject.kernels.layers])
+    bare, less = (torch.stack(distances[name]) for name in ("bare", "LESS"))  # (layers, Hq)
     closer = (less < bare).float().mean().item()
     pictures = {
         f"attention_{index}": lambda axes, name=name: (axes.imshow(shown[name].clamp(min=1e-5).log10()), axes.set_title(name))
@@ -55,4 +55,6 @@ def check(setting: Setting) -> Found:
     )
     rows = [[str(layer), f"{a.mean():.3f}", f"{b.mean():.3f}"] for layer, (a, b) in enumerate(zip(bare, less))]
     figures = {"bare": bare.tolist(), "less": less.tolist(), "heads_in_which_it_is_closer": closer}
-    return Found(verdict([less.mean() < bare.mean(), closer > 0.5]), sentence, figures, ["layer", "bare", "LESS"], rows, pictures)
+    return Finding(
+        verdict([less.mean() < bare.mean(), closer > 0.5]), sentence, figures, ["layer", "bare", "LESS"], rows, pictures
+    )

@@ -1,12 +1,14 @@
-"""What a check of a claim is: the setting that it runs in, and what it found."""
+"""What a check of a claim is: the subject that it looks at, and what it finds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from less_fast import H2O, LessCache, LessKernels
+from less_fast import H2O, LessCache, LessError, LessKernels
+from less_fast.budgets import Table
 from less_fast.demo import corpus
+from less_fast.layer.policies import Policy
 from less_fast.measuring.compare import Contender, window_losses
 from less_fast.text import windows as cut_windows
 from less_fast.training import RECIPES, train
@@ -21,13 +23,13 @@ SMALL = replace(RECIPES["exponential"], epochs=8, batch=1, joint_steps=0, joint_
 
 
 @dataclass
-class Setting:
+class Subject:
     """A model, kernels for it, and text that neither was trained on."""
 
     model: torch.nn.Module
     tokenizer: object
     kernels: LessKernels
-    paper_kernels: LessKernels | None  # of the paper's own family, where there are some
+    paper_kernels: LessKernels | None  # of the paper's own family, if there are any
     texts: list[str] | None = None  # None: the held-out standard library
     length: int = 1024  # tokens of a window
     quick: bool = False  # a smoke run: everything, as small as can be
@@ -46,7 +48,7 @@ class Setting:
     def windows(self, count: int, length: int | None = None, split: str = "test") -> torch.Tensor:
         """Windows (count, length) of tokens, a few in a quick run: held out, or of the split "train".
 
-        Texts that were given have no splits: a third of their windows is for training. ValueError where they are too short.
+        Texts that were given have no splits: a third of their windows is for training. LessError if they are too short.
         """
         count, length = min(count, QUICK[split]) if self.quick else count, length or self.length
         if self.texts is None:
@@ -56,21 +58,27 @@ class Setting:
             return cut_windows(self.tokenizer, texts, length, count, self.seed)
         every = cut_windows(self.tokenizer, self.texts, length, seed=self.seed)
         third = len(every) // 3
-        found = (every[:third] if split == "train" else every[third:])[:count]
-        if len(found) < count:
-            raise ValueError(
+        chosen = (every[:third] if split == "train" else every[third:])[:count]
+        if len(chosen) < count:
+            raise LessError(
                 f"the text has {len(every)} windows of {length} tokens, a third of them for training, and {count} are wanted "
                 f"{'for that' if split == 'train' else 'of the others'}: give more text or a shorter length"
             )
-        return found
+        return chosen
 
-    def train(self, policy, **changes) -> LessKernels:
-        """Kernels trained within a check for `policy`, each layer alone: the recipe SMALL with some of its fields changed."""
+    def train(self, policy: Policy, **changes) -> LessKernels:
+        """Kernels trained within a check for `policy`, each layer alone: the recipe SMALL but for these changes."""
         windows = self.windows(MOST["train"], split="train")
         recipe = replace(SMALL, seed=self.seed, **changes)
         return train(self.model, windows[VALIDATION:], windows[:VALIDATION], policy, recipe)
 
-    def losses(self, windows: torch.Tensor, policy=None, kernels: LessKernels | None = None, budgets="uniform") -> torch.Tensor:
+    def losses(
+        self,
+        windows: torch.Tensor,
+        policy: Policy | None = None,
+        kernels: LessKernels | None = None,
+        budgets: Table | str = "uniform",
+    ) -> torch.Tensor:
         """Mean negative log-likelihood of each window (W, T), streaming: (W,) float64. policy None: with the full cache."""
 
         def make(chunk):
@@ -85,8 +93,8 @@ class Setting:
 
 
 @dataclass
-class Found:
-    """What a check found: a verdict, the sentence that says why with the figures, and everything that was measured."""
+class Finding:
+    """What a check finds: a verdict, the sentence that says why with the figures, and everything that was measured."""
 
     verdict: str
     sentence: str
@@ -97,5 +105,5 @@ class Found:
 
 
 def verdict(parts: list[bool]) -> str:
-    """holds where all parts of a claim do, holds in part where some do."""
+    """Whether all parts of a claim hold, one or more of them, or none."""
     return HOLDS if all(parts) else IN_PART if any(parts) else FAILS

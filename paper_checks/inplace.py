@@ -4,17 +4,17 @@ import torch
 
 from less_fast import LessCache
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "A decoding step replaces one token in place and moves nothing else"
 PAPER = "one replacement per step"
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
-    model, ids = setting.model, setting.windows(1)[:1].to(setting.model.device)
-    cache = LessCache.for_model(model, setting.policies()[0], setting.kernels)
-    steps = 4 if setting.quick else 64
+def check(subject: Subject) -> Finding:
+    model, ids = subject.model, subject.windows(1)[:1].to(subject.model.device)
+    cache = LessCache.for_model(model, subject.policies()[0], subject.kernels)
+    steps = 4 if subject.quick else 64
     model(ids[:, :-steps], past_key_values=cache, use_cache=True)
     states = [layer.state for layer in cache.layers]
     places = [tensor.data_ptr() for state in states for _, tensor in state.tensors()]
@@ -31,4 +31,4 @@ def check(setting: Setting) -> Found:
         f"over {steps} steps the tensors {'stayed' if stayed else 'did not stay'} where they were, and a step changed at most "
         f"{most} of the slots of a KV head"
     )
-    return Found(verdict([stayed, most == 1]), sentence, {"steps": steps, "slots_changed": most, "tensors_stayed": stayed})
+    return Finding(verdict([stayed, most == 1]), sentence, {"steps": steps, "slots_changed": most, "tensors_stayed": stayed})

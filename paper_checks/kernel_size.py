@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from less_fast.measuring.compare import share_recovered
 
-from .check import SMALL, Found, Setting, verdict
+from .check import SMALL, Finding, Subject, verdict
 
 CLAIM = "A larger rank helps, with diminishing returns; R = 8 suffices"
 PAPER = "R = 8 suffices (fig. 7)"
@@ -13,22 +13,22 @@ WIDTHS = (0, 8, 128, 512)  # with R = 8
 SUFFICES = 0.9  # of what the best rank recovers
 
 
-def check(setting: Setting) -> Found:
+def check(subject: Subject) -> Finding:
     """Trains kernels of each size by one small recipe; returns diminish where each further rank gains less than those before."""
-    windows, policy = setting.windows(32), setting.policies()[-2 if not setting.quick else 0]
+    windows, policy = subject.windows(32), subject.policies()[-2 if not subject.quick else 0]
     sizes = [(rank, SMALL.hidden) for rank in RANKS] + [(SMALL.rank, width) for width in WIDTHS]
-    if setting.quick:
+    if subject.quick:
         sizes = [(1, SMALL.hidden), (SMALL.rank, SMALL.hidden), (SMALL.rank, 0)]
-    full, bare, rows, figures, found = setting.losses(windows), setting.losses(windows, policy), [], {}, {}
+    full, bare, rows, figures, measured = subject.losses(windows), subject.losses(windows, policy), [], {}, {}
     for rank, hidden in sizes:
-        kernels = setting.train(policy, rank=rank, hidden=hidden)
-        recovered, stderr = share_recovered(full, bare, setting.losses(windows, policy, kernels))
+        kernels = subject.train(policy, rank=rank, hidden=hidden)
+        recovered, stderr = share_recovered(full, bare, subject.losses(windows, policy, kernels))
         errors = kernels.about["validation"]
         left = sum(layer["less"] / layer["bare"] for layer in errors) / len(errors)
-        found[rank, hidden] = kernels.memory(), recovered, stderr
+        measured[rank, hidden] = kernels.memory(), recovered, stderr
         figures[f"R {rank}, hidden {hidden}"] = {"bytes": kernels.memory(), "recovered": (recovered, stderr), "error_left": left}
         rows.append([str(rank), str(hidden), f"{kernels.memory():,}", f"{left:.3f}", f"{recovered:.1%} ± {stderr:.1%}"])
-    by_rank = {rank: share for (rank, hidden), (_, share, _) in found.items() if hidden == SMALL.hidden}
+    by_rank = {rank: share for (rank, hidden), (_, share, _) in measured.items() if hidden == SMALL.hidden}
     gains = [(by_rank[more] - by_rank[rank]) / (more - rank) for rank, more in pairwise(by_rank)]  # of each further rank
     enough = by_rank[SMALL.rank] / max(by_rank.values())
     parts = [all(gain > 0 for gain in gains), all(a > b for a, b in pairwise(gains)), enough >= SUFFICES]
@@ -37,7 +37,7 @@ def check(setting: Setting) -> Found:
         lines = {f"R varies, hidden {SMALL.hidden}": 1, f"hidden varies, R = {SMALL.rank}": 0}
         for label, fixed in lines.items():
             size = (SMALL.rank, SMALL.hidden)[fixed]
-            line = sorted(point for key, point in found.items() if key[fixed] == size)
+            line = sorted(point for key, point in measured.items() if key[fixed] == size)
             axes.errorbar(*zip(*line), marker="o", capsize=3, label=label)
         axes.set(xlabel="bytes of the kernels", ylabel="gap recovered", xscale="log", title=f"{policy}, uniform budgets")
         axes.legend()
@@ -48,4 +48,4 @@ def check(setting: Setting) -> Found:
         f"at R = {SMALL.rank} {enough:.0%} of the best"
     )
     headings = ["R", "hidden", "kernel bytes", "error left in each layer alone", "gap recovered"]
-    return Found(verdict(parts), sentence, figures, headings, rows, {"kernel_size": draw})
+    return Finding(verdict(parts), sentence, figures, headings, rows, {"kernel_size": draw})

@@ -5,7 +5,7 @@ from transformers import DynamicCache
 
 from less_fast import LessCache
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "Gains persist at long sequences"
 PAPER = "gains hold with growing length"
@@ -16,18 +16,18 @@ PARTS = 8  # of a window
 def losses(model, ids, cache):
     """Mean loss in each eighth of the windows, (PARTS,)."""
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-    found = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (W, T - 1)
-    return torch.stack([part.mean() for part in found.tensor_split(PARTS, dim=1)]).double()
+    nats = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (W, T - 1)
+    return torch.stack([part.mean() for part in nats.tensor_split(PARTS, dim=1)]).double()
 
 
-def check(setting: Setting) -> Found:
-    model, policy = setting.model, setting.policies()[0]
-    windows, total = setting.windows(32).to(model.device), {}
+def check(subject: Subject) -> Finding:
+    model, policy = subject.model, subject.policies()[0]
+    windows, total = subject.windows(32).to(model.device), {}
     for ids in windows.split(8):
         caches = {
             "full": DynamicCache(config=model.config),
             "bare": LessCache.for_model(model, policy, chunk=1),
-            "LESS": LessCache.for_model(model, policy, setting.kernels, "uniform", chunk=1),
+            "LESS": LessCache.for_model(model, policy, subject.kernels, "uniform", chunk=1),
         }
         for name, cache in caches.items():
             total[name] = total.get(name, 0) + losses(model, ids, cache) * len(ids) / len(windows)
@@ -35,8 +35,8 @@ def check(setting: Setting) -> Found:
     later = share[PARTS // 2 :]
 
     def draw(axes):
-        for name, found in total.items():
-            axes.plot(torch.arange(1, PARTS + 1) * windows.shape[1] / PARTS, found, marker="o", label=name)
+        for name, loss in total.items():
+            axes.plot(torch.arange(1, PARTS + 1) * windows.shape[1] / PARTS, loss, marker="o", label=name)
         axes.set(xlabel="tokens", ylabel="loss, nats per token", title=f"by position, {policy}")
         axes.legend()
 
@@ -48,6 +48,6 @@ def check(setting: Setting) -> Found:
         f"of the loss that {policy} adds LESS removes {share[1]:.0%} in the second eighth of {windows.shape[1]} tokens and "
         f"{share[-1]:.0%} in the last"
     )
-    figures = {name: found.tolist() for name, found in total.items()} | {"share": share.tolist()}
+    figures = {name: loss.tolist() for name, loss in total.items()} | {"share": share.tolist()}
     headings = ["part of the window", "full", "bare", "LESS", "removed"]
-    return Found(verdict((later > 0).tolist()), sentence, figures, headings, rows, {"long_sequences": draw})
+    return Finding(verdict((later > 0).tolist()), sentence, figures, headings, rows, {"long_sequences": draw})

@@ -4,7 +4,7 @@ import torch
 
 from less_fast import LessCache
 
-from .check import FAILS, HOLDS, IN_PART, Found, Setting
+from .check import FAILS, HOLDS, IN_PART, Finding, Subject
 
 CLAIM = "Evictions are decided by scores, not by rounding"
 PAPER = "not in the paper"
@@ -12,11 +12,11 @@ CLOSE = 1e-5  # relative, some hundred times the rounding of float32
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
-    model, policy = setting.model, setting.policies()[0]
-    ids = setting.windows(4).to(model.device)
-    cache = LessCache.for_model(model, policy, setting.kernels, "uniform")
-    start = ids.shape[1] - (8 if setting.quick else 256)
+def check(subject: Subject) -> Finding:
+    model, policy = subject.model, subject.policies()[0]
+    ids = subject.windows(4).to(model.device)
+    cache = LessCache.for_model(model, policy, subject.kernels, "uniform")
+    start = ids.shape[1] - (8 if subject.quick else 256)
     model(ids[:, :start], past_key_values=cache, use_cache=True)
     close = count = 0
     for column in range(start, ids.shape[1]):
@@ -30,5 +30,5 @@ def check(setting: Setting) -> Found:
                 count += lowest[..., 0].numel()
     share = close / count
     sentence = f"of {count:,} decisions of {policy}, {share:.2%} lie between scores within {CLOSE:.0e} of each other"
-    found = HOLDS if share < 0.01 else IN_PART if share < 0.5 else FAILS
-    return Found(found, sentence, {"decisions": count, "near_ties": close, "within": CLOSE})
+    judged = HOLDS if share < 0.01 else IN_PART if share < 0.5 else FAILS
+    return Finding(judged, sentence, {"decisions": count, "near_ties": close, "within": CLOSE})

@@ -11,21 +11,21 @@ from less_fast import setting as cache_setting
 from less_fast.hf.architecture import less_layers, sizes
 from less_fast.training.joint import divergence
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "The parallel form, in which kernels are trained, equals recurrent inference"
 PAPER = "equal"
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
+def check(subject: Subject) -> Finding:
     """The divergence from the full cache's predictions, in float64: what training minimises, and what a cache gives."""
-    model = copy.deepcopy(setting.model).double()
-    ids = setting.windows(2, setting.length // 4).to(model.device)
+    model = copy.deepcopy(subject.model).double()
+    ids = subject.windows(2, subject.length // 4).to(model.device)
     full = model(ids, past_key_values=DynamicCache(config=model.config)).logits.log_softmax(-1)
     rows, worst = [], 0.0
-    for policy in setting.policies():
-        for name, kernels in (("LESS", setting.kernels), ("the paper's kernels", setting.paper_kernels)):
+    for policy in subject.policies():
+        for name, kernels in (("LESS", subject.kernels), ("the paper's kernels", subject.paper_kernels)):
             if kernels is None:
                 continue
             kernels = copy.deepcopy(kernels).double()
@@ -38,4 +38,4 @@ def check(setting: Setting) -> Found:
             rows.append([name, str(policy.budget), f"{recurrent:.10f}", f"{parallel:.10f}"])
     sentence = f"divergences from the full cache, token by token and in parallel, differ by at most {worst:.0e} of them (float64)"
     headings = ["kernels", "tokens kept", "token by token", "in parallel"]
-    return Found(verdict([worst < 1e-9]), sentence, {"largest_relative_difference": worst}, headings, rows)
+    return Finding(verdict([worst < 1e-9]), sentence, {"largest_relative_difference": worst}, headings, rows)

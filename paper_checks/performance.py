@@ -14,15 +14,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.layer.step import compiled
-from less_fast.measuring.bench import attention_steps, decode, fill, prefill
+from less_fast.measuring import versions
+from less_fast.measuring.bench import attention_steps, decode, prefill
+from less_fast.measuring.caches import fill
 
 HERE = Path(__file__).parent
 MODES = ("", ", compiled")
@@ -197,13 +199,12 @@ def main():
         "command": "python paper_checks/performance.py",
         "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars],
         "rows": rows,
     }
-    aside = HERE / "results" / ".performance.json.new"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.rename(HERE / "results" / "performance.json")
+    with aside(HERE / "results" / "performance.json") as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

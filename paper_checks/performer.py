@@ -5,25 +5,25 @@ import torch
 from less_fast import LessKernels
 from less_fast.measuring.compare import compare
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "Learned kernels are needed: H2O with Performer's features is worse than LESS"
 PAPER = "worse than LESS"
 CONTROLS = ("performer", "fourier", "elu")
 
 
-def check(setting: Setting) -> Found:
-    torch.manual_seed(setting.seed)
-    shape = {name: setting.kernels.sizes[name] for name in ("layers", "query_heads", "kv_heads", "head_dim")}
-    controls = {family: LessKernels(**shape, family=family).requires_grad_(False).to(setting.model.device) for family in CONTROLS}
-    learned = setting.paper_kernels or setting.kernels
-    rows = compare(setting.model, setting.windows(32), setting.policies(), {"learned": learned, **controls})
-    found = [row for row in rows if row.cache == "less" and row.budgets == "uniform"]
-    best = {row.budget: row.perplexity for row in found if row.kernels == "learned"}
-    parts = [row.perplexity > best[row.budget] if row.kernels != "learned" else row.recovered > 0 for row in found]
-    lines = [[row.kernels, str(row.budget), f"{row.perplexity:.2f}", f"{row.recovered:.1%}"] for row in found]
-    recovered = {name: [f"{row.recovered:.1%}" for row in found if row.kernels == name] for name in ("learned", "performer")}
+def check(subject: Subject) -> Finding:
+    torch.manual_seed(subject.seed)
+    shape = {name: subject.kernels.sizes[name] for name in ("layers", "query_heads", "kv_heads", "head_dim")}
+    controls = {family: LessKernels(**shape, family=family).requires_grad_(False).to(subject.model.device) for family in CONTROLS}
+    learned = subject.paper_kernels or subject.kernels
+    rows = compare(subject.model, subject.windows(32), subject.policies(), {"learned": learned, **controls})
+    less = [row for row in rows if row.cache == "less" and row.budgets == "uniform"]
+    best = {row.budget: row.perplexity for row in less if row.kernels == "learned"}
+    parts = [row.perplexity > best[row.budget] if row.kernels != "learned" else row.recovered > 0 for row in less]
+    lines = [[row.kernels, str(row.budget), f"{row.perplexity:.2f}", f"{row.recovered:.1%}"] for row in less]
+    recovered = {name: [f"{row.recovered:.1%}" for row in less if row.kernels == name] for name in ("learned", "performer")}
     ours, theirs = (", ".join(recovered[name]) for name in ("learned", "performer"))
     sentence = f"of the gap, learned kernels recover {ours}, Performer's {theirs}"
-    figures = {"recovered": {f"{row.kernels}, {row.budget}": row.recovered for row in found}}
-    return Found(verdict(parts), sentence, figures, ["kernels", "tokens kept", "perplexity", "gap recovered"], lines)
+    figures = {"recovered": {f"{row.kernels}, {row.budget}": row.recovered for row in less}}
+    return Finding(verdict(parts), sentence, figures, ["kernels", "tokens kept", "perplexity", "gap recovered"], lines)

@@ -2,16 +2,16 @@
 
 from dataclasses import asdict
 
-from less_fast.measuring.compare import compare
+from less_fast.measuring.compare import cache_name, compare, spell_share
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "LESS beats the bare policy, and Baseline+ of the same memory"
 PAPER = "WikiText, Llama 2 7B, H2O at 2 %: 13.33 bare, 10.75 LESS"
 
 
-def check(setting: Setting) -> Found:
-    rows = compare(setting.model, setting.windows(64), setting.policies(), setting.families())
+def check(subject: Subject) -> Finding:
+    rows = compare(subject.model, subject.windows(64), subject.policies(), subject.families())
     equal, parts = {}, []
     for row in rows:
         if row.cache in ("bare", "baseline+"):
@@ -20,11 +20,11 @@ def check(setting: Setting) -> Found:
             parts += [row.perplexity < equal["bare", "uniform"], row.perplexity < equal["baseline+", row.budgets]]
     lines = [
         [
-            {"less": f"LESS, {row.kernels}", "baseline+": "Baseline+"}.get(row.cache, row.cache),
+            cache_name(row),
             "all" if row.budget is None else str(row.budget),
             row.budgets or "",
             f"{row.perplexity:.2f} ± {row.stderr:.2f}",
-            "" if row.recovered is None else f"{row.recovered:.1%} ± {row.recovered_stderr:.1%}",
+            spell_share(row.recovered, row.recovered_stderr),
             f"{row.bytes:,}",
         ]
         for row in rows
@@ -32,4 +32,4 @@ def check(setting: Setting) -> Found:
     headings = ["cache", "tokens kept", "budgets", "perplexity", "gap recovered", "bytes/sequence"]
     sentence = f"in {sum(parts)} of {len(parts)} comparisons LESS has the lower perplexity; full cache {rows[0].perplexity:.2f}"
     figures = {"rows": [asdict(row) for row in rows]}
-    return Found(verdict(parts), sentence, figures, headings, lines)
+    return Finding(verdict(parts), sentence, figures, headings, lines)

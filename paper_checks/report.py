@@ -4,34 +4,34 @@ import base64
 import html
 import io
 import json
-import os
 from pathlib import Path
 
 import matplotlib
 
-from .check import Found
+from less_fast.files import aside
+
+from .check import Finding
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def write(folder: Path, checks: dict[str, tuple[object, Found, float]], about: dict) -> None:
+def write(folder: Path, checks: dict[str, tuple[object, Finding, float]], about: dict) -> None:
     """checks: by name, the module, what it found, and how many seconds it took. Each file is written aside, then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        name: {"claim": module.CLAIM, "paper": module.PAPER, "verdict": found.verdict, "sentence": found.sentence}
-        | {"figures": found.figures, "seconds": round(seconds, 1)}
-        for name, (module, found, seconds) in checks.items()
+        name: {"claim": module.CLAIM, "paper": module.PAPER, "verdict": finding.verdict, "sentence": finding.sentence}
+        | {"figures": finding.figures, "seconds": round(seconds, 1)}
+        for name, (module, finding, seconds) in checks.items()
     }
-    pictures = {name: picture(draw) for _, found, _ in checks.values() for name, draw in found.pictures.items()}
+    pictures = {name: picture(draw) for _, finding, _ in checks.values() for name, draw in finding.pictures.items()}
     files = {f"{name}.png": content for name, content in pictures.items()}
     files["report.json"] = (json.dumps({"about": about, "checks": record}, indent=2) + "\n").encode()
     files["report.md"] = markdown(checks, about).encode()
     files["report.html"] = page(checks, about, pictures).encode()
     for name, content in files.items():
-        aside = folder / f".{name}.new"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        with aside(folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def picture(draw) -> bytes:
@@ -46,14 +46,14 @@ def picture(draw) -> bytes:
 def markdown(checks, about) -> str:
     lines = ["# The paper's claims, measured", "", ", ".join(f"{name}: {value}" for name, value in about.items()), ""]
     lines += ["| claim | the paper | verdict | measured |", "|---|---|---|---|"]
-    for module, found, _ in checks.values():
-        lines.append(f"| {module.CLAIM} | {module.PAPER} | **{found.verdict}** | {found.sentence} |")
-    for name, (module, found, seconds) in checks.items():
-        lines += ["", f"## {name}", "", f"{module.CLAIM}. **{found.verdict}**: {found.sentence}. ({seconds:.0f} s)"]
-        if found.rows:
-            lines += ["", "| " + " | ".join(found.headings) + " |", "|" + "---|" * len(found.headings)]
-            lines += ["| " + " | ".join(row) + " |" for row in found.rows]
-        lines += [f"\n![{picture}]({picture}.png)" for picture in found.pictures]
+    for module, finding, _ in checks.values():
+        lines.append(f"| {module.CLAIM} | {module.PAPER} | **{finding.verdict}** | {finding.sentence} |")
+    for name, (module, finding, seconds) in checks.items():
+        lines += ["", f"## {name}", "", f"{module.CLAIM}. **{finding.verdict}**: {finding.sentence}. ({seconds:.0f} s)"]
+        if finding.rows:
+            lines += ["", "| " + " | ".join(finding.headings) + " |", "|" + "---|" * len(finding.headings)]
+            lines += ["| " + " | ".join(row) + " |" for row in finding.rows]
+        lines += [f"\n![{picture}]({picture}.png)" for picture in finding.pictures]
     return "\n".join(lines) + "\n"
 
 
@@ -70,14 +70,16 @@ def page(checks, about, pictures) -> str:
         f"<p>{html.escape(', '.join(f'{name}: {value}' for name, value in about.items()))}</p>",
         table(
             ["claim", "the paper", "verdict", "measured"],
-            [[module.CLAIM, module.PAPER, found.verdict, found.sentence] for module, found, _ in checks.values()],
+            [[module.CLAIM, module.PAPER, finding.verdict, finding.sentence] for module, finding, _ in checks.values()],
         ),
     ]
-    for name, (module, found, _) in checks.items():
-        parts.append(f"<h2>{name}</h2><p>{html.escape(module.CLAIM)}. <b>{found.verdict}</b>: {html.escape(found.sentence)}.</p>")
-        if found.rows:
-            parts.append(table(found.headings, found.rows))
-        for picture in found.pictures:
+    for name, (module, finding, _) in checks.items():
+        parts.append(
+            f"<h2>{name}</h2><p>{html.escape(module.CLAIM)}. <b>{finding.verdict}</b>: {html.escape(finding.sentence)}.</p>"
+        )
+        if finding.rows:
+            parts.append(table(finding.headings, finding.rows))
+        for picture in finding.pictures:
             coded = base64.b64encode(pictures[picture]).decode()
             parts.append(f"<img alt='{picture}' src='data:image/png;base64,{coded}'>")
     return "".join(parts) + "\n"

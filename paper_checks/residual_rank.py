@@ -6,7 +6,7 @@ from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
 from less_fast.layer.parallel import dense, eviction_times
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "The residual of sparse attention is low-rank: its singular values fall faster than the whole map's"
 PAPER = "they fall faster (fig. 3)"
@@ -25,15 +25,15 @@ def maps(q, k, e, scale):
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
-    model, policy = setting.model, setting.policies()[-2 if not setting.quick else 0]
-    ids = setting.windows(4, setting.length // 2).to(model.device)
+def check(subject: Subject) -> Finding:
+    model, policy = subject.model, subject.policies()[-2 if not subject.quick else 0]
+    ids = subject.windows(4, subject.length // 2).to(model.device)
     shares = {"map": [], "residual": []}
     spectra = {"map": [], "residual": []}
 
     def attention(q, k, v, scale):
         e = eviction_times(q, k, v, policy, scale)
-        full, kept = (some.cpu() for some in maps(q.cpu(), k.cpu(), e.cpu(), scale))
+        full, kept = (matrix.cpu() for matrix in maps(q.cpu(), k.cpu(), e.cpu(), scale))
         for name, matrix in (("map", full), ("residual", full - kept)):
             values = torch.linalg.svdvals(matrix)  # (N, Hq, T)
             energy = values.square() / values.square().sum(-1, keepdim=True).clamp(min=1e-30)
@@ -59,4 +59,4 @@ def check(setting: Setting) -> Found:
     rows = [[str(layer), f"{a.mean():.1%}", f"{b.mean():.1%}"] for layer, (a, b) in enumerate(zip(full, residual))]
     headings = ["layer", f"of the map in {KEPT}", f"of the residual in {KEPT}"]
     every = verdict([residual.mean() > full.mean(), lower == 1])
-    return Found(every, sentence, figures, headings, rows, {"residual_rank": draw})
+    return Finding(every, sentence, figures, headings, rows, {"residual_rank": draw})

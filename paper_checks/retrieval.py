@@ -5,27 +5,27 @@ from transformers import DynamicCache
 
 from less_fast import LessCache
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "Exact retrieval from far back: LESS keeps what the full cache can do"
 PAPER = "not in the paper; known to fail under eviction"
 
 
 @torch.inference_mode()
-def check(setting: Setting) -> Found:
+def check(subject: Subject) -> Finding:
     """The share of the second list's tokens that are predicted right, by how many tokens lie between."""
-    model, policy = setting.model, setting.policies()[-1]
+    model, policy = subject.model, subject.policies()[-1]
     rows, figures, kept = [], {}, []
-    rng = torch.Generator().manual_seed(setting.seed)
-    lists = 2 if setting.quick else 16
-    for length in (32,) if setting.quick else (16, 64, 192, 448):
-        first = torch.randint(1, setting.model.config.vocab_size, (lists, length), generator=rng)
+    rng = torch.Generator().manual_seed(subject.seed)
+    lists = 2 if subject.quick else 16
+    for length in (32,) if subject.quick else (16, 64, 192, 448):
+        first = torch.randint(1, subject.model.config.vocab_size, (lists, length), generator=rng)
         ids = torch.cat([first, first], 1).to(model.device)
         right = {}
         for name, cache in {
             "full": DynamicCache(config=model.config),
             "bare": LessCache.for_model(model, policy, chunk=1),
-            "LESS": LessCache.for_model(model, policy, setting.kernels, chunk=1),
+            "LESS": LessCache.for_model(model, policy, subject.kernels, chunk=1),
         }.items():
             guesses = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, length:-1].argmax(-1)
             right[name] = (guesses == ids[:, length + 1 :]).float().mean().item()
@@ -37,4 +37,4 @@ def check(setting: Setting) -> Found:
         f"of random lists of {max(figures)} tokens the full cache copies {last['full']:.0%}, {policy} {last['bare']:.0%}, LESS "
         f"{last['LESS']:.0%}"
     )
-    return Found(verdict(kept), sentence, figures, ["tokens", "full", "bare", "LESS"], rows)
+    return Finding(verdict(kept), sentence, figures, ["tokens", "full", "bare", "LESS"], rows)

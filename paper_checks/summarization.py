@@ -10,9 +10,9 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from less_fast.measuring.compare import contenders, share_recovered
+from less_fast.measuring.harness import CachedLM
 
-from .check import Found, Setting, verdict
-from .harness import CachedLM
+from .check import Finding, Subject, verdict
 
 CLAIM = "Summarisation: LESS above the bare policy and above Baseline+, by ROUGE"
 PAPER = "Falcon 7B, 10 % H2O: 41.4 % of the Rouge-1 loss recovered"
@@ -23,16 +23,16 @@ NEW = 128  # tokens that are written at most, or an eighth of a window
 ROWS = 64  # texts in one forward pass
 
 
-def prompts(setting: Setting, new: int) -> list[list[int]]:
+def prompts(subject: Subject, new: int) -> list[list[int]]:
     """Tokens of each prompt, with room for the new ones in a window. A long article loses its end."""
-    if setting.summaries is None:
-        return setting.windows(TEXTS)[:, :-new].tolist()
-    tokenizer, found = setting.tokenizer, []
+    if subject.summaries is None:
+        return subject.windows(TEXTS)[:, :-new].tolist()
+    tokenizer, tokens = subject.tokenizer, []
     frame = len(tokenizer(PROMPT.format(""))["input_ids"])
-    for article, _ in setting.summaries:
-        ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"][: setting.length - new - frame]
-        found.append(tokenizer(PROMPT.format(tokenizer.decode(ids)))["input_ids"])
-    return found
+    for article, _ in subject.summaries:
+        ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"][: subject.length - new - frame]
+        tokens.append(tokenizer(PROMPT.format(tokenizer.decode(ids)))["input_ids"])
+    return tokens
 
 
 def rouge(references: list[str], texts: list[str]) -> torch.Tensor:
@@ -42,36 +42,36 @@ def rouge(references: list[str], texts: list[str]) -> torch.Tensor:
     return torch.tensor([[score[kind].fmeasure for kind in KINDS] for score in scores], dtype=torch.float64)
 
 
-def check(setting: Setting) -> Found:
-    new = min(NEW, setting.length // 8)
-    given = prompts(setting, new)
-    references = setting.summaries and [summary for _, summary in setting.summaries]
+def check(subject: Subject) -> Finding:
+    new = min(NEW, subject.length // 8)
+    contexts = prompts(subject, new)
+    references = subject.summaries and [summary for _, summary in subject.summaries]
     scores, parts, lines, figures, shares = {}, [], [], {}, []
-    for one in contenders(setting.model, setting.policies(), setting.families()):
-        lm = CachedLM(setting.model, setting.tokenizer, one.make, None, ROWS, setting.length)
+    for contender in contenders(subject.model, subject.policies(), subject.families()):
+        lm = CachedLM(subject.model, subject.tokenizer, contender.make, None, ROWS, subject.length)
         texts = []
-        for start in range(0, len(given), ROWS):
-            texts += lm.generate(given[start : start + ROWS], new, do_sample=False)
+        for start in range(0, len(contexts), ROWS):
+            texts += lm.generate(contexts[start : start + ROWS], new, do_sample=False)
         references = references or texts  # of the full cache, which comes first
-        scores[one.cache, one.budgets, one.policy] = score = rouge(references, texts)
-        kept, spread = one.policy.budget if one.policy else "all", one.budgets or ""
-        name = ", ".join(filter(None, (one.cache, one.kernels)))
+        scores[contender.cache, contender.budgets, contender.policy] = score = rouge(references, texts)
+        kept, spread = contender.policy.budget if contender.policy else "all", contender.budgets or ""
+        name = ", ".join(filter(None, (contender.cache, contender.kernels)))
         line = [name, str(kept), spread, *(f"{mean:.3f}" for mean in score.mean(0).tolist()), ""]
         figures[f"{name}, {kept}, {spread}"] = measured = {"rouge": dict(zip(KINDS, score.mean(0).tolist()))}
-        if one.cache in ("bare", "full"):
-            scores[one.cache] = score
+        if contender.cache in ("bare", "full"):
+            scores[contender.cache] = score
         elif scores["bare"][:, 0].mean() < scores["full"][:, 0].mean():
             share, stderr = share_recovered(*(x[:, 0] for x in (scores["full"], scores["bare"], score)), of=torch.Tensor.clone)
             line[-1] = f"{share:.1%} ± {stderr:.1%}"
             measured["recovered"] = share, stderr
-        if one.cache == "less":
-            others = scores["bare"], scores["baseline+", one.budgets, one.plus]
+        if contender.cache == "less":
+            others = scores["bare"], scores["baseline+", contender.budgets, contender.plus]
             parts.append(all((score.mean(0) > other.mean(0)).all().item() for other in others))
-            shares.append(f"{line[-1]} at {kept} tokens ({one.kernels}, {spread})")
+            shares.append(f"{line[-1]} at {kept} tokens ({contender.kernels}, {spread})")
         lines.append(line)
     sentence = (
-        f"over {len(given)} texts LESS has the higher Rouge-1, 2 and L in {sum(parts)} of {len(parts)} cells, and of the Rouge-1 "
-        f"loss recovers {', '.join(shares)}"
+        f"over {len(contexts)} texts LESS has the higher Rouge-1, 2 and L in {sum(parts)} of {len(parts)} cells, and of the "
+        f"Rouge-1 loss recovers {', '.join(shares)}"
     )
     headings = ["cache", "tokens kept", "budgets", "Rouge-1", "Rouge-2", "Rouge-L", "Rouge-1 loss recovered"]
-    return Found(verdict(parts), sentence, figures, headings, lines)
+    return Finding(verdict(parts), sentence, figures, headings, lines)

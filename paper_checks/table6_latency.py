@@ -18,16 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from less_fast import H2O, LessKernels
+from less_fast import H2O, LessError, LessKernels
+from less_fast.files import aside
 from less_fast.hf.architecture import sizes
+from less_fast.loading import SHAPES, find_device
+from less_fast.measuring import versions
 from less_fast.measuring.bench import decode, prefill
 from less_fast.measuring.compare import baseline_plus
-from less_fast.measuring.plan import SHAPES, plan
+from less_fast.measuring.plan import plan
 
 HERE = Path(__file__).parent
 QUICK = LlamaConfig(
@@ -78,47 +80,54 @@ def measure(model, contenders, batches, prompt, new, memory, compile):
         rank = kernels.layers[0].rank if kernels else 0
         costs = plan(model.config, policy, rank, 512, 1, prompt + new, model.dtype, int(memory * SPARE))
         batch = max(1, costs.full_batch if cache == "full" else costs.less_batch)
-        while True:
+        while batch:
             try:
                 seconds = generation(model, cache, policy, kernels, batch, prompt, new, compile)
+                yield Cell(cache, batch, prompt, new, seconds, batch * new / seconds, True)
                 break
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 batch = batch * 9 // 10
-        yield Cell(cache, batch, prompt, new, seconds, batch * new / seconds, True)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
-    parser.add_argument("--batches", default="4,16")
+    parser.add_argument("--batches", type=numbers, default="4,16", help="separated by commas")
     parser.add_argument("--prompt", type=int, default=5000)
     parser.add_argument("--new", type=int, default=5000)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--memory", type=float, help="gigabytes of the device, where it does not say itself")
+    parser.add_argument("--memory", type=float, help="gigabytes of the device, if it does not say so itself")
     parser.add_argument("--quick", action="store_true", help="a tiny model on a CPU, nothing written")
-    given = parser.parse_args()
-    if given.quick:
-        given.device, given.batches, given.prompt, given.new, given.memory = "cpu", "2", 64, 16, 0.002
-    if torch.device(given.device).type == "cpu" and not given.memory:
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.device, chosen.batches, chosen.prompt, chosen.new, chosen.memory = "cpu", [2], 64, 16, 0.002
+    try:
+        device = find_device(chosen.device)
+    except LessError as error:
+        parser.error(str(error))
+    if device.type == "cpu" and not chosen.memory:
         parser.error("on a CPU say how many gigabytes there are: --memory 16")
     torch.manual_seed(0)
-    with torch.device(given.device):
-        dtype = torch.float32 if given.quick else torch.float16
-        model = AutoModelForCausalLM.from_config(QUICK if given.quick else SHAPES[given.shape], dtype=dtype).eval()
+    with device:
+        dtype = torch.float32 if chosen.quick else torch.float16
+        model = AutoModelForCausalLM.from_config(QUICK if chosen.quick else SHAPES[chosen.shape], dtype=dtype).eval()
         kernels = LessKernels(**sizes(model)).requires_grad_(False)
     model.requires_grad_(False)
-    memory = int(given.memory * 1e9) if given.memory else torch.cuda.get_device_properties(given.device).total_memory
-    policy = H2O(1, 1).with_budget((given.prompt + given.new) // 20)
+    memory = int(chosen.memory * 1e9) if chosen.memory else torch.cuda.get_device_properties(device).total_memory
+    policy = H2O(1, 1).with_budget((chosen.prompt + chosen.new) // 20)
     contenders = {
         "full": (policy, None),
         "Baseline+": (baseline_plus(model, policy, kernels), None),
         "LESS": (policy, kernels),
     }
-    batches = [int(batch) for batch in given.batches.split(",")]
-    cells = list(measure(model, contenders, batches, given.prompt, given.new, memory, compile=not given.quick))
-    hardware = torch.cuda.get_device_name(given.device) if "cuda" in given.device else f"{os.cpu_count()} CPU cores"
-    table = Table(title=f"{'tiny' if given.quick else given.shape}, {given.prompt} + {given.new} tokens, 5 %, {hardware}")
+    cells = list(measure(model, contenders, chosen.batches, chosen.prompt, chosen.new, memory, compile=not chosen.quick))
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    table = Table(title=f"{'tiny' if chosen.quick else chosen.shape}, {chosen.prompt} + {chosen.new} tokens, 5 %, {hardware}")
     for heading in ("cache", "batch", "latency, s", "tokens/s", "against the full cache"):
         table.add_column(heading, justify="left" if heading == "cache" else "right")
     full = {cell.predicted or cell.batch: cell for cell in cells if cell.cache == "full"}
@@ -128,18 +137,17 @@ def main():
         batch = f"{cell.batch}{' (largest)' * cell.predicted}"
         table.add_row(cell.cache, batch, f"{cell.seconds:.1f}", f"{cell.tokens_per_second:,.0f}", ratio)
     Console(width=120).print(table)
-    if given.quick:
+    if chosen.quick:
         return
     record = {
-        "command": f"python paper_checks/table6_latency.py --device {given.device} --shape {given.shape} "
-        f"--batches {given.batches} --prompt {given.prompt} --new {given.new}",
+        "command": f"python paper_checks/table6_latency.py --device {chosen.device} --shape {chosen.shape} "
+        f"--batches {','.join(map(str, chosen.batches))} --prompt {chosen.prompt} --new {chosen.new}",
         "hardware": hardware,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "cells": [asdict(cell) for cell in cells],
     }
-    aside = HERE / "results" / f".table6_{given.shape}.json.new"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.rename(HERE / "results" / f"table6_{given.shape}.json")
+    with aside(HERE / "results" / f"table6_{chosen.shape}.json") as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

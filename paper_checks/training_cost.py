@@ -5,24 +5,24 @@ from dataclasses import replace
 
 from less_fast.training import RECIPES, train
 
-from .check import Found, Setting, verdict
+from .check import Finding, Subject, verdict
 
 CLAIM = "Training is cheap: each layer alone, on one device"
 PAPER = "one device, layer by layer"
 
 
-def check(setting: Setting) -> Found:
+def check(subject: Subject) -> Finding:
     """One epoch of the paper's recipe on a few windows, and what a whole training of 40 epochs on 512 would so take."""
-    windows = setting.windows(24)
+    windows = subject.windows(24)
     count = max(1, len(windows) * 2 // 3)
     began = time.perf_counter()
-    recipe = replace(RECIPES["paper"], epochs=1, hidden=8 if setting.quick else 512)
-    layers = len(train(setting.model, windows[:count], windows[count:], setting.policies()[0], recipe).about["validation"])
+    recipe = replace(RECIPES["paper"], epochs=1, hidden=8 if subject.quick else 512)
+    layers = len(train(subject.model, windows[:count], windows[count:], subject.policies()[0], recipe).about["validation"])
     each = (time.perf_counter() - began) / layers / count  # recording included
     hours = each * layers * 512 * 40 / 3600
     sentence = (
-        f"a layer takes {each * 1e3:.0f} ms for a window of {setting.length} tokens and epoch, recording included: at most "
+        f"a layer takes {each * 1e3:.0f} ms for a window of {subject.length} tokens and epoch, recording included: at most "
         f"{hours:.1f} hours for the paper's whole recipe here"
     )
     figures = {"seconds_per_window_and_layer": each, "hours": hours}
-    return Found(verdict([hours < 24]), sentence, figures)
+    return Finding(verdict([hours < 24]), sentence, figures)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from both_paths import allocate, assert_identical, empty, heads_of, room, rounded, wide, widened, with_pads
 from closeness import BUDGETS, FLOAT64, SHIFTED_BY_300, error
+from histories import evicting_nothing, replaying
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -158,23 +159,23 @@ class AnyHistory(RuleBasedStateMachine):
             real = valid[n] & sound[n]
             if real.any():
                 new = (*widened(x[n][:, real] for x in qkv), kinds[n, real].numpy())
-                self.follow(row, heads_of(self.state, n), out[n][:, real], new)
+                self.follow(row, heads_of(self.state, n, with_kinds=False), out[n][:, real], new)
 
     def follow(self, row, held, out, new):
         """The history and the reference of one row take its new tokens and evict what the fast path evicted."""
         *qkv, kinds = new
         row.tokens += zip(*(x.swapaxes(0, 1) for x in qkv), kinds)
         gone = [set(range(len(row.tokens))) - set(head.position.tolist()) for head in held]
-        given = (row.reference, *qkv, self.case.reference, self.kernels)
-        expected, before = less_ref.extend(*given, victims=[()] * len(held), kinds=kinds)
+        policies = self.case.reference_of([kind for *_, kind in row.tokens])
+        expected, before = less_ref.extend(row.reference, *qkv, evicting_nothing(policies), self.kernels)
         victims = [sorted(now - earlier) for now, earlier in zip(gone, row.evicted)]
-        _, row.reference = less_ref.extend(*given, victims=victims, kinds=kinds)
+        _, row.reference = less_ref.extend(row.reference, *qkv, replaying(policies, victims), self.kernels)
         first = [before.n == len(kinds) and not policy.fast.scored for policy in self.case.policies]
         budget = np.where(np.repeat(first, self.case.layer.group), self.budgets["first"], self.budgets["out"])[:, None]  # (Hq, 1)
         budget = budget * loss_of_digits(before, qkv[0], self.kernels)  # (Hq, m)
         for a, i in np.ndindex(budget.shape):
             self.within(budget[a, i], error(out[a, i], expected[i, a]))
-        for g, (policy, head) in enumerate(zip(self.case.reference, held)):
+        for g, (policy, head) in enumerate(zip(policies, held)):
             assert row.evicted[g] <= gone[g], "an evicted token has returned"
             row.evicted[g] = gone[g]
             assert len(head.position) == room(policy, before.heads[g], before.n)

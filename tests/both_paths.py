@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from closeness import assert_close, error
+from histories import evicting_nothing, replaying
 from strategies import fast_kernels, slices
 
 import less_fast
@@ -17,14 +18,14 @@ def wide(dtype):
 
 def allocate(case, rows=1, dtype=torch.float64, **instead):
     layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype))
-    given = dict(policy=case.fast, kernels=kernels) | instead
+    arguments = dict(policy=case.fast, kernels=kernels) | instead
     return less_fast.LayerState.allocate(
         batch=rows,
         query_heads=layer.query_heads,
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
         dtype=dtype,
-        **given,
+        **arguments,
     )
 
 
@@ -71,20 +72,23 @@ def extend(case, state, qkv, now, valid=None, kinds=None):
     return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now], case.softcap, sinks)
 
 
-def extend_reference(case, state, row, kinds, victims=None, kernels=None):
-    """The reference's on q, k, v and kinds of one row's chunk."""
+def extend_reference(case, state, row, policies, kernels=None):
+    """The reference's on q, k, v of one row's chunk."""
     kernels = case.kernels if kernels is None else kernels
-    return less_ref.extend(state, *row, case.reference, kernels, case.scale, victims, kinds, case.softcap, case.sinks)
+    return less_ref.extend(state, *row, policies, kernels, less_ref.Logits(case.scale, case.softcap, case.sinks))
 
 
-def heads_of(state, row):
-    """A row's KV heads in order, each a less_ref.Head sorted by position."""
+def heads_of(state, row, with_kinds=True):
+    """A row's KV heads in order, each a less_ref.Head sorted by position. with_kinds False: scores as the reference has them,
+    without the token's kind."""
     heads = {}
     for group in state.groups:
         for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
             held = {name: getattr(group, name)[row, index].double().numpy() for name in group.TENSORS}
             order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
             slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
+            if group.policy.kinds and not with_kinds:
+                slots["score"] = slots["score"][:, 1:]
             heads[g] = less_ref.Head(**slots, H=held["H"], z=held["z"])
     return [heads[g] for g in range(state.kv_heads)]
 
@@ -101,7 +105,7 @@ def room(policy, head, n):
 
 def assert_same_state(state, row, reference):
     assert state.n[row] == reference.n
-    for got, wanted in zip(heads_of(state, row), reference.heads, strict=True):
+    for got, wanted in zip(heads_of(state, row, with_kinds=False), reference.heads, strict=True):
         order = np.argsort(wanted.position)
         for name in ("position", "k", "v"):
             assert np.array_equal(getattr(got, name), getattr(wanted, name)[order])
@@ -121,7 +125,7 @@ def assert_extends_alike(case, state, reference, qkv, chunks):
     for now in chunks:
         out = extend(case, state, qkv, now)
         row = widened(x[0] for x in at(qkv, now))
-        expected, reference = extend_reference(case, reference, row, case.kinds(0)[now])
+        expected, reference = extend_reference(case, reference, row, case.reference_of(case.kinds(0)))
         assert_close(out[0].transpose(0, 1), expected)
         assert_same_state(state, 0, reference)
     return reference
@@ -129,14 +133,14 @@ def assert_extends_alike(case, state, reference, qkv, chunks):
 
 def assert_rows_equal_the_reference_alone(case, state, references, qkv, valid):
     """Every row of a padded batch, chunk by chunk; returns the reference's states at the end."""
+    policies = [case.reference_of(case.kinds(row)[tokens]) for row, tokens in enumerate(valid)]
     for now in slices(case.chunks):
         out = extend(case, state, qkv, now, valid)
         for row, tokens in enumerate(valid[:, now]):
             assert not out[row, :, ~tokens].any()
             if tokens.any():
                 real = widened(x[row][:, tokens] for x in at(qkv, now))
-                kinds = case.kinds(row)[now][tokens]
-                expected, references[row] = extend_reference(case, references[row], real, kinds)
+                expected, references[row] = extend_reference(case, references[row], real, policies[row])
                 assert_close(out[row][:, tokens].transpose(0, 1), expected)
             assert_same_state(state, row, references[row])
     return references
@@ -147,6 +151,7 @@ def lower_precision_errors(case, dtype):
     state, reference, qkv = allocate(case, dtype=dtype), empty(case), batch(case, dtype=dtype)
     kernels = rounded(case.kernels, wide(dtype))
     errors = dict.fromkeys(("out", "score", "H", "z", "rank", "first"), 0.0)
+    policies = case.reference_of(case.kinds(0))
     unscored = not all(policy.fast.scored for policy in case.policies)
 
     def note(what, actual, expected):
@@ -156,20 +161,19 @@ def lower_precision_errors(case, dtype):
         row = widened(x[0] for x in at(qkv, now))
         out = extend(case, state, qkv, now)
         kept = positions(state, 0)
-        rest = (case, reference, row, case.kinds(0)[now])
-        _, all_held = extend_reference(*rest, [()] * case.layer.kv_heads, kernels)
-        gone = [np.setdiff1d(head.position, some) for head, some in zip(all_held.heads, kept)]
-        expected, reference = extend_reference(*rest, gone, kernels)
-        for policy, head, some in zip(case.reference, all_held.heads, kept):
-            assert len(some) == room(policy, head, now.stop)
-            assert np.isin(some, head.position).all()
-            rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, some)
+        _, all_held = extend_reference(case, reference, row, evicting_nothing(policies), kernels)
+        gone = [np.setdiff1d(head.position, stays) for head, stays in zip(all_held.heads, kept)]
+        expected, reference = extend_reference(case, reference, row, replaying(policies, gone), kernels)
+        for policy, head, held in zip(policies, all_held.heads, kept):
+            assert len(held) == room(policy, head, now.stop)
+            assert np.isin(held, head.position).all()
+            rank, stays = policy.rank(head.position, head.score, now.stop).astype(float), np.isin(head.position, held)
             if not stays.all():
                 lowest_kept, highest_gone = rank[stays].min(), rank[~stays].max()
                 excess = 0.0 if highest_gone <= lowest_kept else highest_gone - lowest_kept
                 errors["rank"] = max(errors["rank"], excess / max(1.0, abs(lowest_kept)))
         note("first" if unscored and now.start == 0 else "out", out[0].transpose(0, 1), expected)
-        for got, wanted in zip(heads_of(state, 0), reference.heads):
+        for got, wanted in zip(heads_of(state, 0, with_kinds=False), reference.heads):
             order = np.argsort(wanted.position)
             assert np.array_equal(got.k, wanted.k[order])
             assert np.array_equal(got.v, wanted.v[order])

@@ -35,10 +35,10 @@ def feed(model, ids, cache, prompt, positions=None):
 def assert_same_states(cache, others, rows):
     """Row i of every layer of the cache holds what row rows[i] of cache others[i] holds."""
     for index, layer in enumerate(cache.layers):
-        for row, (other, its) in enumerate(zip(others, rows, strict=True)):
+        for row, (other, source) in enumerate(zip(others, rows, strict=True)):
             state = other.layers[index].state
-            assert layer.state.n[row] == state.n[its]
-            for got, wanted in zip(heads_of(layer.state, row), heads_of(state, its), strict=True):
+            assert layer.state.n[row] == state.n[source]
+            for got, wanted in zip(heads_of(layer.state, row), heads_of(state, source), strict=True):
                 assert got.position.tolist() == wanted.position.tolist()
                 for name in ("k", "v", "score", "H", "z"):
                     assert_close(getattr(got, name), getattr(wanted, name))

@@ -68,7 +68,7 @@ def tokens(*shape, seed=0):
 def recorded(model, ids, index):
     """q, k, v and the scale of one layer under the full cache."""
     kept, attentions = [], [dense] * sizes(model)["layers"]
-    attentions[index] = lambda *given: kept.append(given) or dense(*given)
+    attentions[index] = lambda *arguments: kept.append(arguments) or dense(*arguments)
     predictions(model, ids, attentions)
     return kept[0]
 
@@ -79,8 +79,10 @@ def make_kinds(seed=0, size=SIZES["vocab_size"]):
     return torch.multinomial(share, size, replacement=True, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_policy(policy):
-    return getattr(less_ref, type(policy).__name__)(**vars(policy))
+def reference_policy(policy, kinds=None):
+    """kinds (T,): of the tokens by position, for a policy that asks."""
+    more = dict(kinds=tuple(kinds)) if policy.kinds else {}
+    return getattr(less_ref, type(policy).__name__)(**vars(policy), **more)
 
 
 def reference_kernels(layer):

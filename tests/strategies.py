@@ -50,9 +50,10 @@ class Policy:
     name: str
     fields: tuple
 
-    @property
-    def reference(self):
-        return getattr(less_ref, self.name)(*self.fields)
+    def reference(self, kinds):
+        """kinds (T,): of the tokens by position, for a policy that asks."""
+        kinds = [tuple(kinds)] if self.fast.kinds else []
+        return getattr(less_ref, self.name)(*self.fields, *kinds)
 
     @property
     def fast(self):
@@ -106,7 +107,7 @@ def chunkings(length):
     """Lengths of at least 1 that sum to `length`: one chunk, streaming, a prompt and then streaming, or anything."""
     prompt = st.integers(1, length).map(lambda p: (p,) + (1,) * (length - p))
     cuts = st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())
-    anything = cuts.map(lambda some: tuple(np.diff([0, *sorted(some), length]).tolist()))
+    anything = cuts.map(lambda ends: tuple(np.diff([0, *sorted(ends), length]).tolist()))
     return st.one_of(st.just((length,)), st.just((1,) * length), prompt, anything)
 
 
@@ -178,7 +179,11 @@ class Case:
 
     @property
     def reference(self):
-        return [policy.reference for policy in self.policies]
+        return self.reference_of(self.kinds())
+
+    def reference_of(self, kinds):
+        """The reference's policies for tokens of those kinds, by position."""
+        return [policy.reference(kinds) for policy in self.policies]
 
     @property
     def fast(self):
@@ -205,9 +210,9 @@ class Case:
 
     def run(self, **instead):
         """The reference on this case."""
-        given = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks)
-        unusual = dict(softcap=self.softcap, sinks=self.sinks)
-        return less_ref.run(**given | dict(scale=self.scale, kinds=self.kinds()) | unusual | instead)
+        usual = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks)
+        logits = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        return less_ref.run(**usual | logits | instead)
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted

@@ -119,7 +119,7 @@ def test_the_work_that_is_left_out_where_nothing_is_masked_would_change_nothing(
     states, qkv = [allocate(case, rows) for _ in "12"], batch(case, rows)
     for now in slices(case.chunks):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step_module, "_surely", lambda condition: False)
+            patch.setattr(step_module, "_known_true", lambda condition: False)
             masked = run_eager(case, states[0], qkv, now)
         assert torch.equal(run_eager(case, states[1], qkv, now), masked)
         assert_identical(*states)

@@ -1,5 +1,6 @@
 """The fast path equals the reference for every chunk, row and head: decisions exactly, numbers by `closeness.py`."""
 
+import math
 import re
 import tempfile
 from dataclasses import replace
@@ -29,6 +30,7 @@ from both_paths import (
 from closeness import FLOAT64, assert_close, error
 from hypothesis import example, given
 from hypothesis import strategies as st
+from memory import numbers_held
 from strategies import (
     ANY_ATTENTION,
     ANY_POLICY,
@@ -126,15 +128,17 @@ def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once(
 @example(APART, [3, 1, 1, 0], 2)
 def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
     qkv, state, references, kinds = batch(case, 4), allocate(case, 4), [empty(case)] * 4, kinds_of(case, 4)
+    read = [[]] * 4  # the kinds of the tokens that each row has read
     for index, now in enumerate(slices(case.chunks)):
         if index == min(before, len(case.chunks) - 1):
             state.reorder(torch.tensor(order))
-            references = [references[row] for row in order]
+            references, read = ([of_rows[row] for row in order] for of_rows in (references, read))
             *qkv, kinds = (x[order].flip(0) for x in (*qkv, kinds))  # from here on each row reads other tokens
         extend(case, state, qkv, now, kinds=kinds)
         for row, reference in enumerate(references):
             real = widened(x[row] for x in at(qkv, now))
-            references[row] = extend_reference(case, reference, real, kinds[row, now].numpy())[1]
+            read[row] = read[row] + kinds[row, now].tolist()
+            references[row] = extend_reference(case, reference, real, case.reference_of(read[row]))[1]
             assert_same_state(state, row, references[row])
 
 
@@ -223,7 +227,9 @@ def tensors_of(thing):
 @given(case=cases(length=st.integers(12, 30)), rows=st.integers(1, 3))
 def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(dtype, case, rows):
     state, qkv = allocate(case, rows, dtype), batch(case, rows, dtype)
-    numbers = less_ref.memory(case.reference, case.layer.head_dim, case.kernels)
+    ranks = [case.kernels.rank(g) if case.kernels else 0 for g in range(case.layer.kv_heads)]
+    score_sizes = [math.prod(rule.score_shape) + isinstance(rule, less_ref.FastGen) for rule in case.reference]  # and its kind
+    numbers = numbers_held([policy.budget for policy in case.reference], ranks, score_sizes, case.layer.head_dim)
     slots = sum(policy.budget + 1 for policy in case.reference)
     own = sum((policy.budget + 1) * (8 - wide(dtype).itemsize) for policy in case.fast if policy.score_dtype)
     own += 8 * case.layer.kv_heads  # which slot the next token takes
@@ -278,7 +284,7 @@ def test_eviction_times_equal_the_references(case_and_rows):
     e = eviction_times(*batch(case, rows), case.fast, case.scale, kinds_of(case, rows))
     for row in range(rows):
         q, k, v = case.qkv(row)
-        expected = less_ref.eviction_times(case.run(q=q, k=k, v=v, kinds=case.kinds(row)))
+        expected = less_ref.eviction_times(case.run(q=q, k=k, v=v, policy=case.reference_of(case.kinds(row))))
         assert e[row].tolist() == as_integers(expected, case.length).tolist()
 
 
@@ -290,7 +296,7 @@ def test_the_parallel_form_equals_the_references_streaming(case_and_rows):
     out = parallel(*qkv, e, fast_kernels(case.kernels, case.layer), case.scale)
     for row in range(rows):
         q, k, v = case.qkv(row)
-        assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v, kinds=case.kinds(row)).out)
+        assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v, policy=case.reference_of(case.kinds(row))).out)
 
 
 @given(

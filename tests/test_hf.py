@@ -48,8 +48,8 @@ def assert_the_first_layer_follows_the_reference(model, policy, kernels, chunk=N
     policies = [policy] * 2 if budgets is None else [policy.with_budget(budget) for budget in budgets[0]]
     prompt = [17] if chunk is None else [chunk] * (17 // chunk) + [17 % chunk] * (17 % chunk > 0)
     rest = reference_kernels(kernels.layers[0]), prompt + [1] * 4
-    trace = less_ref.run(q, k, v, [reference_policy(rule) for rule in policies], *rest, kinds=KINDS[ids[0]].numpy())
-    for g, head in enumerate(heads_of(cache.layers[0].state, 0)):
+    trace = less_ref.run(q, k, v, [reference_policy(rule, KINDS[ids[0]].tolist()) for rule in policies], *rest)
+    for g, head in enumerate(heads_of(cache.layers[0].state, 0, with_kinds=False)):
         assert head.position.tolist() == trace.kept[-1][g].tolist()
         for name in ("score", "H", "z"):
             assert_close(getattr(head, name), getattr(trace, name)[-1][g])
@@ -162,8 +162,8 @@ def test_budget_and_rank_tables_give_each_head_its_own_and_memory_is_what_they_s
     assert [[len(head.position) for head in layer] for layer in heads] == budgets
     assert [[len(head.z) for head in layer] for layer in heads] == ranks
     bytes_held = cache.memory()
-    numbers = [less_ref.memory([less_ref.Window(budget) for budget in row], 8) for row in budgets]
-    assert bytes_held["entries"] == 2 * 8 * sum(part["entries"] for part in numbers)
+    slots = sum(budget + 1 for row in budgets for budget in row)  # one of each head is scratch
+    assert bytes_held["entries"] == 2 * 8 * slots * 2 * 8  # rows, bytes, slots, keys and values, head_dim
     assert bytes_held["low_rank"] == 2 * 8 * sum(map(sum, ranks)) * (8 + 1)  # rows, bytes, features, head_dim + 1
 
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from both_paths import allocate, batch, extend, heads_of
 from closeness import assert_close
 from histories import history
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, policies, slices
+from models import reference_policy
+from strategies import cases, padded, policies, slices
 
 import less_fast
 import less_ref
@@ -117,11 +119,22 @@ def while_local(policy, p):
 
 
 @given(cases(policy=policies("FastGen")))
-def test_fastgen_scores_are_kind_attention_its_local_part_and_queries_seen(case):
+def test_fastgen_scores_are_attention_its_local_part_and_queries_seen(case):
     for policy, p, _, kept, score in evictions(case):
         seen = len(p) - np.arange(p.shape[1])
-        told = np.stack([case.kinds(), p.sum(0), while_local(policy, p).sum(0), seen], 1)
-        assert_close(score[:, :4], told[kept])
+        told = np.stack([p.sum(0), while_local(policy, p).sum(0), seen], 1)
+        assert_close(score[:, :3], told[kept])
+
+
+@given(padded(cases(policy=policies("FastGen"))))
+def test_in_the_fast_path_fastgen_scores_begin_with_the_kind_of_the_token_at_their_position(case_and_valid):
+    case, valid = case_and_valid
+    state, qkv = allocate(case, len(valid)), batch(case, len(valid))
+    for now in slices(case.chunks):
+        extend(case, state, qkv, now, valid)
+        for row, tokens in enumerate(valid):
+            for head in heads_of(state, row):
+                assert head.score[:, 0].tolist() == case.kinds(row)[tokens][head.position.astype(int)].tolist()
 
 
 @given(cases(policy=policies("FastGen")))
@@ -136,13 +149,13 @@ def test_fastgen_holds_all_until_over_budget_and_then_chooses_the_first_set_that
             recovered = [given[list(some)].sum() for some in sets]
             recovered[3] += while_local(policy, p)[:, list(sets[4] - sets[3])].sum()
             choice = 1 + np.argmax(np.array(recovered) >= (policy.recovery - 1e-6) * given.sum())
-        assert set(score[:, 4]) == {choice}
+        assert set(score[:, 3]) == {choice}
 
 
 @given(cases(policy=policies("FastGen")))
 def test_fastgen_keeps_its_set_and_of_that_first_the_local_then_special_then_most_attended(case):
     for policy, p, held, kept, score in evictions(case):
-        choice, n, kinds, given = int(score[0, 4]), len(p), case.kinds(), p.sum(0)
+        choice, n, kinds, given = int(score[0, 3]), len(p), case.kinds(), p.sum(0)
         if choice:
             local = range(n - policy.local if choice >= 4 else n, n)
             last = sorted(five_sets(policy, kinds, given, held, n)[choice - 1], key=lambda j: (-given[j] * (kinds[j] < 2), j))
@@ -152,12 +165,12 @@ def test_fastgen_keeps_its_set_and_of_that_first_the_local_then_special_then_mos
 
 @given(cases(policy=policies("FastGen")))
 def test_fastgen_that_must_recover_all_chooses_everything_where_all_is_attended(case):
-    rules, q, kinds = [replace(policy, recovery=1.0) for policy in case.reference], 0 * case.qkv()[0], 0 * case.kinds()
-    trace = case.run(policy=rules, q=q, kinds=kinds)
+    rules = [replace(policy, recovery=1.0) for policy in case.reference_of(0 * case.kinds())]
+    trace = case.run(policy=rules, q=0 * case.qkv()[0])
     for now, kept, score in zip(slices(case.chunks), trace.kept, trace.score):
         for policy, positions, scores in zip(rules, kept, score):
             assert len(positions) == min(policy.budget, now.stop)
-            assert (scores[:, 4] == 5 * (now.stop > policy.budget)).all()
+            assert (scores[:, 3] == 5 * (now.stop > policy.budget)).all()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +186,9 @@ def test_fastgen_that_must_recover_all_chooses_everything_where_all_is_attended(
 def test_fastgen_chooses_as_worked_by_hand_each_head_and_row_for_itself(kinds, choices, kept):
     """The first KV head spreads its attention, so tokens get 25, 13, 7 and 3 twelfths; with the second all look at themselves."""
     q, k = torch.ones(1, 2, 4, 1), torch.tensor([[0.0] * 4, [0.0, 1e3, 2e3, 3e3]])[None, ..., None]
-    rule, reference = less_fast.FastGen(3, 1, 1, 0.8), less_ref.FastGen(3, 1, 1, 0.8)
-    trace = less_ref.run(q[0].numpy(), k[0].numpy(), k[0].numpy(), reference, chunks=[4], scale=1.0, kinds=np.array(kinds))
-    assert tuple(score[0, 4] for score in trace.score[0]) == choices
+    rule, reference = less_fast.FastGen(3, 1, 1, 0.8), less_ref.FastGen(3, 1, 1, 0.8, tuple(kinds))
+    trace = less_ref.run(q[0].numpy(), k[0].numpy(), k[0].numpy(), reference, chunks=[4], scale=1.0)
+    assert tuple(score[0, 3] for score in trace.score[0]) == choices
     assert tuple(held.tolist() for held in trace.kept[0]) == kept
 
     state = less_fast.LayerState.allocate(rule, 2, 2, 2, 1)
@@ -216,12 +229,17 @@ def test_a_policy_that_pools_over_the_layer_is_refused_beside_another():
 )
 def test_a_policy_that_asks_for_kinds_is_refused_without_one_for_each_token(kinds, message):
     x = np.zeros((2, 4, 2))
-    with pytest.raises(ValueError, match="need the kinds of the 4 tokens"):
-        less_ref.extend(less_ref.empty_state(2, 2), x, x, x, less_ref.FastGen(3, 1, 1, 0.9), kinds=kinds)
     state = less_fast.LayerState.allocate(less_fast.FastGen(3, 1, 1, 0.9), 1, 2, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         less_fast.extend(state, *[torch.from_numpy(x)[None]] * 3, kinds=kinds)
     assert state.n == 0
+
+
+def test_the_references_fastgen_is_refused_without_a_kind_for_each_token():
+    x = np.zeros((1, 4, 2))
+    less_ref.run(x, x, x, less_ref.FastGen(3, 1, 1, 0.9, kinds=(0,) * 4))
+    with pytest.raises(ValueError, match="has the kinds of 3 tokens, but there are 4: give it one for each"):
+        less_ref.run(x, x, x, less_ref.FastGen(3, 1, 1, 0.9, kinds=(0,) * 3))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +272,7 @@ def test_impossible_fields_are_refused(policy, fields, message):
 @pytest.mark.parametrize("name", POLICIES)
 def test_both_paths_know_every_policy_by_the_same_name_and_fields(name):
     policy = POLICIES[name]
-    twin = getattr(less_ref, type(policy).__name__)(**vars(policy))
+    twin = reference_policy(policy, kinds=())
     assert (twin.budget if np.isfinite(twin.budget) else None) == policy.budget
 
 
@@ -321,6 +339,22 @@ def test_a_policy_of_ones_own_may_ask_for_kinds_and_let_several_tokens_go_at_onc
         assert score.tolist() == [[kinds[row, j], 12 - j] for j in position.tolist()]
         gone = [j for j in range(12) if j not in kept[row]]
         assert_close(group.z[row, 0], kernels.psi(k[row, :, gone])[0].sum(0), 1e-6)  # float32
+
+
+@dataclass(frozen=True)
+class CountsItsRanks(less_ref.Policy):
+    """Keeps the newest, and notes in the score how often it ranked a token."""
+
+    budget: int
+
+    def rank(self, position, score, n):
+        score += 1
+        return position
+
+
+def test_the_reference_ranks_once_at_the_end_of_a_chunk_and_keeps_what_is_noted_in_the_score():
+    trace = less_ref.run(*np.zeros((3, 1, 8, 2)), CountsItsRanks(4), chunks=[5, 1, 2])
+    assert [score[0].tolist() for score in trace.score] == [[1, 1, 1, 1], [2, 2, 2, 1], [3, 2, 1, 1]]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Laws that `less_ref.py` obeys by itself: each test recomputes something from the history, without the recurrence."""
 
 import ast
+import doctest
+import inspect
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from closeness import assert_close
-from histories import history
+from histories import evicting_nothing, history, replayed, victims
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import numbers_held
 from strategies import (
     ANY_ATTENTION,
     ANY_POLICY,
@@ -44,26 +48,6 @@ def dense(q, k, v, scale=None, softcap=None, sinks=None):
     weight = np.exp(np.where(np.tri(T, dtype=bool), logits, -np.inf))
     nothing = np.exp(np.full(Hq, -np.inf) if sinks is None else sinks)[:, None, None]
     return (weight / (weight.sum(-1, keepdims=True) + nothing) @ v).transpose(1, 0, 2)
-
-
-def victims(trace, chunks):
-    """For every chunk and KV head the positions that were evicted at its end."""
-    held = [np.array([], int)] * len(trace.kept[0])
-    for now, after in zip(slices(chunks), trace.kept):
-        arrived = np.arange(now.start, now.stop)
-        yield [np.setdiff1d(np.append(before, arrived), kept) for before, kept in zip(held, after)]
-        held = after
-
-
-def replayed(q, k, v, policy, kernels, chunks, scale, kinds, evicted):
-    """`less_ref.run` with the victims given: (out, the state after every chunk)."""
-    state = less_ref.empty_state(k.shape[0], k.shape[2], kernels)
-    outs, states = [], []
-    for now, gone in zip(slices(chunks), evicted):
-        out, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], policy, kernels, scale, gone, kinds[now])
-        outs.append(out)
-        states.append(state)
-    return np.concatenate(outs), states
 
 
 @given(cases(policy=st.integers(40, 50).map(lambda budget: Policy("H2O", (budget // 2, budget - budget // 2)))))
@@ -141,11 +125,11 @@ def test_the_low_rank_state_is_the_sum_over_the_evicted_tokens(case):
 @given(cases(policy=ANY_POLICY))
 def test_the_budget_is_never_exceeded_and_filled_by_all_policies_that_do_not_select(case):
     for now, kept in zip(slices(case.chunks), case.run().kept):
-        for policy, positions in zip(case.policies, kept):
-            most = min(policy.reference.budget, now.stop)
+        for policy, positions in zip(case.reference, kept):
+            most = min(policy.budget, now.stop)
             assert len(np.unique(positions)) == len(positions) <= most
             assert all(0 <= p < now.stop for p in positions)
-            assert policy.name == "FastGen" or len(positions) == most
+            assert isinstance(policy, less_ref.FastGen) or len(positions) == most
 
 
 @given(cases())
@@ -163,7 +147,7 @@ def test_what_is_kept_carries_the_key_and_value_of_its_position(case):
     q, k, v = case.qkv()
     state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
     for now in slices(case.chunks):
-        rest = (case.reference, case.kernels, case.scale, None, case.kinds()[now])
+        rest = case.reference, case.kernels, less_ref.Logits(case.scale)
         _, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], *rest)
         assert state.n == now.stop
         for g, head in enumerate(state.heads):
@@ -190,9 +174,9 @@ def test_h2o_keeps_the_recent_tokens_and_the_best_scored_of_the_others(case):
     q, k, v = case.qkv()
     state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim)
     for now in slices(case.chunks):
-        chunk = (q[:, now], k[:, now], v[:, now], case.reference, None, case.scale)
-        _, all_held = less_ref.extend(state, *chunk, victims=[()] * case.layer.kv_heads)
-        _, state = less_ref.extend(state, *chunk)
+        chunk, logits = (q[:, now], k[:, now], v[:, now]), less_ref.Logits(case.scale)
+        _, all_held = less_ref.extend(state, *chunk, evicting_nothing(case.reference), logits=logits)
+        _, state = less_ref.extend(state, *chunk, case.reference, logits=logits)
         for policy, before, after in zip(case.reference, all_held.heads, state.heads):
             score = dict(zip(before.position.tolist(), before.score))
             old = [p for p in score if p < now.stop - policy.recent]
@@ -268,7 +252,7 @@ def test_where_all_keys_are_equal_h2o_keeps_the_oldest_and_the_recent(case):
 def test_for_the_same_victims_the_output_is_linear_in_the_values(case, a, b):
     (q, k, v), (_, _, w) = case.qkv(), case.qkv(1)
     evicted = list(victims(case.run(), case.chunks))
-    rest = (case.reference, case.kernels, case.chunks, case.scale, case.kinds(), evicted)
+    rest = (case.reference, case.kernels, case.chunks, case.scale, evicted)
     both, of_v, of_w = (replayed(q, k, x, *rest)[0] for x in (a * v + b * w, v, w))
     assert_close(both, a * of_v + b * of_w)
 
@@ -298,7 +282,7 @@ def test_the_order_of_the_slots_is_irrelevant(case):
             order = np.random.default_rng([case.seed, held]).permutation(held)
             slots = {name: getattr(head, name)[order] for name in ("position", "k", "v", "score")}
             heads.append(replace(head, **slots))
-        rest = (q[:, now], k[:, now], v[:, now], case.reference, case.kernels, case.scale, None, case.kinds()[now])
+        rest = q[:, now], k[:, now], v[:, now], case.reference, case.kernels, less_ref.Logits(case.scale)
         out, plain = less_ref.extend(plain, *rest)
         out_mixed, mixed = less_ref.extend(replace(mixed, heads=tuple(heads)), *rest)
         assert_close(out_mixed, out)
@@ -344,9 +328,8 @@ def test_grouped_queries_equal_single_ones_that_evict_the_same_and_their_scores_
     policy = [rule for rule in case.reference for _ in range(G)]
     evicted = [[gone for gone in step for _ in range(G)] for step in victims(trace, case.chunks)]
     single = repeated(case)
-    out, states = replayed(
-        case.qkv()[0], single["k"], single["v"], policy, single["kernels"], case.chunks, case.scale, case.kinds(), evicted
-    )
+    rest = policy, single["kernels"], case.chunks, case.scale, evicted
+    out, states = replayed(case.qkv()[0], single["k"], single["v"], *rest)
     assert_close(out, trace.out)
     for c, state in enumerate(states):
         for g in range(case.layer.kv_heads):
@@ -358,9 +341,8 @@ def test_grouped_queries_equal_single_ones_that_evict_the_same_and_their_scores_
 @given(cases())
 def test_replaying_the_victims_of_a_run_gives_the_same_run(case):
     trace = case.run()
-    out, states = replayed(
-        *case.qkv(), case.reference, case.kernels, case.chunks, case.scale, case.kinds(), victims(trace, case.chunks)
-    )
+    evicted = victims(trace, case.chunks)
+    out, states = replayed(*case.qkv(), case.reference, case.kernels, case.chunks, case.scale, evicted)
     assert np.array_equal(out, trace.out)
     for c, state in enumerate(states):
         for g, head in enumerate(state.heads):
@@ -370,7 +352,7 @@ def test_replaying_the_victims_of_a_run_gives_the_same_run(case):
 
 def test_given_victims_go_instead_of_the_policys_choice():
     case = Case(Layer(2, 1, 3, 2, 3), (5,), (Policy("Window", (2,)),) * 2, 1.0, None, 0)
-    _, (state,) = replayed(*case.qkv(), case.reference, case.kernels, case.chunks, None, case.kinds(), [[(3, 4), (0,)]])
+    _, (state,) = replayed(*case.qkv(), case.reference, case.kernels, case.chunks, None, [[(3, 4), (0,)]])
     assert [head.position.tolist() for head in state.heads] == [[0, 1, 2], [1, 2, 3, 4]]
     assert_close(state.heads[0].z, case.kernels.psi(case.qkv()[1][0, 3:], 0).sum(0))
 
@@ -453,26 +435,29 @@ def test_a_training_loss_without_any_eviction_is_refused():
 
 
 @given(cases(length=st.integers(20, 40), policy=policies(*ONE_AT_A_TIME, largest=5)))
-def test_memory_counts_what_a_full_state_holds_and_one_scratch_slot_for_each_head(case):
+def test_a_full_state_holds_budgets_ranks_and_scores_and_nothing_else(case):
+    """`numbers_held`, which counts one slot more for each KV head, is what the fast path is held to."""
     q, k, v = case.qkv()
     state = less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
-    _, state = less_ref.extend(state, q, k, v, case.reference, case.kernels, kinds=case.kinds())
-    told = less_ref.memory(case.reference, case.layer.head_dim, case.kernels)
-    scratch = case.layer.kv_heads
-    assert told["entries"] == sum(head.k.size + head.v.size for head in state.heads) + scratch * 2 * case.layer.head_dim
-    assert told["low_rank"] == sum(head.H.size + head.z.size for head in state.heads)
-    of_scratch = sum(1 + math.prod(policy.score_shape) for policy in case.reference)
-    assert told["bookkeeping"] == sum(head.position.size + head.score.size for head in state.heads) + of_scratch
+    _, state = less_ref.extend(state, q, k, v, case.reference, case.kernels)
+    ranks = [case.kernels.rank(g) if case.kernels else 0 for g in range(case.layer.kv_heads)]
+    score_sizes = [math.prod(policy.score_shape) for policy in case.reference]
+    without_scratch = [policy.budget - 1 for policy in case.reference]
+    numbers = numbers_held(without_scratch, ranks, score_sizes, case.layer.head_dim)
+    assert numbers["entries"] == sum(head.k.size + head.v.size for head in state.heads)
+    assert numbers["low_rank"] == sum(head.H.size + head.z.size for head in state.heads)
+    assert numbers["bookkeeping"] == sum(head.position.size + head.score.size for head in state.heads)
 
 
 def test_a_bare_policy_holds_no_low_rank_state():
-    policies = [less_ref.Window(3), less_ref.H2O(3, 2)]
-    assert less_ref.memory(policies, head_dim=4) == {"entries": 80, "low_rank": 0, "bookkeeping": 20}
+    x = np.ones((2, 9, 4))
+    _, state = less_ref.extend(less_ref.empty_state(2, 4), x, x, x, [less_ref.Window(3), less_ref.H2O(3, 2)])
+    assert [(head.k.size, head.H.size, head.z.size) for head in state.heads] == [(12, 0, 0), (20, 0, 0)]
 
 
 def test_the_papers_low_rank_state_weighs_about_four_tokens():
-    held = less_ref.memory([less_ref.Window(9)], head_dim=128, kernels=reference_kernels(Layer(1, 1, 128, 8, 3), seed=0))
-    assert round(held["low_rank"] / (held["entries"] / 10), 2) == 4.03
+    (head,) = less_ref.empty_state(1, 128, reference_kernels(Layer(1, 1, 128, 8, 3), seed=0)).heads
+    assert round((head.H.size + head.z.size) / (2 * 128), 2) == 4.03
 
 
 @pytest.mark.parametrize(
@@ -494,11 +479,58 @@ def test_shapes_that_do_not_fit_are_refused(q, k, v, policies):
         )
 
 
+@pytest.mark.parametrize(("chunks", "broken"), [([2, 2], False), ([4], False), (None, True)])
+def test_only_a_streaming_run_without_broken_tokens_has_eviction_times(chunks, broken):
+    x = np.ones((1, 4, 2))
+    x[0, 1, 0] = np.nan if broken else 1
+    with pytest.raises(ValueError, match="run it without chunks, on sound tokens"):
+        less_ref.eviction_times(less_ref.run(x, x, x, less_ref.Window(2), chunks=chunks))
+
+
 @pytest.mark.parametrize("chunks", [[2, 1], [2, 3], [4, 0], [5, -1]])
 def test_chunks_that_do_not_sum_to_the_sequence_are_refused(chunks):
     x = np.ones((1, 4, 2))
     with pytest.raises(ValueError, match="sum to 4 tokens"):
         less_ref.run(x, x, x, less_ref.Window(2), chunks=chunks)
+
+
+def test_the_example_worked_by_hand_is_what_the_code_computes():
+    """Its snippet runs; every sum in its table is right, and what the run gives, step by step."""
+    assert doctest.testmod(less_ref) == (0, 3)
+    q, k, v = np.array([[1, 1, 1], [math.log(3), 0, 0], [4, 8, 2]]).reshape(3, 1, 3, 1)
+    rest = less_ref.H2O(heavy=1, recent=0), less_ref.Elu(1)
+    trace = less_ref.run(q, k, v, *rest, scale=1)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in less_ref.__doc__.splitlines() if re.match("    [012]  ", line)]
+    assert [len(row) for row in rows] == [3, 7, 7]
+    for step, (token, output, score, *others) in enumerate(rows):
+        assert int(token) == step
+        assert_close(trace.out[step, 0], [value_of(output)])
+        assert_close(trace.score[step][0], [value_of(score)])
+        assert trace.kept[step][0] == [0]
+        if others:
+            new, gone, H, z = others
+            assert_close(1 - (value_of(score) - trace.score[step - 1][0]), [value_of(new)])
+            assert gone == f"token {step}"
+            assert_close(trace.H[step][0], [[value_of(H.removeprefix("H = "))]])
+            assert_close(trace.z[step][0], [value_of(z.removeprefix("z = "))])
+    full, bare = less_ref.run(q, k, v, less_ref.Full(), scale=1), less_ref.run(q, k, v, rest[0], scale=1)
+    assert [full.out[2, 0, 0].round(9), bare.out[2, 0, 0].round(9)] == [4.4, 3.5]
+    assert "The full cache would give 4.4, the bare policy 3.5." in less_ref.__doc__
+
+
+def value_of(text):
+    """The number that a text like "1 + 3/4 = 1.75" comes to, both sides being equal."""
+    value, *others = [eval(side) for side in text.split(" = ")]
+    assert others in ([], [value])
+    return value
+
+
+def test_a_reader_has_seen_all_of_less_after_265_lines():
+    core = [less_ref.Kernels, less_ref.H2O, less_ref.Head, less_ref.State, less_ref.attend, less_ref.extend, less_ref.choose]
+    core += [less_ref.fold, less_ref.run, less_ref.eviction_times, less_ref.parallel]
+    starts = [inspect.getsourcelines(part)[1] for part in core]
+    assert starts == sorted(starts)
+    assert starts[-1] + len(inspect.getsourcelines(less_ref.parallel)[0]) - 1 <= 265
 
 
 def test_the_reference_imports_numpy_and_the_standard_library_only():

@@ -74,6 +74,14 @@ def calls_sdpa(model: PreTrainedModel) -> bool:
     return not model._can_set_attn_implementation() and model._supports_sdpa and implementation == "sdpa"
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes: where its weights are or, if accelerate has offloaded them, where its hooks bring them."""
+    device = next(module.parameters()).device
+    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")] if device.type == "meta" else []
+    devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+    return torch.device(devices[0]) if devices else device
+
+
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The model's attention modules in the order of their layers."""
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and _output(module) is not None]

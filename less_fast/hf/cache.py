@@ -15,7 +15,7 @@ from ..layer.checks import LessError
 from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
-from .architecture import calls_sdpa, check_model, less_layers, sizes, tensor_parallel
+from .architecture import calls_sdpa, check_model, device_of, less_layers, sizes, tensor_parallel
 from .identity import check_kernels
 from .layer import NO_CROP, LessLayer
 from .saving import load, save
@@ -88,7 +88,7 @@ class LessCache(WatchedCache):
         if policy.kinds:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):
-                cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(model.device)
+                cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(device_of(model))
         watch(model)
         return cache
 
@@ -109,8 +109,9 @@ class LessCache(WatchedCache):
         """A cache that `save` wrote, for the same model and the same kernels; it goes on bit for bit where that one was.
 
         For several continuations of one prompt load it several times, copy it (`copy.deepcopy`), or repeat its rows
-        (`batch_repeat_interleave`). Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken,
-        is none of `save`, or was saved with another model or other kernels, or under a policy that is not imported.
+        (`batch_repeat_interleave`).
+        Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken, is none of `save`, or was
+        saved with another model or other kernels, or under a policy that is not imported.
         """
         return load(cls, path, model, kernels, compile)
 

@@ -12,9 +12,10 @@ from ..files import digest, read, write
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import policy_of
-from .architecture import attention_modules, check_model
+from .architecture import attention_modules, check_model, device_of
 from .identity import check_saved, identity
 from .layer import LessLayer
+from .watch import BROKEN_OFF
 
 if TYPE_CHECKING:
     from .cache import LessCache
@@ -33,7 +34,7 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
     if unsaved:
         raise LessError(f"this cache cannot be saved: it has {', '.join(sorted(unsaved))}; keep the text and feed it again")
     if cache.open:
-        raise LessError("the forward pass before was broken off, so layers have seen different tokens: reset() the cache first")
+        raise LessError(BROKEN_OFF)
     written = [type(policy).__name__, asdict(policy)]
     try:
         again = policy_of(*json.loads(json.dumps(written)))
@@ -41,7 +42,8 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         again = None
     if again != policy:
         raise LessError(
-            f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples: {policy}; give it such fields"
+            f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples, and these alone can be "
+            f"written: {policy}"
         )
     tensors, lengths = {}, []
     for index, layer in enumerate(cache.layers):
@@ -86,10 +88,10 @@ def load(
     heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-        device = next(modules[index].parameters()).device if index in modules else model.device
+        device = device_of(modules.get(index, model))
         with torch.inference_mode(False):
-            if isinstance(layer, LessLayer) and (its_heads := next(heads)):
-                _fill(layer, held, its_heads, length, device)
+            if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
+                _fill(layer, held, layer_heads, length, device)
             elif held:
                 _fill_window(path, layer, held, length, device)
     if any(about["lengths"]):

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..layer.checks import LessError
-from .architecture import calls_sdpa, check_model, layers_of, less_layers
+from .architecture import calls_sdpa, check_model, device_of, layers_of, less_layers
 
 OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); older ones keep recurrent states outside the cache
 
@@ -97,7 +97,7 @@ class FunctionLayer(TaggingLayer):
 
 
 def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> torch.Tensor:
-    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) where every layer that LESS serves attends by a function of its own.
+    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) if every layer that LESS serves attends by a function of its own.
 
     attentions: for each layer of the model a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k
         rotated; None for the layers that LESS does not serve, which attend as they always do.
@@ -112,7 +112,7 @@ def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[
         )
     use_less_attention(model)
     layers = layers_with(model, {index: FunctionLayer(attentions[index], calls_sdpa(model)) for index in served})
-    logits = model(input_ids=ids.to(model.device), past_key_values=Cache(layers=layers), use_cache=True).logits
+    logits = model(input_ids=ids.to(device_of(model)), past_key_values=Cache(layers=layers), use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

@@ -16,6 +16,7 @@ from .architecture import decoder_of
 from .layer import LessLayer
 from .seam import check_mask
 
+BROKEN_OFF = "the forward pass before was broken off, so layers have seen different tokens: reset() the cache first"
 ANOTHER_MODEL = "this model is not the one that the cache was made for: make one with LessCache.for_model"
 
 
@@ -57,7 +58,7 @@ class WatchedCache(Cache):
             raise LessError("use_cache=False with a LessCache would feed every token twice: leave it out")
         if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
             raise LessError(
-                "a LessCache does not support output_attentions, because most of what it attends to is no longer there: leave it out"
+                "a LessCache does not support output_attentions: most of what it attends to is no longer there, so leave it out"
             )
         if decoder.training:
             raise LessError("a LessCache is for inference and carries no gradients: call model.eval() first")
@@ -109,17 +110,17 @@ class WatchedCache(Cache):
         if stale:
             places = ", ".join(f"{name}.{attribute}" for name, attribute in self.keepers.items())
             raise LessError(
-                f"the model holds positions of another text than this cache's ({places}): feed one text at a time to a model that "
-                f"keeps positions outside the cache, or set it back to what it held after this cache's last pass (rope_deltas = "
-                f"None for a text without images)"
+                f"the model holds positions of another text than this cache's ({places}): another went through it since, and "
+                f"such a model serves one at a time. reset() the cache and feed its text again; before a text without images set "
+                f"rope_deltas to None"
             )
 
     def end(self, decoder) -> None:
         """After a pass: refuses a model that left the cache out."""
         if any(layer.unread for layer in self.less_layers):
             raise LessError(
-                "the model's attention did not take its keys from the LessCache: it changes them after the cache, or its attention "
-                'is no longer "less" (make a new cache with LessCache.for_model); else this model is not supported'
+                "the model's attention did not take its keys from the LessCache: it changes them after the cache, and then this "
+                'model is not supported, or its attention is no longer "less", and then make a new cache with LessCache.for_model'
             )
         if not all(layer.reached for layer in self.less_layers):
             raise LessError(
@@ -191,12 +192,9 @@ def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -
 
 def _of_an_image(position_ids):
     """Whether these are positions (3 or more axes, N, m) of a chunk with an image: height and width differ there."""
-    return (
-        position_ids is not None
-        and position_ids.ndim == 3
-        and len(position_ids) > 2
-        and bool((position_ids[-1] != position_ids[-2]).any())
-    )
+    if position_ids is None or position_ids.ndim != 3 or len(position_ids) < 3:
+        return False
+    return not torch.equal(position_ids[-1], position_ids[-2])
 
 
 # Rotations that change beyond a length (LongRoPE).

@@ -26,7 +26,7 @@ class Features(nn.Module):
         self.kv_heads = integer("the number of KV heads", kv_heads, 1, MOST)
         self.head_dim = integer("head_dim", head_dim, 1, MOST)
         if self.query_heads % self.kv_heads:
-            raise LessError(f"{query_heads} query heads are no multiple of {kv_heads} KV heads: kernels need one")
+            raise LessError(f"{query_heads} query heads are no multiple of {kv_heads} KV heads: give kernels numbers that are")
         ranks = rank if isinstance(rank, list | tuple) else [rank] * self.kv_heads
         if len(ranks) != self.kv_heads:
             raise LessError(f"kernels need one rank, or one for each of {kv_heads} KV heads, not {rank}")
@@ -194,7 +194,7 @@ class Control(Features):
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
         if isinstance(rank, list | tuple):
-            raise LessError(f"{type(self).__name__} has one rank for all heads, not {rank}")
+            raise LessError(f"{type(self).__name__} has one rank for all heads, not {rank}: give one number")
         super().__init__(query_heads, kv_heads, head_dim, rank)
 
     def psi(self, k):

@@ -94,7 +94,7 @@ class Full(Policy):
         return position
 
     def with_budget(self, budget: int) -> "Full":
-        raise LessError("the policy full has no budget: it keeps everything")
+        raise LessError("the policy full keeps everything and takes no budget: choose another policy, H2O for example")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ class LayerState:
             torch.zeros(batch, kv_heads, head_dim, max(rule.budget or 0 for rule in policies), device="meta")
             torch.zeros(0, device=device)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise LessError(f"there is no room for such a state on {device!r}: {str(error).splitlines()[0]}") from error
+            raise LessError(
+                f"there is no room for such a state on {device!r}, so choose a smaller batch or budget, or another device: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         with torch.inference_mode(False):  # the caller's autograd mode is not taken over
             return cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device)
 
@@ -199,7 +202,7 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
     if kernels is not None and (kernels.query_heads, kernels.kv_heads, kernels.head_dim) != (query_heads, kv_heads, head_dim):
         raise LessError(
             f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
-            f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}"
+            f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}: take kernels made for this layer"
         )
     if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
         raise LessError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")

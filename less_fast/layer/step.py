@@ -260,7 +260,10 @@ def _check(state, q, k, v, valid, kinds, sinks):
         if m < 1 or tuple(shape) != expected:
             raise LessError(f"{name} has shape {tuple(shape)}; this state wants {expected}, with m >= 1 tokens")
     if not q.dtype == k.dtype == v.dtype == kept.dtype:
-        raise LessError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}")
+        raise LessError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}: bring them to one dtype, and leave "
+            f"torch.autocast, which mixes them"
+        )
     if valid is not None and valid.dtype != torch.bool:
         raise LessError(f"valid must be bool (True for tokens, False for pads), not {valid.dtype}")
     asks = [group.policy for group in state.groups if group.policy.kinds]

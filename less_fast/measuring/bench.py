@@ -7,21 +7,27 @@ import copy
 import ctypes
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from rich.table import Column, Table
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from ..hf import LessCache
-from ..hf.architecture import sizes
+from ..hf.architecture import layers_of, less_layers, sizes
+from ..kernels import LessKernels
+from ..layer.policies import Policy
 from ..layer.state import LayerState
 from ..layer.step import compiled, extend
-from .compare import held_bytes, wait
+from .caches import fill, held_bytes, lengthen, spell_bytes
+from .compare import wait
+from .pictures import picture
 
 WARM_UP = 3  # turns before the clock runs, in which code is compiled
 BURST = 8  # steps in one turn: a caller's next step finds the caches of the processor as its last one left them
@@ -30,7 +36,7 @@ BURST = 8  # steps in one turn: a caller's next step finds the caches of the pro
 @dataclass
 class Row:
     """One line of a benchmark. seconds: median of one step or prompt, with the quartiles; bytes: held for each sequence;
-    peak: bytes allocated above what was there before, None where that was not measured."""
+    peak: bytes allocated above what was there before, None if that was not measured."""
 
     what: str  # attention step, decode or prefill
     cache: str
@@ -43,9 +49,40 @@ class Row:
     peak: int | None = None
 
 
-def in_turns(steps: dict[str, Callable], rounds: int, device: torch.device, burst: int = BURST) -> dict[str, list[float]]:
+def bench(
+    model: PreTrainedModel,
+    policy: Policy,
+    kernels: LessKernels,
+    batches: Sequence[int],
+    length: int,
+    rounds: int,
+    compile: bool,
+    progress: Callable[[str], object] = lambda stage: None,
+) -> list[Row]:
+    """Attention steps and decoding for each of the batches, then prefill: full caches, the bare policy and LESS.
+
+    length: tokens of each sequence before the measured ones, and of the prompt; rounds: turns of each cache; compile: measure
+    compiled code as well. Raises LessError if LESS cannot serve the model.
+    """
+    layer = {name: size for name, size in sizes(model).items() if name != "layers"}
+    alone = {"bare": (policy, None), "LESS": (policy, kernels.layers[less_layers(model)[0]])}
+    contenders, rows = {"bare": None, "LESS": kernels}, []
+    for batch in batches:
+        progress(f"attention steps and decoding, batch {batch} ...")
+        rows += attention_steps(layer, alone, batch, length, rounds, model.dtype, model.device, compile)
+        rows += decode(model, policy, contenders, batch, length, rounds, compile)
+    progress("prefill ...")
+    return rows + prefill(model, policy, contenders, 1, length, rounds)
+
+
+def steps_of(rounds: int) -> int:
+    """Decoding steps that so many rounds take, warm-up included."""
+    return (WARM_UP + rounds) * BURST
+
+
+def in_turns(steps: Mapping[str, Callable], rounds: int, device: torch.device, burst: int = BURST) -> dict[str, list[float]]:
     """Seconds of every call of every step, warmed up, in turns of `burst` calls: what slows the machine slows all of them."""
-    spent = {name: [] for name in steps}
+    spent: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + rounds):
         for name, step in steps.items():
             for _ in range(burst):
@@ -60,43 +97,58 @@ def in_turns(steps: dict[str, Callable], rounds: int, device: torch.device, burs
 
 @torch.inference_mode()
 def attention_steps(
-    layer: dict, contenders: dict[str, tuple], batch: int, length: int, rounds: int, dtype, device, compile: bool
+    layer: dict[str, int],
+    contenders: dict[str, tuple],
+    batch: int,
+    length: int,
+    rounds: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    compile: bool,
 ) -> list[Row]:
     """One token through one attention layer: full attention over `length` tokens beside each of the contenders.
 
     layer: query_heads, kv_heads and head_dim; contenders: by name a policy (one, or one for each KV head) and kernels or None.
     """
-    device, widths = torch.device(device), (layer["query_heads"], layer["kv_heads"], layer["kv_heads"])
-    token = [torch.randn(batch, heads, 1, layer["head_dim"], dtype=dtype, device=device) for heads in widths]
-    held = [torch.randn(batch, layer["kv_heads"], length, layer["head_dim"], dtype=dtype, device=device) for _ in "kv"]
-    steps = {"full": partial(scaled_dot_product_attention, token[0], *held, enable_gqa=True)}
-    size = {"full": sum(x.nbytes for x in held)}
+    place, D = torch.device(device), layer["head_dim"]
+    q, k, v = (
+        torch.randn(batch, layer[heads], 1, D, dtype=dtype, device=place) for heads in ("query_heads", "kv_heads", "kv_heads")
+    )  # (N, H, 1, D)
+    keys, values = (torch.randn(batch, layer["kv_heads"], length, D, dtype=dtype, device=place) for _ in "kv")  # (N, Hkv, T, D)
+    steps = {"full": partial(scaled_dot_product_attention, q, keys, values, enable_gqa=True)}
+    size = {"full": keys.nbytes + values.nbytes}
     for name, (policy, features) in contenders.items():
-        state = LayerState.allocate(policy, batch, **layer, kernels=features, dtype=dtype, device=device)
+        state = LayerState.allocate(policy, batch, **layer, kernels=features, dtype=dtype, device=place)
         fill(state, length)
         size[name] = size[f"{name}, compiled"] = sum(state.memory().values())
-        steps[name] = partial(extend, state, *token)
+        steps[name] = partial(extend, state, q, k, v)
         if compile:
-            steps[f"{name}, compiled"] = partial(compiled(state, token[0]), state, *token)
-    spent = in_turns(steps, rounds, device)
+            steps[f"{name}, compiled"] = partial(compiled(state, q), state, q, k, v)
+    spent = in_turns(steps, rounds, place)
     return [row("attention step", name, batch, length, seconds, size[name] // batch) for name, seconds in spent.items()]
 
 
 @torch.inference_mode()
 def decode(
-    model, policy, contenders: dict, batch: int, length: int, rounds: int, compile: bool, only: str | None = None
+    model: PreTrainedModel,
+    policy: Policy,
+    contenders: dict[str, LessKernels | None],
+    batch: int,
+    length: int,
+    rounds: int,
+    compile: bool,
+    only: str | None = None,
 ) -> list[Row]:
     """Tokens generated greedily, one by one, by sequences of `length` tokens: the whole model, end to end.
 
-    contenders: by name LessKernels or None, beside the full caches; only: the name of the one cache to measure, where several
+    contenders: by name LessKernels or None, beside the full caches; only: the name of the one cache to measure, if several
     would not fit into the memory side by side.
     """
-    new = (WARM_UP + rounds) * BURST + 1
-    makers = dict(_full_caches(model, batch, length, new, compile))
+    makers = dict(_full_caches(model, batch, length, steps_of(rounds), compile))
     makers |= dict(_less_caches(model, policy, contenders, batch, length, compile))
     caches, steps = {}, {}
-    for name, make in makers.items() if only is None else [(only, makers[only])]:
-        network, caches[name] = make()
+    for name in makers if only is None else [only]:
+        network, caches[name] = makers[name]()
         steps[name] = partial(_next_token, network, caches[name], _tokens(model, batch, 1))
     size = {name: held_bytes(cache) // batch for name, cache in caches.items()}
     spent = in_turns(steps, rounds, model.device)
@@ -104,13 +156,16 @@ def decode(
 
 
 @torch.inference_mode()
-def prefill(model, policy, contenders: dict, batch: int, length: int, rounds: int) -> list[Row]:
+def prefill(
+    model: PreTrainedModel, policy: Policy, contenders: dict[str, LessKernels | None], batch: int, length: int, rounds: int
+) -> list[Row]:
     """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode."""
-    twin, ids = _twin(model, "sdpa"), _tokens(model, batch, length)
-    makers = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
-    for name, learned in contenders.items():
-        makers[name] = (model, partial(LessCache.for_model, model, policy, learned))
-    spent, peaks, size = {name: [] for name in makers}, {}, {}
+    twin, ids = _twin(model), _tokens(model, batch, length)
+    makers: dict[str, tuple] = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
+    for name, kernels in contenders.items():
+        makers[name] = model, partial(LessCache.for_model, model, policy, kernels)
+    spent: dict[str, list[float]] = {name: [] for name in makers}
+    peaks, size = {}, {}
 
     def run(network, cache):
         start = time.perf_counter()
@@ -130,7 +185,9 @@ def prefill(model, policy, contenders: dict, batch: int, length: int, rounds: in
     return [row("prefill", name, batch, length, seconds, size[name], length, peaks[name]) for name, seconds in spent.items()]
 
 
-def row(what, cache, batch, length, seconds, size, tokens=1, peak=None) -> Row:
+def row(
+    what: str, cache: str, batch: int, length: int, seconds: Sequence[float], size: int, tokens: int = 1, peak: int | None = None
+) -> Row:
     """The line for measured seconds, `tokens` of each sequence a time."""
     middle = median(seconds)
     ordered = sorted(seconds)
@@ -138,57 +195,39 @@ def row(what, cache, batch, length, seconds, size, tokens=1, peak=None) -> Row:
     return Row(what, cache, batch, length, middle, quartiles, batch * tokens / middle, size, peak)
 
 
-def fill(state: LayerState, length: int) -> None:
-    """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
-    group = state.groups[0]
-    most = max(group.policy.budget for group in state.groups) + 1
-    N, D = group.k.shape[0], group.k.shape[-1]
-    heads = (state.query_heads, state.kv_heads, state.kv_heads)
-    tokens = (torch.randn(N, H, min(length, most), D, device=group.k.device) for H in heads)
-    extend(state, *(x.to(group.k.dtype) for x in tokens))
-    age(state, length - min(length, most))
-
-
-def age(state: LayerState, tokens: int) -> None:
-    """Makes a state believe that so many more tokens came before those that it holds."""
-    state.n += tokens
-    for group in state.groups:
-        group.position += tokens * (group.position >= 0)
-
-
-def _full_caches(model, batch, length, new, compile) -> Iterator[tuple[str, Callable]]:
-    shape, twin = sizes(model), _twin(model, "sdpa")
-
-    def filled(cache, network):
-        for index in range(shape["layers"]):
-            k, v = (torch.randn(batch, shape["kv_heads"], length, shape["head_dim"], device=model.device) for _ in "kv")
-            cache.update(k.to(model.dtype), v.to(model.dtype), index)
-        return network, cache
+def _full_caches(model, batch, length, new, compile):
+    """By name, functions that make a network and a full cache of `length` tokens, with room for new ones, for it."""
+    twin = _twin(model)
 
     def static(network):
-        return filled(StaticCache(config=twin.config, max_cache_len=length + new), network)
+        return network, _filled(StaticCache(config=twin.config, max_cache_len=length + new), twin, batch, 1, length)
 
-    yield "DynamicCache", lambda: filled(DynamicCache(config=twin.config), twin)
+    yield "DynamicCache", lambda: (twin, _filled(DynamicCache(config=twin.config), twin, batch, 1, length))
     yield "StaticCache", lambda: static(twin)
-    if compile:
+    if compile and twin._can_compile_fullgraph:
         yield "StaticCache, compiled", lambda: static(_compiled_model(twin))
 
 
-def _less_caches(model, policy, contenders, batch, length, compile) -> Iterator[tuple[str, Callable]]:
-    def filled(network, learned, step=False):
-        cache = LessCache.for_model(model, policy, learned, compile=step)
-        ids = _tokens(model, batch, min(length, policy.budget + 1))
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        for layer in cache.layers:
-            age(layer.state, length - ids.shape[1])
-            layer.seen += length - ids.shape[1]
-        return network, cache
+def _less_caches(model, policy, contenders, batch, length, compile):
+    """The same of the bare policy and of LESS. A model that has layers of transformers' own is not compiled: they grow."""
 
-    for name, learned in contenders.items():
-        yield name, partial(filled, model, learned)
+    def less(network, kernels, step=False):
+        cache = LessCache.for_model(model, policy, kernels, compile=step)
+        return network, _filled(cache, model, batch, min(length, policy.budget + 1), length)
+
+    for name, kernels in contenders.items():
+        yield name, partial(less, model, kernels)
         if compile and policy.one_leaves:
-            yield f"{name}, step compiled", partial(filled, model, learned, True)
-            yield f"{name}, compiled", lambda learned=learned: filled(_compiled_model(model), learned)
+            yield f"{name}, step compiled", partial(less, model, kernels, True)
+            if _all_less(model):
+                yield f"{name}, compiled", lambda kernels=kernels: less(_compiled_model(model), kernels)
+
+
+def _filled(cache, network, batch, prompt, length):
+    """The cache after `length` tokens of which the network read the first ones, its prompt."""
+    network(input_ids=_tokens(network, batch, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    lengthen(cache, length - prompt)
+    return cache
 
 
 def _next_token(network, cache, ids):
@@ -197,51 +236,26 @@ def _next_token(network, cache, ids):
 
 
 def _compiled_model(model):
-    """As `generate` compiles a model, with CUDA graphs where there is CUDA."""
+    """As `generate` compiles a model, with CUDA graphs if there is CUDA. Sliding windows count their tokens in an int: for them
+    code must be dynamic, or it is compiled anew for every token."""
     mode = "reduce-overhead" if model.device.type == "cuda" else None
-    return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(model, fullgraph=True, dynamic=False if _all_less(model) else None, mode=mode)
 
 
-def _twin(model, attention: str):
-    """The same model, weights shared, with another attention."""
+def _all_less(model):
+    return len(less_layers(model)) == len(layers_of(model))
+
+
+def _twin(model):
+    """The same model, weights shared, with transformers' own attention: torch's, or eager if it has only that."""
     shared = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    twin.set_attn_implementation(attention)
+    twin.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     return twin
 
 
 def _tokens(model, batch, length):
     return torch.randint(model.config.get_text_config(decoder=True).vocab_size, (batch, length), device=model.device)
-
-
-def plot(rows: list[Row], path, title: str) -> None:
-    """Tokens per second of decoding against the batch, one line for each cache, as a picture file. ImportError without
-    matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    decoding = [row for row in rows if row.what == "decode"]
-    batches = sorted({row.batch for row in decoding})
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    colours = {"DynamicCache": "gray", "StaticCache": "black", "bare": "tab:red", "LESS": "tab:blue"}
-    dashes = {"": ":", "step compiled": "--", "compiled": "-"}
-    for cache in dict.fromkeys(row.cache for row in decoding):
-        line = sorted((row.batch, row.tokens_per_second) for row in decoding if row.cache == cache)
-        name, _, how = cache.partition(", ")
-        axes.plot(*zip(*line), marker="o", label=cache, color=colours[name], linestyle=dashes[how])
-    axes.set(xlabel="sequences decoded together", ylabel="tokens per second", xscale="log", yscale="log")
-    axes.set_title(title, size=9)
-    axes.set_xticks(batches, batches)
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 class Peak:
@@ -269,3 +283,49 @@ class Peak:
 
     def _resident(self, name):
         return int(re.search(rf"{name}:\s+(\d+) kB", self._status.read_text())[1]) * 1024
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The rows to print, each part's speeds relative to its first line."""
+    right = ("batch", "ms", "quartiles", "tokens/s", "speed", "bytes/sequence", "peak")
+    lines = Table("", "cache", *(Column(heading, justify="right") for heading in right), title=title)
+    first = None
+    for row in rows:
+        if first is None or (row.what, row.batch) != (first.what, first.batch):
+            first = row
+            lines.add_section()
+        lines.add_row(
+            row.what if row is first else "",
+            row.cache,
+            str(row.batch),
+            f"{row.seconds * 1e3:,.2f}",
+            " to ".join(f"{seconds * 1e3:,.2f}" for seconds in row.quartiles),
+            f"{row.tokens_per_second:,.0f}",
+            f"{first.seconds / row.seconds:.2f}x",
+            f"{row.bytes:,}",
+            "" if row.peak is None else spell_bytes(row.peak),
+        )
+    return lines
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Tokens per second of decoding against the batch, one line for each cache, as a picture file."""
+    from matplotlib.ticker import LogLocator
+
+    decoding = [row for row in rows if row.what == "decode"]
+    batches = sorted({row.batch for row in decoding})
+    colours = {"DynamicCache": "gray", "StaticCache": "black", "bare": "tab:red", "LESS": "tab:blue"}
+    dashes = {"": ":", "step compiled": "--", "compiled": "-"}
+    with picture(path, (8, 4.2)) as (figure, axes):
+        for cache in dict.fromkeys(row.cache for row in decoding):
+            line = sorted((row.batch, row.tokens_per_second) for row in decoding if row.cache == cache)
+            name, _, mode = cache.partition(", ")
+            axes.plot(*zip(*line), marker="o", label=cache, color=colours[name], linestyle=dashes[mode])
+        axes.set(xlabel="sequences decoded together", ylabel="tokens per second", xscale="log", yscale="log")
+        axes.set_title(title, size=9)
+        axes.set_xticks(batches, batches)
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=8)

@@ -2,19 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
+from rich.table import Column, Table
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..budgets import Table as Budgets
 from ..hf.architecture import less_layers, sizes
-from ..hf.cache import LessCache, bytes_of
+from ..hf.cache import LessCache
 from ..kernels import LessKernels
 from ..layer.checks import LessError
+from ..layer.policies import Policy
 from ..setting import Setting
+from .caches import held_bytes
+from .pictures import picture
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
@@ -27,7 +34,7 @@ class Row:
 
     cache: str  # full, bare, baseline+ or less
     policy: str | None
-    budget: int | None  # on average where budgets are by head
+    budget: int | None  # on average if budgets are by head
     budgets: str | None  # uniform, or by head
     kernels: str | None
     perplexity: float
@@ -45,19 +52,19 @@ class Contender:
     """A kind of cache: what it is called, and how to make an empty one that takes a prompt in pieces of `chunk` tokens."""
 
     cache: str
-    policy: object
+    policy: Policy | None
     kernels: str | None
     make: Callable[[int | None], Cache]
     budgets: str | None = None
-    plus: object = None  # the policy of Baseline+ with as many bytes
+    plus: Policy | None = None  # that of Baseline+ with as many bytes
 
 
 def compare(
-    model,
+    model: PreTrainedModel,
     windows: torch.Tensor,
-    policies: list,
+    policies: Sequence[Policy],
     kernels: dict[str, LessKernels],
-    progress=lambda row: None,
+    progress: Callable[[Row], object] = lambda row: None,
     token_kinds: torch.Tensor | None = None,
 ) -> list[Row]:
     """Measures the full cache, and for each policy the bare policy and, for all kernels by name, Baseline+ and LESS.
@@ -69,11 +76,12 @@ def compare(
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
     DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
     token_kinds: for policies that ask, as `LessCache.for_model` takes them.
-    Raises LessError where the model's output is not finite.
+    Raises LessError if the model's output is not finite.
     """
     caches = list(contenders(model, policies, kernels, token_kinds))
     speeds = decode(model, windows[:DECODED_ROWS], caches)
-    rows, losses = [], {}
+    rows: list[Row] = []
+    losses = {}
     for contender, (size, speed) in zip(caches, speeds):
         loss = window_losses(model, windows, contender)  # (W,)
         losses[contender.cache, contender.budgets, contender.policy] = loss
@@ -108,10 +116,12 @@ def compare(
     return rows
 
 
-def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor, of=torch.exp) -> tuple[float, float]:
+def share_recovered(
+    full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = torch.exp
+) -> tuple[float, float]:
     """(bare - other) / (bare - full) in perplexity, and its standard error: the jackknife over windows, which are paired.
 
-    full, bare, other (W,) mean losses of the same windows; of: what of the mean loss is compared, its exponential unless given.
+    full, bare, other (W,) mean losses of the same windows; of: what of the mean loss is compared, its exponential by default.
     """
 
     def share(*means):
@@ -124,31 +134,36 @@ def share_recovered(full: torch.Tensor, bare: torch.Tensor, other: torch.Tensor,
     return share(full.mean(), bare.mean(), other.mean()).item(), stderr.item()
 
 
-def contenders(model, policies, kernels, token_kinds=None) -> Iterator[Contender]:
+def contenders(
+    model: PreTrainedModel,
+    policies: Sequence[Policy],
+    kernels: dict[str, LessKernels],
+    token_kinds: torch.Tensor | None = None,
+) -> Iterator[Contender]:
     """The caches that `compare` measures, in its order."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
-    def one(cache, policy, name=None, table=None, plus=None):
+    def contender(cache: str, policy: Policy, name: str | None = None, table: Budgets | None = None, plus: Policy | None = None):
         def make(chunk):
             return LessCache.for_model(model, policy, kernels.get(name), table or "uniform", chunk, token_kinds)
 
         return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 
     for policy in policies:
-        yield one("bare", policy)
-        more = {name: baseline_plus(model, policy, learned) for name, learned in kernels.items()}
-        for plus in dict.fromkeys(more.values()):
-            yield one("baseline+", plus)
+        yield contender("bare", policy)
+        plus = {name: baseline_plus(model, policy, learned) for name, learned in kernels.items()}
+        for rule in dict.fromkeys(plus.values()):
+            yield contender("baseline+", rule)
         for name in kernels:
-            yield one("less", policy, name, plus=more[name])
+            yield contender("less", policy, name, plus=plus[name])
         for name, learned in kernels.items():
-            table, bare_table = learned.budgets_for(policy), learned.budgets_for(more[name], less=False)
+            table, bare_table = learned.budgets_for(policy), learned.budgets_for(plus[name], less=False)
             if table and bare_table:
-                yield one("baseline+", more[name], table=bare_table)
-                yield one("less", policy, name, table, more[name])
+                yield contender("baseline+", plus[name], table=bare_table)
+                yield contender("less", policy, name, table, plus[name])
 
 
-def baseline_plus(model, policy, kernels: LessKernels):
+def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels) -> Policy:
     """The policy with the smallest budget that holds at least as many bytes as LESS with `policy` (Baseline+).
 
     The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
@@ -157,7 +172,7 @@ def baseline_plus(model, policy, kernels: LessKernels):
 
 
 @torch.inference_mode()
-def window_losses(model, windows: torch.Tensor, contender: Contender) -> torch.Tensor:
+def window_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender) -> torch.Tensor:
     """Mean negative log-likelihood of each window's tokens after the first, streaming: (W,) float64."""
     head, windows = model.get_output_embeddings(), windows.to(model.device)
     token = {"input_ids": windows[:1, :1], "use_cache": False}
@@ -165,25 +180,28 @@ def window_losses(model, windows: torch.Tensor, contender: Contender) -> torch.T
     losses = []
     for ids in windows.split(ROWS_AT_ONCE):
         cache = None if contender.cache == "full" else contender.make(1)
-        given = {"input_ids": ids, "past_key_values": cache, "use_cache": cache is not None}
-        found = model.base_model(**given).last_hidden_state if alone else model(**given).logits
-        for row, targets in zip(found, ids):  # one at a time, where they can be: logits are wide
-            losses.append(cross_entropy((head(row[:-1]) if alone else row[:-1]).float(), targets[1:]).item())
-    losses = torch.tensor(losses, dtype=torch.float64)
-    if not losses.isfinite().all():
+        inputs = {"input_ids": ids, "past_key_values": cache, "use_cache": cache is not None}
+        outputs = (
+            model.base_model(**inputs).last_hidden_state if alone else model(**inputs).logits
+        )  # (W, T, hidden or vocabulary)
+        for row, targets in zip(outputs, ids):  # one at a time, if they can be: logits are wide
+            logits = head(row[:-1]) if alone else row[:-1]  # (T - 1, vocabulary)
+            losses.append(cross_entropy(logits.float(), targets[1:]).item())
+    means = torch.tensor(losses, dtype=torch.float64)  # (W,)
+    if not means.isfinite().all():
         raise LessError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
-    return losses
+    return means
 
 
 @torch.inference_mode()
-def decode(model, windows: torch.Tensor, contenders: list[Contender]) -> list[tuple[int, float]]:
+def decode(model: PreTrainedModel, windows: torch.Tensor, contenders: list[Contender]) -> list[tuple[int, float]]:
     """(bytes held for each sequence, tokens per second) of each contender, decoding the ends of the windows in turns."""
     windows = windows.to(model.device)
     prompts, ends = windows[:, :-DECODED], windows[:, -DECODED:]
     caches = [contender.make(None) for contender in contenders]
     for cache in caches:
         model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    seconds = [[] for _ in contenders]
+    seconds: list[list[float]] = [[] for _ in contenders]
     for step in range(DECODED):
         for cache, spent in zip(caches, seconds):
             wait(model.device)
@@ -194,39 +212,54 @@ def decode(model, windows: torch.Tensor, contenders: list[Contender]) -> list[tu
     return [(held_bytes(cache) // len(windows), len(windows) / median(spent)) for cache, spent in zip(caches, seconds)]
 
 
-def held_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds."""
-    if isinstance(cache, LessCache):
-        return sum(cache.memory().values())
-    return bytes_of(cache.layers)
-
-
-def wait(device):
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def plot(rows: list[Row], path, title: str) -> None:
-    """Perplexity against budget, one line for each kind of cache, as a picture file. ImportError without matplotlib."""
-    import matplotlib
+def cache_name(row: Row) -> str:
+    """What a table calls the cache of a row."""
+    return {"less": f"LESS, {row.kernels}", "baseline+": "Baseline+"}.get(row.cache, row.cache)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def spell_share(part: float | None, stderr: float | None) -> str:
+    """A share with its standard error, to read; empty if there is none."""
+    return "" if part is None else f"{part:.1%} ± {stderr:.1%}"
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The rows to print, a section for each policy."""
+    right = ("budget", "perplexity", "± s.e.", "gap recovered", "equal memory", "bytes/sequence", "tokens/s")
+    lines = Table("cache", "policy", *(Column(heading, justify="right") for heading in right), title=title)
+    for row in rows:
+        if row.cache == "bare":
+            lines.add_section()
+        lines.add_row(
+            cache_name(row),
+            row.policy or "",
+            "all" if row.budget is None else f"{row.budget}{', by head' * (row.budgets == 'by head')}",
+            f"{row.perplexity:.2f}",
+            f"{row.stderr:.2f}",
+            spell_share(row.recovered, row.recovered_stderr),
+            spell_share(row.removed, row.removed_stderr),
+            f"{row.bytes:,}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+    return lines
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Perplexity against bytes, one line for each kind of cache, as a picture file."""
     full = rows[0]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
     names = {"bare": "bare policy", "baseline+": "Baseline+ (equal memory)", "less": "LESS"}
-    for index, kind in enumerate(dict.fromkeys((row.cache, row.kernels, row.budgets) for row in rows[1:])):
-        line = [row for row in rows if (row.cache, row.kernels, row.budgets) == kind]
-        held = [row.bytes / 1e6 for row in line]
-        label = ", ".join(filter(None, (names[kind[0]], kind[1], kind[2] if kind[2] != "uniform" else None)))
-        axes.errorbar(
-            held, [row.perplexity for row in line], [row.stderr for row in line],
-            color=f"C{index}", marker="o", capsize=3, label=label,
-        )  # fmt: skip
-    axes.set(xlabel="MB held for each sequence", ylabel="perplexity (streaming)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, (7, 4.2)) as (_, axes):
+        axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
+        for index, kind in enumerate(dict.fromkeys((row.cache, row.kernels, row.budgets) for row in rows[1:])):
+            line = [row for row in rows if (row.cache, row.kernels, row.budgets) == kind]
+            held, perplexity, stderr = zip(*((row.bytes / 1e6, row.perplexity, row.stderr) for row in line))
+            label = ", ".join(filter(None, (names[kind[0]], kind[1], kind[2] if kind[2] != "uniform" else None)))
+            axes.errorbar(held, perplexity, stderr, color=f"C{index}", marker="o", capsize=3, label=label)
+        axes.set(xlabel="MB held for each sequence", ylabel="perplexity (streaming)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()

@@ -4,46 +4,30 @@ Nothing is computed by formula: the model, the kernels and the caches are laid o
 shapes and no memory, and their bytes are counted.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from rich.table import Column, Table
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
-from ..hf.architecture import sizes_of
+from ..hf.architecture import check_model, layers_of, less_layers, sizes
+from ..hf.cache import bytes_of
 from ..kernels import LessKernels
-from ..layer.checks import LessError
+from ..layer.checks import LessError, integer
+from ..layer.policies import Policy
 from ..setting import Setting
-
-SHAPES: dict[str, PretrainedConfig] = {
-    "llama-2-7b": LlamaConfig(max_position_embeddings=4096),
-    "llama-2-13b": LlamaConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        max_position_embeddings=4096,
-    ),
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-}
-"""Well-known shapes by name: costs do not depend on the values of the weights."""
+from .caches import grow, spell_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes. A decoding step of a batch reads the weights, the kernels, and what every sequence holds."""
+    """Bytes. A decoding step of a batch reads the weights, the kernels of LESS's layers, and what every sequence holds."""
 
     weights: int
     kernels: int  # shared by all sequences
     full: int  # held for one sequence by the full cache, at the length
-    less: int  # held for one sequence by LESS, at any length
+    less: int  # held for one sequence with LESS, at the length: what LESS's layers hold does not grow
     full_moved: int  # by a decoding step of the batch
     less_moved: int
     break_even: int  # length from which a step with LESS moves fewer bytes than with the full cache
@@ -53,7 +37,7 @@ class Plan:
 
 def plan(
     config: PretrainedConfig,
-    policy,
+    policy: Policy,
     rank: int = 8,
     hidden: int = 512,
     batch: int = 1,
@@ -66,18 +50,29 @@ def plan(
 
     length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
     rank, hidden, family: of the kernels.
-    Buffers of the computation itself are not counted. Raises LessError where no model or kernels can have these sizes.
+    Buffers of the computation itself are not counted. Raises LessError if no model or kernels can have these sizes, LESS cannot
+    serve the model, or a layer of it holds what is known only once it runs (recurrent layers).
     """
-    shape = sizes_of(config)
+    batch, length = integer("the batch", batch), integer("the length", length)
     with torch.device("meta"):
         try:
-            weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+            model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # whatever transformers says of numbers that cannot be
             raise LessError(f"there is no model of this config: {type(error).__name__} {error}") from error
+        check_model(model)
+        served = less_layers(model)
+        try:
+            shape = sizes(model)
+        except LessError as error:
+            raise LessError("the layers of this model differ in their heads, and plans are for those that do not") from error
         kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family) if rank else None
+        held = [_held(layer, shape, length, dtype) for layer in layers_of(model)]
+    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     shared = kernels.memory() if kernels else 0
-    token = 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * dtype.itemsize
-    full, less = length * token, Setting.of(shape, range(shape["layers"]), policy, kernels, "uniform").memory(dtype)
+    read = sum(kernels.layers[index].memory() for index in served) if kernels else 0
+    growing = sum(held[index] for index in served)  # of the full cache, in the layers that LESS serves
+    constant = Setting.of(shape, served, policy, kernels, "uniform").memory(dtype)  # of LESS, in the same
+    full, less = sum(held), sum(held) - growing + constant
 
     def largest(fixed, each):
         return None if memory is None else max(0, (memory - fixed) // each)
@@ -88,13 +83,34 @@ def plan(
         full=full,
         less=less,
         full_moved=weights + batch * full,
-        less_moved=weights + shared + batch * less,
-        break_even=math.floor((shared + batch * less) / (batch * token)) + 1,
+        less_moved=weights + read + batch * less,
+        break_even=(read + batch * constant) * length // (batch * growing) + 1,
         full_batch=largest(weights, full),
         less_batch=largest(weights + shared, less),
     )
 
 
-def config_of(model: str) -> PretrainedConfig:
-    """The config of a named shape, a local folder, or a repository of the hub."""
-    return SHAPES[model] if model in SHAPES else AutoConfig.from_pretrained(model)
+def _held(layer, shape: dict[str, int], length: int, dtype: torch.dtype) -> int:
+    """Bytes that a layer of transformers' own holds for one sequence of the length, laid out on the device "meta"."""
+    if hasattr(layer, "conv_states"):
+        raise LessError("what a recurrent layer holds is known only once the model runs: measure this model with `less-kv bench`")
+    if not isinstance(layer, DynamicLayer):
+        return 0  # it reads the keys of another layer
+    kv = torch.empty(1, shape["kv_heads"], 0, shape["head_dim"], dtype=dtype, device="meta")  # (1, Hkv, 0, D)
+    try:
+        grow(layer, kv, kv, length)
+    except RuntimeError as error:
+        raise LessError(f"no full cache can hold {length:,} tokens of this model: take fewer ({error})") from error
+    return bytes_of([layer])
+
+
+def table(costs: Plan, title: str, names: tuple[str, str], memory: float) -> Table:
+    """The plan to print. names: of the two caches; memory: gigabytes of the device, 0 if not asked."""
+    lines = Table("", *(Column(name, justify="right") for name in names), title=title)
+    lines.add_row("weights of the model", *map(spell_bytes, (costs.weights, costs.weights)))
+    lines.add_row("weights of the kernels", *map(spell_bytes, (0, costs.kernels)))
+    lines.add_row("held for each sequence", *map(spell_bytes, (costs.full, costs.less)))
+    lines.add_row("moved by a decoding step of the batch", *map(spell_bytes, (costs.full_moved, costs.less_moved)))
+    if memory:
+        lines.add_row(f"largest batch in {memory:g} GB", f"{costs.full_batch:,}", f"{costs.less_batch:,}")
+    return lines

@@ -123,7 +123,8 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     if curves:
         check_policy(policy)
         grid(policy, T)
-    multiples = recipe.joint_budgets if recipe.together_steps or recipe.joint_steps or recipe.table_steps else ()
+    several = recipe.together_steps or recipe.joint_steps or recipe.table_steps
+    multiples = recipe.joint_budgets if several else ()
     budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
     if multiples and not budgets:
         raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")

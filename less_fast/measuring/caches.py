@@ -1,0 +1,95 @@
+"""Caches as measurements need them: what they hold, and filled to a length without reading a prompt."""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..hf.cache import LessCache, LessLayer, bytes_of
+from ..layer.state import LayerState
+from ..layer.step import extend
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds. Kernels are shared by all caches, and counted by `LessKernels.memory`."""
+    if isinstance(cache, LessCache):
+        return sum(cache.memory().values())
+    return bytes_of(cache.layers)
+
+
+def full_bytes(cache: LessCache) -> int:
+    """Bytes that a full cache would hold after the same tokens."""
+    seen, held = int(cache.get_seq_length()), cache.memory()["others"]
+    for group in (group for layer in cache.less_layers for group in layer.state.groups):
+        N, H, _, D = group.k.shape
+        held += 2 * N * H * seen * D * group.k.itemsize
+    return held
+
+
+def describe(cache: LessCache) -> str:
+    """What each KV head of the cache keeps, what becomes of the others, and the bytes held, in words."""
+    groups = [group for layer in cache.less_layers for group in layer.state.groups]
+    seen, kernels = int(cache.get_seq_length()), cache.setting.kernels
+    at_most = "at most " if cache.setting.policy.kinds else ""
+    kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
+    folded = f"folded into {_ends(rank for layer in kernels.layers for rank in layer.ranks)} features" if kernels else "forgotten"
+    return (
+        f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {held_bytes(cache):,} bytes "
+        f"held, a full cache would hold {full_bytes(cache):,}"
+    )
+
+
+def _ends(numbers):
+    """The smallest and the largest: 4 to 9, or 4 if they are the same."""
+    ordered = sorted(numbers)
+    return " to ".join(map(str, dict.fromkeys([ordered[0], ordered[-1]])))
+
+
+def spell_bytes(count: int) -> str:
+    """A number of bytes to read: 1.74 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} bytes"
+
+
+def lengthen(cache: Cache, tokens: int) -> None:
+    """Brings a cache that has seen a few tokens to what it is after so many more, as far as speed and memory can tell.
+
+    Layers that are LESS's age. Those of transformers that attend are given random keys and values. All others, which are
+    recurrent or read the keys of another layer, hold already what they ever will.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, LessLayer):
+            age(layer.state, tokens)
+            layer.seen += tokens
+        elif getattr(layer, "keys", None) is not None:
+            grow(layer, layer.keys, layer.values, tokens)
+
+
+def grow(layer: DynamicLayer, k: torch.Tensor, v: torch.Tensor, tokens: int) -> None:
+    """So many random keys and values enter a layer of transformers' own, in the shape of k and v (N, H, *, D).
+
+    The last comes alone, as in decoding: a layer with a sliding window then holds its window, and no more.
+    """
+    for many in (tokens - 1, min(tokens, 1)):
+        if many > 0:
+            layer.update(*(torch.randn(*x.shape[:2], many, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v)))
+
+
+def fill(state: LayerState, length: int) -> None:
+    """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
+    group = state.groups[0]
+    most = max(group.policy.budget for group in state.groups) + 1
+    N, D = group.k.shape[0], group.k.shape[-1]
+    q, k, v = (
+        torch.randn(N, heads, min(length, most), D, device=group.k.device).to(group.k.dtype)
+        for heads in (state.query_heads, state.kv_heads, state.kv_heads)
+    )  # (N, H, m, D)
+    extend(state, q, k, v)
+    age(state, length - min(length, most))
+
+
+def age(state: LayerState, tokens: int) -> None:
+    """Makes a state believe that so many more tokens came before those that it holds."""
+    state.n += tokens
+    for group in state.groups:
+        group.position += tokens * (group.position >= 0)

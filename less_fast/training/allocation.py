@@ -1,0 +1,65 @@
+"""Curves of what each KV head costs, and tables refined by trial, stored with the kernels whose caches will use them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..budgets import Curves, table
+from ..hf.architecture import less_layers, sizes
+from ..kernels import LessKernels
+from ..layer.checks import LessError
+from ..layer.policies import Policy
+from ..setting import Setting
+from .head_costs import measure
+from .tables import refine
+
+
+def allocate(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    policy: Policy,
+    kernels: LessKernels,
+    out: str | os.PathLike,
+    by: str | None = None,
+    refined: Sequence[Policy] = (),
+) -> Curves:
+    """The curves under the policy, stored with the kernels in the folder `out`.
+
+    windows (W, T) int64; by: a name in MEASURES, kl by default; refined: policies whose tables, of LESS and of its Baseline+, are
+    refined by trial: then curves that are there are used again. What is done is stored after each part.
+    Raises LessError if these curves were measured in another way than asked for, or do not reach a budget to refine.
+    """
+    name = type(policy).__name__
+    if not refined or name not in kernels.curves:
+        with tqdm(desc="curves", unit="budget") as progress:
+
+            def tell(done, of):
+                progress.total = of
+                progress.update(done - progress.n)
+
+            kernels.curves[name] = measure(model, windows, policy, kernels, by=by or "kl", progress=tell)
+        kernels.save_pretrained(out)
+    curves = kernels.curves[name]
+    if by and by != curves.by:
+        raise LessError(f"the curves that are there were measured by {curves.by}: leave --by out, or measure without --refine")
+    heads = sum(len(layer) for layer in curves.bare)
+    for rule in refined:
+        if table(curves, rule.budget * heads, less=True) is None:
+            reach = f"{curves.budgets[0]} to {curves.budgets[-1]} tokens"
+            raise LessError(
+                f"the curves reach from {reach}, so there is no table of {rule.budget} to refine: choose a budget there"
+            )
+    for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
+        less = Setting.of(sizes(model), less_layers(model), rule, kernels, "uniform")
+        plus = replace(less, policy=less.baseline_plus(model.dtype), kernels=None)
+        for kind, setting in (("less", less), ("bare", plus)):
+            total = setting.policy.budget * heads
+            if budgets := table(curves, total, kind == "less"):
+                better, _ = refine(model, windows, replace(setting, budgets=budgets))
+                curves.refined.setdefault(kind, {})[str(total)] = better
+        kernels.save_pretrained(out)
+    return curves
