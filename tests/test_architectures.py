@@ -141,7 +141,7 @@ def test_kernels_are_trained_for_other_architectures_and_bring_the_layers_closer
     recipe = replace(RECIPES["exponential"], epochs=6, joint_steps=2, table_steps=0, rank=2, hidden=3)
     kernels = train(model, ids[:12], ids[12:], H2O(3, 3), recipe)
     assert all(found["less"] < found["bare"] for found in kernels.about["validation"])
-    assert len(kernels.about["fingerprint"]) == 4
+    assert len(kernels.about["identity"]["layers"]) == 4
     cache = LessCache.for_model(model, H2O(3, 3), kernels, chunk=1)
     feed(model, tokens(1, 20), cache, prompt=20)
     assert cache.memory()["low_rank"] > 0

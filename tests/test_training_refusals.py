@@ -192,11 +192,22 @@ def test_a_broken_recording_is_named(tmp_path, monkeypatch):
 
 
 def test_a_training_goes_on_only_with_a_model_of_the_same_dtype(tmp_path):
-    """The fingerprint of a model does not say in what dtype it is computed."""
+    """The identity of a model hardly depends on its dtype."""
     model = make_model().bfloat16()
     train(model, **arguments(), folder=tmp_path)
     with pytest.raises(LessError, match="an unfinished training with another dtype"):
         train(model.float(), **arguments(), folder=tmp_path)
+
+
+def test_a_training_goes_on_only_with_the_same_model_whatever_the_last_digits_of_its_identity(tmp_path):
+    train(make_model().float(), **arguments(), folder=tmp_path)
+    order = json.loads((tmp_path / "order.json").read_text())
+    first, *others = order["identity"]["layers"][0].split()
+    order["identity"]["layers"][0] = " ".join([f"{float(first) + 1e-4:.4f}", *others])
+    (tmp_path / "order.json").write_text(json.dumps(order))
+    train(make_model().float(), **arguments(), folder=tmp_path)
+    with pytest.raises(LessError, match="was saved with another model"):
+        train(other_model().float(), **arguments(), folder=tmp_path)
 
 
 def test_a_layer_that_loses_nothing_is_refused():

@@ -8,7 +8,6 @@ estimated from one backward pass (sensitivity.py), and much cheaper, a poorer gu
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
@@ -132,7 +131,7 @@ def measure(
     return Curves(repr(policy), budgets, bare, less[0] if less else None, T, len(windows), by)
 
 
-def _by_gradient(model, parts, policy, budgets, settings, progress) -> torch.Tensor:
+def _by_gradient(model, parts, policy, budgets, settings, progress):
     """The cost of each head at each budget, (settings, layers, KV heads, budgets), in nats per token."""
     shape, tokens = sizes(model), sum(ids.numel() for ids in parts)
     total = torch.zeros(len(settings), shape["layers"], shape["kv_heads"], len(budgets), dtype=torch.float64)
@@ -151,7 +150,7 @@ def _by_gradient(model, parts, policy, budgets, settings, progress) -> torch.Ten
     return total
 
 
-def _divergences(model, ids, index, full, out, predicted, kv_heads) -> list[float]:
+def _divergences(model, ids, index, full, out, predicted, kv_heads):
     """For each KV head of layer `index`: KL(predicted || with this head's outputs from `out`), in nats per token."""
     costs = []
     for heads in torch.arange(out.shape[1]).chunk(kv_heads):
@@ -163,7 +162,7 @@ def _divergences(model, ids, index, full, out, predicted, kv_heads) -> list[floa
     return costs
 
 
-def _output_errors(module: nn.Module, full, out, kv_heads) -> list[float]:
+def _output_errors(module, full, out, kv_heads):
     """For each KV head: |change of the layer's output|^2 / |output|^2, the mean over texts. full, out (N, Hq, T, D)."""
     weight = output_weight(module).unflatten(1, (out.shape[1], -1))  # (hidden size, Hq, D)
 

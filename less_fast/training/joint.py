@@ -73,7 +73,6 @@ def distill(
     Raises LessError if a loss is not finite. Unfinished work is saved under `name`.
     """
     kernels, saved, first = settings[0].kernels, work.load(name) if work.has(name) else None, 0
-    assert kernels is not None
     if saved is not None and "after" in saved["figures"]:
         kernels.load_state_dict(saved["kernels"])
         return saved["figures"]

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from ..files import aside
 from ..hf.architecture import sizes
 from ..hf.seam import predictions
 from ..layer.checks import LessError
 from ..layer.parallel import dense, eviction_times, exact_part
+from ..layer.policies import Policy
 
 SHARD = 8  # windows in a file
 
@@ -34,7 +36,7 @@ class Recorded:
 
 
 @torch.no_grad()
-def prepare(q, k, v, policy, scale) -> Recorded:
+def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: Policy, scale: float | None) -> Recorded:
     """What does not depend on the kernels. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype; the rest is float32."""
     q, k, v = (x.float() for x in (q, k, v))
     e = eviction_times(q, k, v, policy, scale)
@@ -43,7 +45,7 @@ def prepare(q, k, v, policy, scale) -> Recorded:
     return Recorded(q, k, v, e, exact[:, :, late], lse[:, :, late], dense(q, k, v, scale)[:, :, late])
 
 
-def bytes_on_disk(model, windows: torch.Tensor, policy, layers: int) -> int:
+def bytes_on_disk(model: PreTrainedModel, windows: torch.Tensor, policy: Policy, layers: int) -> int:
     """What the recording of so many layers will take, but for a few kilobytes of headers."""
     shape, (N, T) = sizes(model), windows.shape
     late, D, Hq, Hkv = T - 1 - policy.budget, shape["head_dim"], shape["query_heads"], shape["kv_heads"]
@@ -54,7 +56,7 @@ def bytes_on_disk(model, windows: torch.Tensor, policy, layers: int) -> int:
 class Recording:
     """The recorded layers of `windows` (N, T) under `policy`, in `folder`."""
 
-    def __init__(self, folder: Path, windows: torch.Tensor, policy):
+    def __init__(self, folder: Path, windows: torch.Tensor, policy: Policy):
         self.folder, self.windows, self.policy = folder, windows, policy
 
     def file(self, layer: int, shard: int) -> Path:
@@ -63,7 +65,7 @@ class Recording:
     @torch.no_grad()
     def record(
         self,
-        model,
+        model: PreTrainedModel,
         layers: Sequence[int],
         shards: slice = slice(None),
         progress: Callable[[], None] = lambda: None,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..budgets import Curves, average
 from ..hf.architecture import check_model, less_layers, sizes
-from ..hf.identity import fingerprint
+from ..hf.identity import check_saved, identity
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError
@@ -68,7 +68,7 @@ def train(
     if folder is None and processes() > 1:
         raise LessError("several processes train together in one folder: give a `folder` that all of them see")
     about = {
-        "fingerprint": fingerprint(model),
+        "identity": identity(model),
         "policy": repr(policy),
         "window": windows.shape[1],
         "sequences": len(windows),
@@ -82,6 +82,8 @@ def train(
     settings = [replace(setting, kernels=kernels) for setting in settings]
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         work, started = Work(Path(place), order), time.perf_counter()
+        if work.resumed:
+            check_saved(place, work.order, model)
         if recipe.epochs:
             about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:

@@ -38,7 +38,6 @@ def train_together(
     by setting and layer. Raises LessError if a loss is not finite. Unfinished work is saved.
     """
     kernels, saved, first = settings[0].kernels, work.load("together") if work.has("together") else None, 0
-    assert kernels is not None
     if saved is not None and "left" in saved:
         kernels.load_state_dict(saved["kernels"])
         return {"left": saved["left"]}
@@ -73,13 +72,11 @@ def train_together(
 def _shares_left(layers: Sequence[Watched], setting: Setting, descent: Descent | None = None) -> list[float]:
     """What each layer's kernels leave of the bare policy's cost; with a descent they take a step to make that less."""
     budget = setting.policy.budget
-    assert budget is not None
     shares = []
     if descent is not None:
         descent.adam.zero_grad()
     for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, setting.policy))):
         _, features = setting.layer(index)
-        assert features is not None
         share = share_left(layer, e, features, budget)
         if descent is not None:
             share.backward()

@@ -15,26 +15,27 @@ FORMAT = 2  # of the files; a change of what they hold takes the next number
 
 
 class Work:
-    """What is done of a training, each file complete, and the order that it carries out.
+    """What is done of a training, each file complete, and the order that it carries out, as it was begun.
 
-    Raises LessError if the folder holds the work on another order, or the other processes do not see it.
+    Raises LessError if the folder holds the work on another order, or the other processes do not see it. The "identity" of the
+    model is left to `check_saved`: sums in another order round to other numbers.
     """
 
     def __init__(self, folder: Path, order: dict[str, Any]):
         self.folder, file = folder, folder / "order.json"
         folder.mkdir(parents=True, exist_ok=True)
-        order = json.loads(json.dumps({"format": FORMAT} | order))
-        self.resumed = file.exists()
+        self.order, self.resumed = json.loads(json.dumps({"format": FORMAT} | order)), file.exists()
         if self.resumed:
-            self._check(file, order)
+            self.order = self._begun(file)
         elif process() == 0:
             with aside(file) as temporary:
-                temporary.write_text(json.dumps(order, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.order, indent=2) + "\n")
         wait_for_all()
         if file not in folder.iterdir():
             raise LessError(f"process {process()} does not see {folder}: give a folder that all processes see")
 
-    def _check(self, file: Path, order: dict[str, Any]) -> None:
+    def _begun(self, file: Path) -> dict[str, Any]:
+        """The order in the file. LessError if it is another one, or none."""
         try:
             begun = json.loads(file.read_text())
         except ValueError:
@@ -46,11 +47,13 @@ class Work:
                 f"{self.folder} holds a training that another version of LESS began: finish it with that version, or delete that "
                 f"folder"
             )
-        if other := sorted(name for name in order | begun if order.get(name) != begun.get(name)):
+        names = (self.order | begun).keys() - {"identity"}
+        if other := sorted(name for name in names if self.order.get(name) != begun.get(name)):
             raise LessError(
                 f"{self.folder} holds an unfinished training with another {', '.join(other)}: go on with the options it was "
                 f"begun with, or delete that folder"
             )
+        return begun
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
