@@ -62,7 +62,7 @@ def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Watched]
 
         return attention
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False):  # with gradients, in whatever mode the caller is
         logits = predictions(model, ids.clone(), [watcher(index) for index in range(len(changes))])  # (N, T, vocabulary)
         if not logits.isfinite().all():
             raise LessError("the model's predictions are not finite: its weights or the text are broken")

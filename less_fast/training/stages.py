@@ -40,8 +40,7 @@ CURVE_WINDOWS = 8  # windows on which costs are measured
 JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, in whatever mode the caller is
 def train(
     model: PreTrainedModel,
     windows: torch.Tensor,
