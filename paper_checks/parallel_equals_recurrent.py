@@ -7,8 +7,8 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from less_fast import LessCache
-from less_fast import setting as cache_setting
 from less_fast.hf.architecture import less_layers, sizes
+from less_fast.setting import Setting
 from less_fast.training.joint import divergence
 
 from .check import Finding, Subject, verdict
@@ -32,7 +32,7 @@ def check(subject: Subject) -> Finding:
             cache = LessCache.for_model(model, policy, kernels, "uniform", chunk=1)
             ours = model(ids, past_key_values=cache).logits.log_softmax(-1)
             recurrent = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
-            uniform = cache_setting.Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform")
+            uniform = Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform")
             parallel = divergence(model, ids, uniform).item()
             worst = max(worst, abs(recurrent - parallel) / recurrent)
             rows.append([name, str(policy.budget), f"{recurrent:.10f}", f"{parallel:.10f}"])

@@ -374,7 +374,7 @@ def spoiled(tmp_path):
         (["bench", "--model", "llama-2-7b", "--device", "tpu"], "no device 'tpu' here"),
         (["bench", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
         (["train", "--budget", "1023"], "evicts nothing"),
-        (["train", "--family", "paper", "--hidden", "0"], "kernels need a hidden width of at least 1 and at most 65,536, not 0"),
+        (["train", "--family", "paper", "--hidden", "0"], "the hidden width of kernels must be an integer from 1 to 65,536"),
         (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
         (["train", "--dataset", "a,b,c,d,e"], "a data set is NAME"),
         (["allocate", "--kernels", "nobody/nothing"], "nobody/nothing is no folder, so say with --out where"),
