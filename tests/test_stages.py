@@ -206,6 +206,19 @@ def test_recordings_that_a_kill_left_behind_are_gone_in_the_end(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_recordings_take_no_more_disk_than_they_may(tmp_path, monkeypatch):
+    each = bytes_on_disk(make_model().float(), tokens(10, 30), POLICY, 1)  # six windows and four for validation
+    seen, own = [], layers._train_layer
+
+    def look(*arguments):
+        seen.append(sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")))
+        own(*arguments)
+
+    monkeypatch.setattr(layers, "_train_layer", look)
+    quick_training(tmp_path, disk=2.5 * each)
+    assert seen == pytest.approx([2 * each, 2 * each, each], rel=0.1)
+
+
 def test_little_disk_gives_the_same_kernels(uninterrupted, tmp_path):
     assert_equal_weights(quick_training(tmp_path, disk=1), uninterrupted)
 
