@@ -17,7 +17,17 @@ from less_fast.training.head_costs import measure
 from less_fast.training.sensitivity import eviction_times_of, watch
 
 POLICY = H2O(3, 3)
-RECIPE = replace(RECIPES["exponential"], epochs=0, together_steps=24, joint_steps=0, table_steps=0, rank=2, hidden=3)
+RECIPE = replace(
+    RECIPES["exponential"],
+    epochs=0,
+    together_steps=24,
+    together_windows=4,
+    together_uses=3,
+    joint_steps=0,
+    table_steps=0,
+    rank=2,
+    hidden=3,
+)
 
 
 def quick_training(folder=None, recipe=RECIPE, **more):
@@ -90,17 +100,15 @@ def test_training_leaves_less_of_the_cost_and_reports_it():
     assert (shares < np.array(untrained.about["together"]["left"])).all()
     model = make_model().float()
     setting = Setting.of(sizes(model), less_layers(model), POLICY, trained, "uniform")
-    parts = [together._shares_left(watch(model, ids, RECIPE.seed), setting) for ids in tokens(4, 30, seed=1).split(2)]
-    assert np.mean(parts, 0) == pytest.approx(shares[1], rel=1e-5)
+    assert together.shares_left(model, tokens(4, 30, seed=1), setting, RECIPE) == pytest.approx(shares[1], rel=1e-5)
 
 
 def test_what_is_left_counts_every_window_alike():
     """Of five validation windows, in parts of two, the last is alone."""
     model, held_out = make_model().float(), tokens(5, 30, seed=1)
-    trained = train(model, tokens(10, 30), held_out, POLICY, replace(RECIPE, together_steps=1))
-    setting = Setting.of(sizes(model), less_layers(model), POLICY, trained, "uniform")
-    shares = [together._shares_left(watch(model, held_out[rows], RECIPE.seed), setting) for rows in ([0, 1], [2, 3], [4])]
-    assert trained.about["together"]["left"][1] == pytest.approx(np.average(shares, 0, [2, 2, 1]), rel=1e-5)
+    setting = Setting.of(sizes(model), less_layers(model), POLICY, make_kernels(model, family="exponential").float(), "uniform")
+    parts = [together.shares_left(model, ids, setting, RECIPE) for ids in held_out.split(2)]
+    assert together.shares_left(model, held_out, setting, RECIPE) == pytest.approx(np.average(parts, 0, [2, 2, 1]), rel=1e-5)
 
 
 def test_a_model_in_float64_is_trained_where_gradients_are_off():
@@ -118,7 +126,7 @@ class Killed(BaseException):
 
 
 def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path, monkeypatch):
-    whole, own = quick_training(curves=True), together.watch
+    whole, own = quick_training(curves=True), together.Round.step
     for steps in (5, 8, 9):  # more than a checkpoint's worth in all
         left = iter(range(steps))
 
@@ -128,7 +136,7 @@ def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path,
             return own(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(together, "watch", dies)
+            patch.setattr(together.Round, "step", dies)
             patch.setattr(together, "CHECKPOINT", 4)
             with pytest.raises(Killed):
                 quick_training(tmp_path, curves=True)

@@ -7,6 +7,7 @@ from ..layer.features import FAMILIES, MOST, Learned
 from .checks import number
 
 STEPS = ("together_steps", "joint_steps", "table_steps")
+ROUNDS = ("together_windows", "together_uses")
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
 
 
@@ -16,6 +17,7 @@ class Recipe:
 
     epochs: of each layer alone; 0 leaves that stage out. windows: how many it is trained on, None for all.
     together_steps: of all layers at once, `batch` windows in each, with `learning_rate` in one cycle; 0 leaves that stage out.
+    A round reads `together_windows` and uses each `together_uses` times.
     halve_every: epochs. None: the learning rate rises and falls once over the whole training (one cycle; Smith and Topin 2017).
     clip: the largest norm of a step's gradient, None for any.
     joint_steps, joint_rate: of the joint stage, in one cycle, with `batch` windows in each step; 0 steps leave it out. It takes
@@ -36,6 +38,8 @@ class Recipe:
     clip: float | None = None
     windows: int | None = None
     together_steps: int = 0
+    together_windows: int = 32
+    together_uses: int = 4
     joint_steps: int = 0
     table_steps: int = 0
     joint_rate: float = 5e-3
@@ -44,8 +48,9 @@ class Recipe:
     def __post_init__(self):
         if self.family not in LEARNED:
             raise LessError(f"kernels of the family {self.family!r} are not learned: choose one of {', '.join(LEARNED)}")
-        limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1)) | dict.fromkeys(("epochs", *STEPS), (0,))
-        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", *STEPS):
+        zero = dict.fromkeys(("epochs", *STEPS), (0,))  # allowed for these
+        limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1)) | zero
+        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", *STEPS, *ROUNDS):
             self._set(name, integer, *limits.get(name, (1,)))
         for name, least, most in (("learning_rate", 0, 1e6), ("joint_rate", 0, 1e6), ("dropout", 0, 0.99), ("clip", 1e-9, 1e9)):
             self._set(name, number, least, most)

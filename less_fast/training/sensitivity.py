@@ -31,6 +31,17 @@ class Watched:
     full: torch.Tensor  # (N, Hq, T, D) its attention output
     g: torch.Tensor  # (samples, N, Hq, T, D)
 
+    def rows(self, index: torch.Tensor) -> "Watched":
+        """Some of the texts."""
+        return Watched(self.q[index], self.k[index], self.v[index], self.scale, self.full[index], self.g[:, index])
+
+    @classmethod
+    def join(cls, parts: Sequence["Watched"]) -> "Watched":
+        """The same layer reading all texts of the parts."""
+        texts = (torch.cat([getattr(part, name) for part in parts]) for name in ("q", "k", "v", "full"))
+        q, k, v, full = texts
+        return cls(q, k, v, parts[0].scale, full, torch.cat([part.g for part in parts], 1))
+
     def cost(self, out: torch.Tensor, first: int = 0) -> torch.Tensor:
         """What it costs if the layer's output is `out` (N, Hq, L, D) from query `first` on: nats for each query, (N, L)."""
         change = out - self.full[:, :, first:]

@@ -1,8 +1,8 @@
 """All layers at once, each towards its own target, on texts that are read once and recorded nowhere: the way for large models.
 
-A step reads a few windows with the full cache, forwards and backwards, and gives every layer's kernels one gradient step on
-what their errors cost the model (sensitivity.py), relative to what the bare policy's cost. Time is linear in layers, and nothing
-lies on disk. Queries and keys are those under the full cache, as in the paper's training of each layer alone.
+Rounds of a few windows: the model reads them with the full cache, forwards and backwards, and then every layer's kernels take
+gradient steps on what their errors cost the model (sensitivity.py), relative to what the bare policy's cost. Time is linear in
+layers, and nothing lies on disk. Queries and keys are those under the full cache, as in the paper's training of each layer alone.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,18 @@ def train_together(
     kernels.requires_grad_().train()
     descent = Descent(kernels, recipe.learning_rate, recipe.together_steps, None, None)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
+    of_round = -(-min(recipe.together_windows, len(windows)) * recipe.together_uses // recipe.batch)  # steps
     if saved is not None:
         first = saved["step"]
         descent.load_state_dict(saved["descent"])
+    round_now = None
     with tqdm(total=recipe.together_steps, initial=first, desc="all layers at once", unit="step") as progress:
         for step in range(first, recipe.together_steps):
-            rows = order[torch.arange(step * recipe.batch, (step + 1) * recipe.batch) % len(windows)]  # (batch,)
-            setting = settings[step % len(settings)]
-            shares = _shares_left(watch(model, windows[rows], recipe.seed + step), setting, descent)
+            number, within = divmod(step, of_round)
+            if round_now is None or round_now.number != number:
+                round_now = None  # its memory is needed
+                round_now = Round(model, windows[order], settings, recipe, number)
+            shares = round_now.step(within, step % len(settings), recipe.batch, descent)
             if not all(share < float("inf") for share in shares):
                 raise LessError(f"training diverged at step {step}: lower the learning rate")
             progress.update()
@@ -59,35 +63,54 @@ def train_together(
             if (step + 1) % CHECKPOINT == 0:
                 work.save("together", {"step": step + 1, "descent": descent.state_dict()})
     kernels.eval()
-    left, parts = [], validation.split(recipe.batch)
-    weights = torch.tensor([len(ids) for ids in parts]) / len(validation)  # (parts,)
     with torch.no_grad():
-        for setting in settings:
-            of_parts = torch.tensor([_shares_left(watch(model, ids, recipe.seed), setting) for ids in parts])  # (parts, layers)
-            left.append((weights @ of_parts).tolist())
+        left = [shares_left(model, validation, setting, recipe) for setting in settings]
     work.save("together", {"left": left, "kernels": kernels.state_dict()})
     return {"left": left}
 
 
-def _shares_left(layers: Sequence[Watched], setting: Setting, descent: Descent | None = None) -> list[float]:
-    """What each layer's kernels leave of the bare policy's cost; with a descent they take a step to make that less."""
-    budget = setting.policy.budget
-    shares = []
-    if descent is not None:
+class Round:
+    """Some windows, read, and the order in which steps take them: each `together_uses` times."""
+
+    def __init__(self, model, windows, settings, recipe, number):
+        size = min(recipe.together_windows, len(windows))
+        rows = torch.arange(number * size, (number + 1) * size) % len(windows)
+        parts = [watch(model, windows[some], recipe.seed + int(some[0])) for some in rows.split(recipe.batch)]
+        self.layers, self.number, self.settings = [Watched.join(part) for part in zip(*parts)], number, settings
+        self.e = [eviction_times_of(self.layers, setting.policy) for setting in settings]
+        draw = torch.Generator().manual_seed(recipe.seed + number)
+        self.order = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
+
+    def step(self, within: int, setting: int, batch: int, descent: Descent) -> list[float]:
+        """One step of every layer on the next windows; returns what each layer's kernels left of the bare policy's cost."""
+        rows, policy, shares = self.order[within * batch : (within + 1) * batch], self.settings[setting].policy, []
         descent.adam.zero_grad()
-    for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, setting.policy))):
-        _, features = setting.layer(index)
-        share = share_left(layer, e, features, budget)
-        if descent is not None:
+        for index, (layer, e) in enumerate(zip(self.layers, self.e[setting])):
+            _, features = self.settings[setting].layer(index)
+            rows = rows.to(e.device)
+            share = share_left(layer.rows(rows), e[rows], features, policy.budget)
             share.backward()
             torch.nn.utils.clip_grad_norm_(features.parameters(), 1.0)  # each layer for itself
-        shares.append(share.item())
-    if descent is not None:
+            shares.append(share.detach())
         descent.take()
-    return shares
+        return torch.stack(shares).tolist()
 
 
-def share_left(layer: Watched, e: torch.Tensor, features: Features, budget: int) -> torch.Tensor:
+def shares_left(model: PreTrainedModel, windows: torch.Tensor, setting: Setting, recipe: Recipe) -> list[float]:
+    """What each layer's kernels leave of the bare policy's cost, the mean over windows (W, T)."""
+    parts = []
+    for ids in windows.split(recipe.batch):
+        layers = watch(model, ids, recipe.seed)
+        times = eviction_times_of(layers, setting.policy)
+        shares = [
+            share_left(layer, e, setting.layer(index)[1], setting.policy.budget)
+            for index, (layer, e) in enumerate(zip(layers, times))
+        ]
+        parts.append(torch.stack(shares) * len(ids) / len(windows))
+    return torch.stack(parts).sum(0).tolist()
+
+
+def share_left(layer: Watched, e: torch.Tensor, features: Features | None, budget: int | None) -> torch.Tensor:
     """What LESS with these features costs, over what the bare policy does: a scalar, differentiable in the features."""
     exact, lse = exact_part(layer.q, layer.k, layer.v, e, layer.scale)  # (N, Hq, T, D), (N, Hq, T)
     weighted, mass = low_rank_part(features.phi(layer.q), features.psi(layer.k), layer.v, e)
