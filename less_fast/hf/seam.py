@@ -104,15 +104,16 @@ def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[
     Raises LessError for functions that do not fit the model's layers.
     """
     check_model(model)
-    served = less_layers(model)
-    if [index for index, attention in enumerate(attentions) if attention is not None] != served:
+    by_sdpa = calls_sdpa(model)
+    layers = {i: FunctionLayer(attention, by_sdpa) for i, attention in enumerate(attentions) if attention is not None}
+    if list(layers) != less_layers(model):
         raise LessError(
-            f"of {type(model).__name__} LESS serves the layers {served}: give a function for each of these and None for all "
-            f"others; kernels and budget tables are made for models whose layers all have full attention"
+            f"of {type(model).__name__} LESS serves the layers {less_layers(model)}: give a function for each of these and None "
+            f"for all others; kernels and budget tables are made for models whose layers all have full attention"
         )
     use_less_attention(model)
-    layers = layers_with(model, {index: FunctionLayer(attentions[index], calls_sdpa(model)) for index in served})
-    logits = model(input_ids=ids.to(device_of(model)), past_key_values=Cache(layers=layers), use_cache=True).logits
+    cache = Cache(layers=layers_with(model, layers))
+    logits = model(input_ids=ids.to(device_of(model)), past_key_values=cache, use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

@@ -6,6 +6,7 @@ The hooks on the model's decoder are functions of this module, so that a model t
 import inspect
 import weakref
 from types import MethodType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ class WatchedCache(Cache):
     they held for each row after the last pass, or None before the first one.
     """
 
-    model: weakref.ref
+    model: weakref.ref[PreTrainedModel]
     keepers: dict[str, str]
     open = False
     positions: list[tuple[int, ...]] | None = None
@@ -97,7 +98,7 @@ class WatchedCache(Cache):
                 f"{type(decoder).__name__} rotates keys in another way beyond {limit} tokens, and what the cache holds cannot be "
                 f"rotated again: stay below that length"
             )
-        if self.keepers:
+        if self.keepers and model is not None:
             self._check_positions(model, _argument(decoder, args, kwargs, "position_ids"))
 
     def _check_positions(self, model, position_ids):
@@ -128,8 +129,8 @@ class WatchedCache(Cache):
             )
         for layer in self.less_layers:
             layer.reached = False
-        if self.keepers and not torch.compiler.is_compiling():
-            self.positions = held_positions(self.model(), self.keepers, self.batch_size)
+        if self.keepers and not torch.compiler.is_compiling() and (model := self.model()) is not None:
+            self.positions = held_positions(model, self.keepers, self.batch_size)
         self.open = False
 
 
@@ -140,7 +141,7 @@ def watch(model: PreTrainedModel) -> None:
         decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
         decoder.register_forward_hook(after_pass, with_kwargs=True)
     if getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None):
-        model.prepare_inputs_for_generation = MethodType(prepare_inputs_for_generation, model)
+        vars(model)["prepare_inputs_for_generation"] = MethodType(prepare_inputs_for_generation, model)
 
 
 def before_pass(decoder, args, kwargs):
@@ -180,7 +181,7 @@ def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -
     """For each row one number of each keeper; 0 is what a text has that brought nothing unusual."""
     columns = []
     for name, attribute in keepers.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if attribute == "rope_deltas":
             deltas = [0] if module.rope_deltas is None else module.rope_deltas.flatten().tolist()
             columns.append([deltas[row * len(deltas) // rows] for row in range(rows)])  # fewer deltas are of several rows each
