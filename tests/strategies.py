@@ -66,9 +66,7 @@ def policies(*names, largest=5):
         "H2O": two,
         "DecayedH2O": two.flatmap(lambda both: st.tuples(*map(st.just, both), st.sampled_from([0.5, 0.9, 1.0]))),
         "TOVA": st.tuples(st.integers(1, 2 * largest)),
-        "Scissorhands": two.flatmap(
-            lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))
-        ),
+        "Scissorhands": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))),
         "SnapKV": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(1, sum(both)), st.integers(0, 3))),
         "FastGen": two.flatmap(
             lambda both: st.tuples(

@@ -38,11 +38,7 @@ def kernels_of(file, factors=None):
 
 
 def reference_kernels(file):
-    return (
-        less_ref.Kernels(**{name: weight.numpy() for name, weight in kernels_of(file).items()})
-        if "w_q1" in file
-        else None
-    )
+    return less_ref.Kernels(**{name: weight.numpy() for name, weight in kernels_of(file).items()}) if "w_q1" in file else None
 
 
 def generated(name):
@@ -141,8 +137,7 @@ def test_streaming_equals_the_authors_parallel_form_in_both_paths():
     reference = reference_kernels(file)
     q, k, v = (torch.from_numpy(file[x]) for x in "qkv")
     traces = [
-        less_ref.run(file["q"][b], file["k"][b], file["v"][b], less_ref.Lambda(sinks, recent), reference)
-        for b in range(len(q))
+        less_ref.run(file["q"][b], file["k"][b], file["v"][b], less_ref.Lambda(sinks, recent), reference) for b in range(len(q))
     ]
     streamed = torch.from_numpy(np.stack([trace.out for trace in traces])).transpose(1, 2)
     state = less_fast.LayerState.allocate(
@@ -212,9 +207,7 @@ def test_the_training_loss_is_the_authors_but_for_one_query_whose_error_is_zero(
     times, projection = np.where(e == T, np.inf, e), file["Wo"].astype(float).T
     ours = np.mean(
         [
-            less_ref.training_loss(
-                *(file[x][b].reshape(T, 3, -1) for x in ("pred", "target_out")), projection, times[b]
-            )
+            less_ref.training_loss(*(file[x][b].reshape(T, 3, -1) for x in ("pred", "target_out")), projection, times[b])
             for b in (0, 1)
         ]
     )

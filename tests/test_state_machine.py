@@ -33,9 +33,7 @@ import less_ref
 MOST_ROWS = 3
 SOME_POLICY = st.one_of(*[policies(largest=3)] * 3, policies("Full"))
 PADS = st.sampled_from(["none", "none", "none", "left", "right", "anywhere", "all"])
-CHUNK = dict(
-    m=st.integers(1, 6), seed=st.integers(0, 2**16), pads=st.lists(PADS, min_size=MOST_ROWS, max_size=MOST_ROWS)
-)
+CHUNK = dict(m=st.integers(1, 6), seed=st.integers(0, 2**16), pads=st.lists(PADS, min_size=MOST_ROWS, max_size=MOST_ROWS))
 
 
 @dataclass

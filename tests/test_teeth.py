@@ -87,9 +87,7 @@ def outputs_share_their_memory(patch):
     patch.setattr(less_fast, "extend", into_the_same_memory)
 
 
-STOP_AT_ONCE = dict(
-    derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
-)
+STOP_AT_ONCE = dict(derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 
 
 def run(test, patch, **given):

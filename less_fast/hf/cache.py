@@ -133,6 +133,7 @@ class LessCache(WatchedCache):
     def reorder_cache(self, beam_idx) -> None:
         """Row i becomes what row beam_idx[i] was."""
         super().reorder_cache(beam_idx)
+        self.leave_inference_mode()
         if self.positions is not None:
             self.positions = [self.positions[row] for row in beam_idx.tolist()]
 

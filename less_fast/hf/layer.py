@@ -91,15 +91,16 @@ class LessLayer(TaggingLayer):
         return query_length, seen
 
     def check_past(self, columns):
-        if self.fed is None or not columns.shape[1]:
+        if self.fed is None or not (seen := int(self.seen)):
             return
-        differ = (hash_of(columns.to(self.fed.device), torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
+        columns = self.fed.new_ones(1, seen) if columns is None else columns.to(self.fed.device)
+        differ = (hash_of(columns, torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
         if len(differ):
             raise LessError(
                 f"the attention mask says something else about the past than was fed, in rows {differ.tolist()}: what came as a "
-                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked. "
-                f"Pass the earlier mask with columns for the new tokens behind it, or reset() the cache and feed the whole text "
-                f"with this mask"
+                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked "
+                f"(by no mask at all, for example). Pass the earlier mask with columns for the new tokens behind it, or reset() "
+                f"the cache and feed the whole text with this mask"
             )
 
     def reset(self) -> None:

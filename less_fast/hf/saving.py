@@ -91,7 +91,7 @@ def load(
     heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-        device = device_of(modules.get(index, model))
+        device = device_of(*([modules[index]] if index in modules else []), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
                 _fill(layer, held, layer_heads, length, device)
