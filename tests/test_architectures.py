@@ -325,7 +325,7 @@ def test_copies_of_a_watched_model_are_watched_and_their_own():
     model = tiny("phi3", original_max_position_embeddings=20)
     LessCache.for_model(model, SMALL)
     twin = copy.deepcopy(model)
-    assert twin.prepare_inputs_for_generation.__self__ is twin
+    assert twin.prepare_inputs_for_generation.model() is twin
     with pytest.raises(ValueError, match="drops its cache"):
         generate(twin, tokens(1, 15), LessCache.for_model(twin, SMALL), new=10)
 

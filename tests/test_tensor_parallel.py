@@ -20,11 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from less_fast import H2O, LessCache, LessKernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
+from less_fast.hf.identity import identity
 
 torch.set_num_threads(1)
 several = int(os.environ.get("WORLD_SIZE", 1)) > 1
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, **{"tp_plan": "auto"} if several else {}).eval()
-found, held = [], []
+found, held, lines = [], [], identity(model)["layers"]
 for where in (KERNELS, PAPER_KERNELS, None):
     for budgets in (None, "uniform"):
         kernels = where and LessKernels.from_pretrained(where)
@@ -33,7 +34,7 @@ for where in (KERNELS, PAPER_KERNELS, None):
         found.append(model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)[0, 60:].tolist())
         held.append(cache.memory()["entries"])
 with open(os.path.join(sys.argv[1], os.environ.get("RANK", "alone")), "w") as file:
-    json.dump([found, held], file)
+    json.dump([found, held, [[float(number) for number in line.split()] for line in lines]], file)
 """
 
 
@@ -45,10 +46,13 @@ def test_two_processes_generate_what_one_does_and_share_the_memory(tmp_path):
     for command in ([sys.executable], torchrun):
         done = subprocess.run([*command, script, tmp_path], capture_output=True, text=True, env=environment)
         assert not done.returncode, done.stderr[-3000:]
-    (alone, whole), (first, half), (second, other) = (json.loads((tmp_path / name).read_text()) for name in ("alone", "0", "1"))
+    said = [json.loads((tmp_path / name).read_text()) for name in ("alone", "0", "1")]
+    (alone, whole, lines), (first, half, lines_of_first), (second, other, lines_of_second) = said
     assert first == second == alone
     assert [a + b for a, b in zip(half, other)] == whole
     assert len({str(tokens) for tokens in alone}) > 1
+    assert lines_of_first == lines_of_second
+    torch.testing.assert_close(torch.tensor(lines_of_first), torch.tensor(lines), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("place", [0, 1])

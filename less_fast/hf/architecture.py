@@ -4,6 +4,9 @@ LESS takes the place of the layers with full attention. All others (sliding wind
 layers) hold a constant amount already, exactly, and keep the cache that transformers has for them.
 """
 
+from operator import attrgetter
+from typing import Any, cast
+
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -50,7 +53,7 @@ def check_model(model: PreTrainedModel) -> PreTrainedConfig:
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of the model that is handed the cache."""
     decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
 
 
 def layers_of(model: PreTrainedModel) -> list:
@@ -74,10 +77,11 @@ def calls_sdpa(model: PreTrainedModel) -> bool:
     return not model._can_set_attn_implementation() and model._supports_sdpa and implementation == "sdpa"
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module computes: where its weights are or, if accelerate has offloaded them, where its hooks bring them."""
-    device = next(module.parameters()).device
-    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")] if device.type == "meta" else []
+def device_of(*modules: torch.nn.Module) -> torch.device:
+    """Where the first of these modules that has weights computes: where they are or, if accelerate has offloaded them, where its
+    hooks bring them."""
+    module, device = next((module, weight.device) for module in modules for weight in module.parameters())
+    hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")] if device.type == "meta" else []
     devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
     return torch.device(devices[0]) if devices else device
 
@@ -85,7 +89,7 @@ def device_of(module: torch.nn.Module) -> torch.device:
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The model's attention modules in the order of their layers."""
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and _output(module) is not None]
-    return sorted(modules, key=lambda module: module.layer_idx)
+    return sorted(modules, key=attrgetter("layer_idx"))
 
 
 def output_weight(module: torch.nn.Module) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ..kernels import LessKernels
 from ..layer.checks import LessError
@@ -85,7 +85,7 @@ class LessCache(WatchedCache):
         cache = cls(layers=layers_with(model, layers))
         cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
         cache.keepers = keepers_of_positions(model)
-        if policy.kinds:
+        if policy.kinds and token_kinds is not None:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):
                 cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(device_of(model))
@@ -130,9 +130,10 @@ class LessCache(WatchedCache):
             else:
                 self.layers[index] = layer
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx) -> None:
         """Row i becomes what row beam_idx[i] was."""
         super().reorder_cache(beam_idx)
+        self.leave_inference_mode()
         if self.positions is not None:
             self.positions = [self.positions[row] for row in beam_idx.tolist()]
 
@@ -174,7 +175,7 @@ class LessCache(WatchedCache):
         return twin
 
 
-def bytes_of(layers: Sequence[CacheLayerMixin]) -> int:
+def bytes_of(layers: Sequence) -> int:
     """Bytes of all tensors that layers of transformers' own hold."""
     return sum(x.untyped_storage().nbytes() for layer in layers for x in _tensors_in(vars(layer).values()))
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .architecture import attention_modules, calls_sdpa, check_model, decoder_of
 from .seam import TaggingLayer, layers_with, use_less_attention
 
 NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
+NEAR_ALONE, NEAR_AND_FAR = [slice(NEAR)], [slice(NEAR), slice(NEAR, None)]
 REACH = 64
 DIRECTIONS = 2  # on which q, k and v of each token are projected: in units of their norm, 1 % of error shows as about 0.01
 
@@ -173,7 +175,7 @@ def check_kernels(model: PreTrainedModel, kernels: LessKernels) -> None:
     difference = None
     if "identity" in kernels.about:
         tolerances = [(_any_dtype(layer), ANY_DTYPE_NORMS) for layer in less_layers(model)]
-        difference = _difference(kernels.about["identity"], identity(model), slice(NEAR), tolerances)
+        difference = _difference(kernels.about["identity"], identity(model), NEAR_ALONE, tolerances)
     elif norms := kernels.about.get("fingerprint"):
         difference = _difference_of_norms(norms, model)
     if difference:
@@ -187,7 +189,7 @@ def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:
     """LessError, with the reason, if a file says that its cache was saved with another model than this one of equal dtype."""
     if "identity" in about:
         tolerances = [(SAME_DTYPE.get(model.dtype, 0.03),) * 2] * len(less_layers(model))
-        difference = _difference(about["identity"], identity(model), slice(None), tolerances)
+        difference = _difference(about["identity"], identity(model), NEAR_AND_FAR, tolerances)
     else:
         difference = _difference_of_signatures(about["signature"], model)
     if difference:
@@ -197,8 +199,8 @@ def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:
         )
 
 
-def _difference(one: dict, other: dict, tokens: slice, tolerances: list[tuple[float, float]]) -> str | None:
-    """What tells two identities apart, looking at these tokens of the probe, or None. tolerances: for each layer that of
+def _difference(one: dict, other: dict, parts: list[slice], tolerances: list[tuple[float, float]]) -> str | None:
+    """What tells two identities apart in any of these parts of the probe's tokens, or None. tolerances: for each layer that of
     directions and that of norms."""
     try:
         ropes = one["rope"], other["rope"]
@@ -210,7 +212,7 @@ def _difference(one: dict, other: dict, tokens: slice, tolerances: list[tuple[fl
             return f"its {name} is {ropes[0][name]}, and this model's is {ropes[1][name]}"
     if len(layers[0]) != len(layers[1]):
         return f"it has {len(layers[0])} layers with full attention, and this model {len(layers[1])}"
-    for index, (a, b, tolerance) in enumerate(zip(*layers, tolerances)):
+    for (index, (a, b, tolerance)), tokens in product(enumerate(zip(*layers, tolerances)), parts):
         difference = (a - b)[tokens].abs()  # (T, 3, 1 + DIRECTIONS)
         directions = difference[:, :, 1:].square().mean((1, 2)).sqrt().median().item()  # of most tokens: some change experts
         norms = difference[:, :, 0].median(0).values.max().item()

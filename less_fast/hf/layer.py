@@ -1,5 +1,7 @@
 """LessLayer: one layer of a LessCache, a LayerState that transformers sees as a layer of its own cache."""
 
+from typing import Any
+
 import torch
 
 from ..layer.checks import LessError
@@ -20,7 +22,7 @@ NO_CROP = (
 class LessLayer(TaggingLayer):
     """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come.
 
-    seen: columns of the mask that came, pads included: what transformers calls the sequence length.
+    seen: columns of the mask that came, pads included, which is what transformers calls the sequence length; a tensor () after 0.
     fed: (N,) int64, a hash of what these columns said, 1 for tokens and 0 for pads; None if a file did not tell.
     """
 
@@ -31,7 +33,7 @@ class LessLayer(TaggingLayer):
         self.compile = compile
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
-        self.seen: torch.Tensor | int = 0
+        self.seen: Any = 0
         self.fed: torch.Tensor | None = None
 
     def allocate(
@@ -49,7 +51,7 @@ class LessLayer(TaggingLayer):
 
     def pin_addresses(self) -> None:
         """CUDA graphs may only change what stays at its address."""
-        if self.device.type == "cuda" and self.is_compileable:
+        if self.state is not None and self.device.type == "cuda" and self.is_compileable:
             for tensor in (self.seen, self.fed, *(tensor for _, tensor in self.state.tensors())):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor, guard=False)
@@ -80,8 +82,8 @@ class LessLayer(TaggingLayer):
     def batch_size(self) -> int:
         return self.state.n.shape[0] if self.state else -1
 
-    def get_seq_length(self) -> torch.Tensor | int:
-        """An int, but for code that is being compiled, which would depend on it."""
+    def get_seq_length(self) -> Any:
+        """An int; a tensor for code that is being compiled, which would depend on it."""
         return self.seen if torch.compiler.is_compiling() else int(self.seen)
 
     def get_mask_sizes(self, query_length):
@@ -92,15 +94,16 @@ class LessLayer(TaggingLayer):
         return query_length, seen
 
     def check_past(self, columns):
-        if self.fed is None or not columns.shape[1]:
+        if self.fed is None or not (seen := int(self.seen)):
             return
-        differ = (hash_of(columns.to(self.fed.device), torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
+        columns = self.fed.new_ones(1, seen) if columns is None else columns.to(self.fed.device)
+        differ = (hash_of(columns, torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
         if len(differ):
             raise LessError(
                 f"the attention mask says something else about the past than was fed, in rows {differ.tolist()}: what came as a "
-                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked. "
-                f"Pass the earlier mask with columns for the new tokens behind it, or reset() the cache and feed the whole text "
-                f"with this mask"
+                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked "
+                f"(by no mask at all, for example). Pass the earlier mask with columns for the new tokens behind it, or reset() "
+                f"the cache and feed the whole text with this mask"
             )
 
     def reset(self) -> None:

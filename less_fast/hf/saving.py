@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 def save(cache: "LessCache", path: str | os.PathLike) -> None:
     """See `LessCache.save`."""
-    model, policy = cache.model(), cache.setting.policy
+    model = cache.model()
+    policy: Any = cache.setting.policy
     unsaved = {type(layer).__name__ for layer in cache.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
     if cache.world_size > 1:
         unsaved.add("its heads on several processes")
-    if model is None:
-        unsaved.add("no model any more")
     if any(any(row) for row in cache.positions or ()):
         unsaved.add(f"positions that the model keeps outside the cache ({', '.join(cache.keepers)})")
+    if model is None:
+        raise LessError("this cache cannot be saved: its model is gone, and nobody could tell whose it was; save it before")
     if unsaved:
         raise LessError(f"this cache cannot be saved: it has {', '.join(sorted(unsaved))}; keep the text and feed it again")
     if cache.open:
@@ -45,11 +46,12 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
             f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples, and these alone can be "
             f"written: {policy}"
         )
-    tensors, lengths = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    lengths: list[int] = []
     for index, layer in enumerate(cache.layers):
         held = _tensors_of(layer)
         tensors |= {f"{index}.{name}": tensor for name, tensor in held.items()}
-        lengths.append(int(layer.get_seq_length()) if held else 0)
+        lengths.append(cache.get_seq_length(index) if held else 0)
     about = {
         "model": _kind(model) | {"identity": identity(model)},
         "policy": written,
@@ -85,10 +87,11 @@ def load(
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
     check_saved(path, about["model"], model)
     cache = kind.for_model(model, policy, kernels, about["budgets"], about["chunk"], tensors.get("token_kinds"), compile)
-    heads, modules = iter(about["heads"]), {module.layer_idx: module for module in attention_modules(model)}
+    modules: dict[Any, torch.nn.Module] = {module.layer_idx: module for module in attention_modules(model)}
+    heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-        device = device_of(modules.get(index, model))
+        device = device_of(*([modules[index]] if index in modules else []), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
                 _fill(layer, held, layer_heads, length, device)

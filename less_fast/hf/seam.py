@@ -65,8 +65,8 @@ class TaggingLayer(CacheLayerMixin):
     def attend(self, query, key, value, valid, scaling, softcap, sinks) -> torch.Tensor:
         """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
 
-    def check_past(self, columns: torch.Tensor) -> None:
-        """LessError if a mask's columns (N, tokens seen) bool are not those that this layer was fed."""
+    def check_past(self, columns: torch.Tensor | None) -> None:
+        """LessError if a mask's columns (N, tokens seen) bool, None for columns without pads, are not those that were fed."""
 
     def get_max_length(self) -> int:
         return -1
@@ -104,15 +104,16 @@ def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[
     Raises LessError for functions that do not fit the model's layers.
     """
     check_model(model)
-    served = less_layers(model)
-    if [index for index, attention in enumerate(attentions) if attention is not None] != served:
+    by_sdpa = calls_sdpa(model)
+    layers = {i: FunctionLayer(attention, by_sdpa) for i, attention in enumerate(attentions) if attention is not None}
+    if list(layers) != less_layers(model):
         raise LessError(
-            f"of {type(model).__name__} LESS serves the layers {served}: give a function for each of these and None for all "
-            f"others; kernels and budget tables are made for models whose layers all have full attention"
+            f"of {type(model).__name__} LESS serves the layers {less_layers(model)}: give a function for each of these and None "
+            f"for all others; kernels and budget tables are made for models whose layers all have full attention"
         )
     use_less_attention(model)
-    layers = layers_with(model, {index: FunctionLayer(attentions[index], calls_sdpa(model)) for index in served})
-    logits = model(input_ids=ids.to(device_of(model)), past_key_values=Cache(layers=layers), use_cache=True).logits
+    cache = Cache(layers=layers_with(model, layers))
+    logits = model(input_ids=ids.to(device_of(model)), past_key_values=cache, use_cache=True).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -147,17 +148,20 @@ def less_mask(
     """The padding alone (N, 1, q_length, 1) where the mask is causal over just the new tokens, else transformers' own 4D mask.
 
     A LessLayer asks for a mask over the new tokens only: what it holds has no pads. What the mask says about the past must be
-    what was fed. Masks with four dimensions pass through a model unchanged, so one that was made before a compiled forward pass
-    arrives.
+    what was fed; `generate` leaves masks without pads away, so no mask says that there were none, unless a single token comes.
+    Masks with four dimensions pass through a model unchanged, so one that was made before a compiled forward pass arrives.
     """
     if mask_function is not causal_mask_function or kv_length != q_length:
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
-    if attention_mask is None and q_length > 1:
-        return None
-    if attention_mask is None:  # compiled decoding steps shall see a mask with and without padding
+    layer = getattr(kv_offset, "less_layer", None)
+    if attention_mask is None and q_length == 1:  # compiled decoding steps shall see a mask with and without padding
         return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
+    if attention_mask is None:
+        if layer is not None:
+            layer.check_past(None)
+        return None
     seen = int(kv_offset)
-    check_mask(attention_mask, seen, kv_length, getattr(kv_offset, "less_layer", None))
+    check_mask(attention_mask, seen, kv_length, layer)
     return attention_mask[:, None, seen : seen + kv_length, None].bool().contiguous()
 
 

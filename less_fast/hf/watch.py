@@ -3,13 +3,14 @@
 The hooks on the model's decoder are functions of this module, so that a model that has them can be sent to another process.
 """
 
+import copy
 import inspect
 import weakref
-from types import MethodType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..layer.checks import LessError
 from .architecture import decoder_of
@@ -28,7 +29,7 @@ class WatchedCache(Cache):
     they held for each row after the last pass, or None before the first one.
     """
 
-    model: weakref.ref
+    model: weakref.ref[PreTrainedModel]
     keepers: dict[str, str]
     open = False
     positions: list[tuple[int, ...]] | None = None
@@ -84,20 +85,20 @@ class WatchedCache(Cache):
             raise LessError(ANOTHER_MODEL)
         new = None if tokens is None else tokens.shape[1]
         if new == 0:
-            raise LessError(
-                f"no new tokens came after the {seen} that this cache has seen: give `generate` the whole text so far with new "
-                f"tokens behind it, or reset() the cache before another text"
-            )
-        mask = _argument(decoder, args, kwargs, "attention_mask")
-        if self.less_layers[0].by_sdpa and mask is not None and mask.ndim == 2 and new is not None:  # `less_mask` is not asked
-            check_mask(mask, seen, new, self.less_layers[0])
+            raise LessError(nothing_new(seen))
+        if new and self.less_layers[0].by_sdpa:  # `less_mask` is not asked
+            mask = _argument(decoder, args, kwargs, "attention_mask")
+            if mask is None and new > 1:
+                self.less_layers[0].check_past(None)
+            elif mask is not None and mask.ndim == 2:
+                check_mask(mask, seen, new, self.less_layers[0])
         limit = _rotates_in_another_way_beyond(decoder.config)
         if limit and new and 0 < seen <= limit < seen + new:
             raise LessError(
                 f"{type(decoder).__name__} rotates keys in another way beyond {limit} tokens, and what the cache holds cannot be "
                 f"rotated again: stay below that length"
             )
-        if self.keepers:
+        if self.keepers and model is not None:
             self._check_positions(model, _argument(decoder, args, kwargs, "position_ids"))
 
     def _check_positions(self, model, position_ids):
@@ -128,9 +129,18 @@ class WatchedCache(Cache):
             )
         for layer in self.less_layers:
             layer.reached = False
-        if self.keepers and not torch.compiler.is_compiling():
-            self.positions = held_positions(self.model(), self.keepers, self.batch_size)
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            self.leave_inference_mode()
+        if self.keepers and not torch.compiler.is_compiling() and (model := self.model()) is not None:
+            self.positions = held_positions(model, self.keepers, self.batch_size)
         self.open = False
+
+    def leave_inference_mode(self) -> None:
+        """Recurrent layers of transformers change tensors in place, so these do not take over the caller's autograd mode."""
+        with torch.inference_mode(False):
+            for held in (vars(layer) for layer in self.layers if not isinstance(layer, CacheLayerMixin)):
+                for part in (held, *(part for part in held.values() if isinstance(part, dict))):
+                    part.update({key: x.clone() for key, x in part.items() if isinstance(x, torch.Tensor) and x.is_inference()})
 
 
 def watch(model: PreTrainedModel) -> None:
@@ -139,8 +149,9 @@ def watch(model: PreTrainedModel) -> None:
     if not any(hook is before_pass for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
         decoder.register_forward_hook(after_pass, with_kwargs=True)
-    if getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None):
-        model.prepare_inputs_for_generation = MethodType(prepare_inputs_for_generation, model)
+    own, here = getattr(type(model), GuardedPrepare.NAME, None), vars(model).get(GuardedPrepare.NAME)
+    if own and (here is None or getattr(here, "__func__", None) is own):
+        vars(model)[GuardedPrepare.NAME] = GuardedPrepare(model)
 
 
 def before_pass(decoder, args, kwargs):
@@ -180,7 +191,7 @@ def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -
     """For each row one number of each keeper; 0 is what a text has that brought nothing unusual."""
     columns = []
     for name, attribute in keepers.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if attribute == "rope_deltas":
             deltas = [0] if module.rope_deltas is None else module.rope_deltas.flatten().tolist()
             columns.append([deltas[row * len(deltas) // rows] for row in range(rows)])  # fewer deltas are of several rows each
@@ -200,17 +211,42 @@ def _of_an_image(position_ids):
 # Rotations that change beyond a length (LongRoPE).
 
 
-def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
-    """The model's own, refusing to drop a LessCache (Phi-3 does, where its rotation changes)."""
-    inputs = type(self).prepare_inputs_for_generation(
-        self, input_ids, past_key_values=past_key_values, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+class GuardedPrepare:
+    """A model's prepare_inputs_for_generation, which `generate` calls before each pass. With a WatchedCache it refuses a prompt
+    that is not longer than what the cache has seen, of which transformers would feed something again, and a model that would drop
+    the cache (Phi-3 does, where its rotation changes). It holds the model weakly, so that the model is gone when its owner is."""
+
+    NAME = "prepare_inputs_for_generation"
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = weakref.ref(model)
+        self.__signature__ = inspect.signature(getattr(type(model), self.NAME).__get__(model))
+
+    def __call__(self, *args, past_key_values=None, **kwargs):
+        model, new = self.model(), kwargs.get("next_sequence_length")
+        watched = isinstance(past_key_values, WatchedCache)
+        if watched and new is not None and new < 1:
+            raise LessError(nothing_new(past_key_values.get_seq_length()))
+        inputs = getattr(type(model), self.NAME)(model, *args, past_key_values=past_key_values, **kwargs)
+        if watched and inputs.get("past_key_values") is not past_key_values:
+            raise LessError(
+                f"{type(model).__name__} rotates keys in another way beyond {model.config.original_max_position_embeddings} "
+                f"tokens and drops its cache there, and folded keys cannot be rotated again: stay below that length"
+            )
+        return inputs
+
+    def __reduce__(self):  # to another process the model goes as it was; LessCache.for_model guards it there
+        return getattr, (self.model(), self.NAME)
+
+    def __deepcopy__(self, memo):
+        return type(self)(copy.deepcopy(self.model(), memo))
+
+
+def nothing_new(seen: int) -> str:
+    return (
+        f"no new tokens came after the {seen} that this cache has seen: give `generate` the whole text so far with new tokens "
+        f"behind it, or reset() the cache before another text"
     )
-    if isinstance(past_key_values, WatchedCache) and inputs.get("past_key_values") is not past_key_values:
-        raise LessError(
-            f"{type(self).__name__} rotates keys in another way beyond {self.config.original_max_position_embeddings} tokens and "
-            f"drops its cache there, and folded keys cannot be rotated again: stay below that length"
-        )
-    return inputs
 
 
 def _rotates_in_another_way_beyond(config) -> int | None:
