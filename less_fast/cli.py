@@ -254,12 +254,13 @@ def bench(
         batches = [0]
     if min(batches) < 1 or max(batches) > LONGEST:
         raise LessError(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
+    hidden = _recipe(family, hidden=hidden).hidden
     check_picture(picture)
     torch.manual_seed(seed)
     network = load_shape(model, device, dtype.value)
     check_length(network, length + benchmark.steps_of(rounds))
-    shape, hidden = sizes(network), _recipe(family, hidden=hidden).hidden
-    learned = LessKernels(**shape, rank=rank, hidden=hidden, family=family.value).requires_grad_(False).to(network.device)
+    learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value)
+    learned = learned.requires_grad_(False).to(network.device)
     with errors.status("measuring, all caches in turns ...") as status:
         rows = benchmark.bench(network, rule, learned, batches, length, rounds, compile, status.update)
     record = {
@@ -353,18 +354,18 @@ def train(
     if table_steps and not curves:
         reason = f"heads of {policy.value} have no budgets of their own" if rule.pooled else "--no-curves leaves them out"
         raise LessError(f"--table-steps needs budget tables, and {reason}: leave one of the two out")
+    steps = dict(epochs=epochs, joint_steps=joint_steps, table_steps=table_steps)
+    recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps)
     own = not (text or dataset)  # the standard library's, which has a split for validation
     texts, source = load_texts(text, dataset, "train", 8 * length * (sequences + validation))
     device = _join_torchrun(device)
     network, tokenizer = load_model(model, device, dtype.value)
     check_length(network, length)
+    make_folder(out)  # what cannot be written should be known before the training
     training = cut_windows(tokenizer, texts, length, sequences if own else sequences + validation, seed)
     held_out = training[sequences:]
     if own:
         held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, validation, seed)
-    make_folder(out)  # what cannot be written should be known before the training
-    steps = dict(epochs=epochs, joint_steps=joint_steps, table_steps=table_steps)
-    recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps)
     work = out / ".training"
     learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves)
     if learned is None:
@@ -417,8 +418,8 @@ def allocate(
     network, tokenizer = load_model(model, device, dtype.value)
     check_length(network, length)
     learned = load_kernels(network, model, kernels, seed)
-    chosen = cut_windows(tokenizer, texts, length, windows, seed)
     make_folder(out or kernels)  # what cannot be written should be known before the measuring
+    chosen = cut_windows(tokenizer, texts, length, windows, seed)
     curves = allocation.allocate(network, chosen, rule, learned, out or kernels, by and by.value, refined)
     heads = learned.sizes["layers"] * learned.sizes["kv_heads"]
     for share in (2, 5, 10):
@@ -452,6 +453,8 @@ def _join_torchrun(device):
 def _recipe(family, **changes) -> Recipe:
     """How the family is trained, with other fields if they are not None."""
     recipe, changes = RECIPES[family.value], {name: value for name, value in changes.items() if value is not None}
+    if changes.get("hidden") == 0 and recipe.family == "paper":
+        raise LessError("--hidden 0 is for exponential kernels: the paper's need a hidden width of at least 1")
     if recipe.halve_every and "epochs" in changes:
         changes["halve_every"] = max(1, changes["epochs"] // 4)
     return replace(recipe, **changes)

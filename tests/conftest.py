@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
-settings.register_profile("thorough", max_examples=20_000, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("dev", max_examples=100, deadline=None, print_blob=True)  # new examples in every run
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)  # the same in every run: .ci/run asks for it
+settings.register_profile("thorough", settings.get_profile("dev"), max_examples=20_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 HELPERS = ("any_history", "authors", "both_paths", "caches", "properties")
 pytest.register_assert_rewrite(*HELPERS)  # an assertion that fails there says what it compared

@@ -15,11 +15,13 @@ import pytest
 import torch
 from authors import read, save_as_the_authors
 from models import make_kernels, make_kinds, make_model, tokens
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from less_fast import H2O, LessCache, LessKernels, cli
+from less_fast import H2O, LessCache, LessError, LessKernels, cli
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
-from less_fast.measuring.compare import Row, baseline_plus, held_bytes, plot, share_recovered
+from less_fast.loading import find_device, load_kernels, load_model
+from less_fast.measuring.caches import held_bytes
+from less_fast.measuring.compare import Row, baseline_plus, plot, share_recovered
 from less_fast.setting import POLICIES
 from less_fast.text import windows
 from paper_checks.architectures import tiny
@@ -128,18 +130,23 @@ def test_compare_takes_every_policy_and_half_precision(command, story, policy):
 
 
 @pytest.mark.parametrize("family", ["performer", "fourier", "elu"])
-def test_compare_takes_control_kernels_drawn_from_the_seed(command, tmp_path, family):
-    """The text has just the two windows, because they are drawn from the seed as well; elu has nothing to draw."""
-    (tmp_path / "two.py").write_text("".join(f"x{number} = {number}\n" for number in range(28)))
+def test_compare_takes_control_kernels_and_repeats_itself(command, story, family):
+    def perplexities():
+        code, out, _ = command("compare", "--text", story, *SMALLEST, "--kernels", family, "--seed", 3)
+        rows = json.loads(out)["rows"]
+        assert (code, [row["kernels"] for row in rows]) == (0, [None] * 3 + [family])
+        return [row["perplexity"] for row in rows]
 
-    def less(seed):
-        code, out, _ = command("compare", "--text", tmp_path / "two.py", *SMALLEST, "--kernels", family, "--seed", seed)
-        *others, row = json.loads(out)["rows"]
-        assert (code, [other["kernels"] for other in others], row["kernels"]) == (0, [None] * 3, family)
-        return row["perplexity"]
+    first = perplexities()
+    torch.rand(1)
+    assert perplexities() == first
 
-    assert less(3) == less(3)
-    assert (less(4) == pytest.approx(less(3), rel=1e-6)) == (family == "elu")
+
+@pytest.mark.parametrize("family", ["performer", "fourier"])
+def test_control_kernels_are_drawn_from_the_seed_alone(family):
+    model = make_model()
+    first, again, other = (load_kernels(model, "", family, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_compare_measures_every_kernels_given_and_their_baselines_once_each(command, story):
@@ -336,8 +343,6 @@ def test_a_training_killed_three_times_ends_in_the_weights_of_one_that_was_not(s
 @pytest.fixture
 def spoiled(tmp_path):
     """A copy of the embedded model with one NaN."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 3] = torch.nan
@@ -358,11 +363,13 @@ def spoiled(tmp_path):
         (["compare", "--budgets", "1024"], "evicts nothing from windows of 1024"),
         (["compare", "--policy", "lambda", "--budgets", "3"], "leaves no recent tokens beside 4 sinks"),
         (["compare", "--policy", "full"], "evicts nothing"),
+        (["compare", "--budgets", "1023"], "evicts nothing from windows of 1024"),
         (["compare", "--length", "8"], "--length must be at least 32"),
         (["compare", "--windows", "1"], "--windows must be at least 2"),
         (["compare", "--windows", "100000"], "give more text"),
         (["compare", "--device", "tpu"], "no device 'tpu' here"),
-        (["compare", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
+        (["compare", "--plot", "/no/such/folder/x.png"], "a picture is a .png file in a folder that can be written"),
+        (["compare", "--plot", "x.jpg"], "a picture is a .png file in a folder that can be written"),
         (["generate", ""], "the prompt is empty"),
         (["generate", "x", "--budget", "5%"], "say it in tokens"),
         (["generate", "x", "--policy", "fastgen", "--compile"], "cannot be compiled"),
@@ -372,15 +379,24 @@ def spoiled(tmp_path):
         (["bench", "--batch", "many"], "--batch takes whole numbers of at least 1"),
         (["bench", "--model", "/no/such/folder"], "no usable model at /no/such/folder"),
         (["bench", "--model", "llama-2-7b", "--device", "tpu"], "no device 'tpu' here"),
-        (["bench", "--plot", "/no/such/folder/x.png"], "--plot writes a .png file"),
+        (["bench", "--plot", "/no/such/folder/x.png"], "a picture is a .png file in a folder that can be written"),
         (["train", "--budget", "1023"], "evicts nothing"),
-        (["train", "--family", "paper", "--hidden", "0"], "the hidden width of kernels must be an integer from 1 to 65,536"),
+        (["train", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
+        (["bench", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
+        (["plan", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
+        (["train", "--text", "a.txt", "--dataset", "b"], "--text and --dataset are two sources of text"),
+        (["allocate", "--kernels", str(KERNELS), "--text", "a.txt", "--dataset", "b"], "--text and --dataset are two sources"),
+        (["train", "--table-steps", "5", "--no-curves"], "--table-steps needs budget tables, and --no-curves leaves them out"),
+        (["train", "--table-steps", "5", "--policy", "tova"], "heads of tova have no budgets of their own"),
+        (["allocate", "--kernels", str(KERNELS), "--refine", "2000"], "evicts nothing from windows of 1024"),
         (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
         (["train", "--dataset", "a,b,c,d,e"], "a data set is NAME"),
         (["allocate", "--kernels", "nobody/nothing"], "nobody/nothing is no folder, so say with --out where"),
         (["allocate", "--kernels", "x", "--policy", "tova", "--out", "x"], "whose heads each keep a number of their own"),
         (["compare", "--budgets", "inf"], "a budget is a number of tokens"),
         (["compare", "--device", "meta"], "no device 'meta' here"),
+        (["compare", "--device", "hpu"], "no device 'hpu' here"),
+        (["generate", "x", "--device", "cpu:x"], "no device 'cpu:x' here"),
         (["generate", "\udcff"], "the prompt holds bytes that are no UTF-8 text"),
         (["bench", "--batch", "99999999999999999999"], "--batch takes whole numbers of at least 1"),
         (["bench", "--batch", "1000000", "--length", "100000000"], "there is not so much memory here"),
@@ -426,6 +442,104 @@ def test_a_model_whose_weights_are_cut_off_is_refused(command, spoiled):
     weights.write_bytes(weights.read_bytes()[:1000])
     code, _, err = command("compare", "--model", spoiled)
     assert (code, "no usable model" in err) == (2, True)
+
+
+def saved(model, folder):
+    """A folder of the model with the embedded model's tokenizer."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_lacks_weights_is_refused_and_not_filled_up_with_random_ones(command, tmp_path):
+    folder = saved(make_model(vocab_size=2048), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    code, _, err = command("generate", "x", "--model", folder)
+    assert (code, "lacks 9 of its weights (model.layers.3." in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_text_beyond_learned_positions_is_refused_before_anything_is_written(command, story, tmp_path, name):
+    folder = saved(tiny(name, vocab_size=2048), tmp_path / "model")  # with 256 positions
+    arguments = ["--model", folder, "--budget", 8]
+    code, out, err = command("generate", "x", *arguments, "--max-new-tokens", 256)
+    assert (code, out, "has 256 positions, and 257 tokens want as many" in err) == (2, "", True)
+    assert command("generate", "x", *arguments, "--max-new-tokens", 255)[0] == 0
+    code, _, err = command("compare", "--model", folder, "--text", story, *SMALLEST, "--length", 257)
+    assert (code, "has 256 positions" in err) == (2, True)
+
+
+def test_what_a_models_own_settings_make_impossible_is_refused_in_one_sentence(command, tmp_path):
+    model = make_model(vocab_size=2048)
+    model.generation_config.update(num_beams=2, num_return_sequences=2)
+    folder = saved(model, tmp_path / "model")
+    code, _, err = command("generate", "x", "--model", folder)
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "this model does not generate with these settings" in err
+
+
+def test_debug_shows_the_traceback_of_what_is_refused_and_then_the_sentence(command):
+    code, out, err = command("--debug", "compare", "--text", "/no/such/file")
+    lines = err.strip().splitlines()
+    assert (code, out, lines[-1]) == (2, "", "less-kv: no such file: /no/such/file")
+    assert any(line.startswith("Traceback") for line in lines)
+    assert any("FileNotFoundError" in line for line in lines)  # and its cause
+    assert "read_text" in err
+
+
+@pytest.mark.parametrize(
+    "bug", [ValueError("no refusal"), TypeError("a bug"), RuntimeError("cannot allocate an idea"), KeyError("x")]
+)
+def test_what_is_no_refusal_is_a_bug_that_shows_its_traceback_and_asks_to_be_reported(command, monkeypatch, bug):
+    def broken(*_):
+        raise bug
+
+    monkeypatch.setattr(cli, "load_texts", broken)
+    code, _, err = command("compare")
+    assert (code, err.splitlines()[0]) == (1, "Traceback (most recent call last):")
+    assert "please report it" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_memory_that_is_full_is_no_bug(command, monkeypatch, failure):
+    def full(*_):
+        raise failure
+
+    monkeypatch.setattr(cli, "load_texts", full)
+    code, _, err = command("compare")
+    assert (code, err.strip()) == (2, "less-kv: there is not so much memory here: take a smaller budget, batch or length")
+
+
+@pytest.mark.parametrize("name", ["tpu", "xla", "mps:9", "hpu", "privateuseone", "opengl", "cuda:99", "meta", "", "cpu:x"])
+def test_devices_that_are_not_here_are_refused_in_one_sentence(name):
+    with pytest.raises(LessError, match=f"no device '{name}' here: .+") as refused:
+        find_device(name)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", "torch.float32"])
+def test_dtypes_that_no_model_has_here_are_refused(dtype):
+    with pytest.raises(LessError, match="choose one of float32, bfloat16, float16"):
+        load_model("", dtype=dtype)
+
+
+def test_a_picture_that_would_replace_a_folder_is_refused_before_anything_is_measured(command, tmp_path, monkeypatch):
+    (tmp_path / "x.png").mkdir()
+    monkeypatch.setattr(cli, "load_texts", lambda *_: pytest.fail("it went on"))
+    code, _, err = command("compare", "--plot", tmp_path / "x.png")
+    assert (code, "a picture is a .png file" in err) == (2, True)
+
+
+def test_curves_are_not_used_for_another_measure_and_refined_only_where_they_reach(command, story, tmp_path):
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    before = (tmp_path / "kernels" / "config.json").read_bytes()
+    small = ["--kernels", tmp_path / "kernels", "--text", story, "--length", 64, "--windows", 1]
+    code, _, err = command("allocate", *small, "--refine", 8, "--by", "error")
+    assert (code, "were measured by kl" in err) == (2, True)
+    code, _, err = command("allocate", *small, "--refine", 3)
+    assert (code, "so there is no table of 3 to refine" in err) == (2, True)
+    assert (tmp_path / "kernels" / "config.json").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_training(command, story, tmp_path, monkeypatch):

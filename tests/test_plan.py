@@ -7,13 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, make_kernels, make_model, tokens
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from less_fast import LessCache, LessError, LessKernels
+from less_fast import H2O, Lambda, LessCache, LessError, LessKernels
 from less_fast.cli import app
 from less_fast.demo import KERNELS, PAPER_KERNELS
-from less_fast.measuring.plan import SHAPES, config_of, plan
+from less_fast.hf.architecture import less_layers, sizes
+from less_fast.loading import SHAPES, load_config
+from less_fast.measuring.caches import held_bytes
+from less_fast.measuring.plan import plan
 from less_fast.setting import POLICIES, Setting
+from paper_checks.architectures import tiny
 
 MB = 10**6
 
@@ -31,6 +36,57 @@ def test_planned_bytes_are_those_of_the_model_its_kernels_and_its_cache(family, 
     assert told.less == sum(cache.memory().values())
     assert told.kernels == (kernels.memory() // 2 if rank else 0)  # these are float64, and planned in float32
     assert told.full == 4096 * 2 * sum(layer.state.kv_heads for layer in cache.layers) * 8 * 8
+
+
+MIXED = ["gemma2", "gemma3_text", "cohere2", "gpt_oss", "cwm"]  # windows of 6 tokens beside layers with full attention
+
+
+@torch.no_grad()
+def held(model, cache, length):
+    """Bytes that the cache holds after a prompt and one token that came alone."""
+    model(tokens(1, length - 1), past_key_values=cache)
+    model(tokens(1, 1), past_key_values=cache)
+    return held_bytes(cache)
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("length", [5, 6, 7, 40])
+@pytest.mark.parametrize("rank", [2, 0])
+def test_of_a_mixed_model_each_layer_is_planned_with_what_it_holds(name, length, rank):
+    model, policy = tiny(name), H2O(2, 2)
+    kernels = LessKernels(**sizes(model), rank=rank, hidden=3) if rank else None
+    told = plan(model.config, policy, rank, hidden=3, length=length, dtype=torch.float32)
+    assert told.full == held(model, DynamicCache(config=model.config), length)
+    assert told.less == held(model, LessCache.for_model(model, policy, kernels), length)
+    read = sum(kernels.layers[index].memory() for index in less_layers(model)) if rank else 0
+    assert (told.kernels, told.less_moved - told.weights - told.less) == (kernels.memory() if rank else 0, read)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_break_even_length_of_a_mixed_model_is_just_that(name):
+    config, policy = tiny(name).config, Lambda(4, 20)
+    even = plan(config, policy, 2, hidden=3, batch=3).break_even
+    moved = [plan(config, policy, 2, hidden=3, batch=3, length=length) for length in (even - 1, even)]
+    assert [told.less_moved < told.full_moved for told in moved] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen3_5_text", "what a recurrent layer holds is known only once the model runs"),
+        ("gemma4_text", "the layers of this model differ in their heads"),
+        ("gpt_neo", "has attention code of its own"),
+    ],
+)
+def test_a_model_that_cannot_be_laid_out_or_served_is_refused(name, message):
+    with pytest.raises(LessError, match=message):
+        plan(tiny(name).config, H2O(2, 2))
+
+
+@pytest.mark.parametrize("wrong", [dict(batch=0), dict(length=0), dict(length=2.5), dict(length=10**12)])
+def test_batches_and_lengths_that_cannot_be_are_refused(wrong):
+    with pytest.raises(LessError, match=f"the {next(iter(wrong))} must be an integer from 1 to"):
+        plan(make_model().config, H2O(2, 2), **wrong)
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])
@@ -68,7 +124,7 @@ def test_the_break_even_length_and_the_largest_batches_are_just_that(batch, leng
 @pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03)])
 def test_the_named_shapes_have_as_many_parameters_as_the_models(name, billions):
     assert list(SHAPES) == ["llama-2-7b", "llama-2-13b", "llama-3-8b"]
-    told = plan(config_of(name), POLICIES["h2o"], rank=0, dtype=torch.float16)
+    told = plan(load_config(name), POLICIES["h2o"], rank=0, dtype=torch.float16)
     assert round(told.weights / 2 / 1e9, 2) == billions
 
 
@@ -98,9 +154,10 @@ def test_the_embedded_models_own_kernels_are_as_large_as_planned(family, folder)
         (["--policy", "full"], "full is the full cache itself"),
         (["--model", "."], "no config of a model at ."),
         (["--budget", "0"], "a budget must be a whole number of tokens"),
+        (["--rank", "0", "--hidden", "8"], "has no kernels: leave --hidden out"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, message):
-    refused = CliRunner().invoke(app, ["plan", *arguments]).exception
-    assert isinstance(refused, LessError)
-    assert message in str(refused)
+    refused = CliRunner().invoke(app, ["plan", *arguments])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert message in refused.stderr

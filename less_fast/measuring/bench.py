@@ -144,7 +144,7 @@ def decode(
     contenders: by name LessKernels or None, beside the full caches; only: the name of the one cache to measure, if several
     would not fit into the memory side by side.
     """
-    makers = dict(_full_caches(model, batch, length, steps_of(rounds), compile))
+    makers = dict(_full_caches(model, batch, length, steps_of(rounds) + 1, compile))
     makers |= dict(_less_caches(model, policy, contenders, batch, length, compile))
     caches, steps = {}, {}
     for name in makers if only is None else [only]:

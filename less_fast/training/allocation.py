@@ -13,9 +13,14 @@ from ..hf.architecture import less_layers, sizes
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import Policy
+<<<<<<< HEAD:less_fast/training/allocation.py
 from ..setting import Setting
 from .head_costs import measure
 from .tables import refine
+=======
+from ..training.head_costs import grid, measure, refine
+from .compare import baseline_plus
+>>>>>>> bb9a6e23e8f3cb4e1b650da1f9ab1215d8b9b162:less_fast/measuring/allocation.py
 
 
 def allocate(
@@ -34,7 +39,15 @@ def allocate(
     Raises LessError if these curves were measured in another way than asked for, or do not reach a budget to refine.
     """
     name = type(policy).__name__
-    if not refined or name not in kernels.curves:
+    known = kernels.curves.get(name) if refined else None
+    if by and known and by != known.by:
+        raise LessError(f"the curves that are there were measured by {known.by}: leave --by out, or measure without --refine")
+    reach = known.budgets if known else grid(policy, windows.shape[1])
+    if beyond := [rule.budget for rule in refined if not reach[0] <= rule.budget <= reach[-1]]:
+        raise LessError(
+            f"curves reach from {reach[0]} to {reach[-1]} tokens, so there is no table of {beyond[0]} to refine: take another"
+        )
+    if known is None:
         with tqdm(desc="curves", unit="budget") as progress:
 
             def tell(done, of):
@@ -44,15 +57,7 @@ def allocate(
             kernels.curves[name] = measure(model, windows, policy, kernels, by=by or "kl", progress=tell)
         kernels.save_pretrained(out)
     curves = kernels.curves[name]
-    if by and by != curves.by:
-        raise LessError(f"the curves that are there were measured by {curves.by}: leave --by out, or measure without --refine")
     heads = sum(len(layer) for layer in curves.bare)
-    for rule in refined:
-        if table(curves, rule.budget * heads, less=True) is None:
-            reach = f"{curves.budgets[0]} to {curves.budgets[-1]} tokens"
-            raise LessError(
-                f"the curves reach from {reach}, so there is no table of {rule.budget} to refine: choose a budget there"
-            )
     for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
         less = Setting.of(sizes(model), less_layers(model), rule, kernels, "uniform")
         plus = replace(less, policy=less.baseline_plus(model.dtype), kernels=None)
