@@ -13,14 +13,9 @@ from ..hf.architecture import less_layers, sizes
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import Policy
-<<<<<<< HEAD:less_fast/training/allocation.py
 from ..setting import Setting
-from .head_costs import measure
+from .head_costs import grid, measure
 from .tables import refine
-=======
-from ..training.head_costs import grid, measure, refine
-from .compare import baseline_plus
->>>>>>> bb9a6e23e8f3cb4e1b650da1f9ab1215d8b9b162:less_fast/measuring/allocation.py
 
 
 def allocate(
