@@ -76,12 +76,14 @@ FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
 MeasureName = Enum("MeasureName", {name: name for name in MEASURES}, type=str)
 Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
 
-ModelOption = Annotated[str, typer.Option("--model", help="Folder or hub name of a model; the embedded one by default.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Folder, GGUF file or hub name of a model, or smollm2; the embedded one by default.")
+]
 ShapeOption = Annotated[
     str, typer.Option("--model", help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one by default.")
 ]
 WHICH_KERNELS = "Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
-KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Embedded model: its own by default.")]
+KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those that come with the package by default.")]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
 BudgetOption = Annotated[str, typer.Option("--budget", help="What each KV head keeps: tokens, or a share of the length.")]
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library by default.")]
@@ -112,7 +114,7 @@ def compare(
     model: ModelOption = "",
     kernels: Annotated[
         list[str],
-        typer.Option(help=WHICH_KERNELS + "May be repeated. Embedded model: its own, exponential and the paper's, by default."),
+        typer.Option(help=WHICH_KERNELS + "May be repeated. Those that come with the package by default."),
     ] = [],
     policy: PolicyOption = PolicyName("h2o"),
     budgets: Annotated[
@@ -137,10 +139,10 @@ def compare(
     texts, source = load_texts(text, "", "test")
     network, tokenizer = load_model(model, device, dtype.value)
     check_length(network, length)
-    names = {str(KERNELS): "exponential", str(PAPER_KERNELS): "paper"}
+    names = {str(KERNELS): "exponential", str(PAPER_KERNELS): "paper", "": "shipped"}
     candidates = {
         names.get(name, name): load_kernels(network, model, name, seed)
-        for name in kernels or ([] if model else [str(KERNELS), str(PAPER_KERNELS)])
+        for name in kernels or ([""] if model else [str(KERNELS), str(PAPER_KERNELS)])
     }
     learned = {name: candidate for name, candidate in candidates.items() if candidate is not None}
     chosen = cut_windows(tokenizer, texts, length, windows, seed)

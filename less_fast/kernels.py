@@ -21,6 +21,8 @@ from .layer.features import FAMILIES, MOST
 from .layer.policies import Policy
 from .official import read_official
 
+SHIPPED = [*sorted((Path(__file__).parent / "shipped").iterdir()), Path(__file__).parent / "demo" / "kernels"]
+
 
 class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
@@ -129,6 +131,26 @@ class LessKernels(nn.Module):
         if broken:
             raise LessError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()
+
+    @classmethod
+    def for_model(cls, model) -> "LessKernels":
+        """The kernels that come with this package for a model of transformers, found by what it computes, on its device.
+
+        LessError, which says how to train some, if there are none.
+        """
+        from .hf.identity import check_kernels  # a room above this one, which needs transformers
+
+        for folder in SHIPPED:
+            kernels = cls.from_pretrained(folder)
+            try:
+                check_kernels(model, kernels)
+            except LessError:
+                continue
+            return kernels.to(model.device)
+        raise LessError(
+            f"no kernels for this {type(model).__name__} come with the package: train some with `less-kv train --model FOLDER`, or "
+            f"leave kernels out for the bare policy"
+        )
 
     @classmethod
     def from_official(cls, folder: str | os.PathLike) -> "LessKernels":

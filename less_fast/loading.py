@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .demo import KERNELS, MODEL, corpus
+from .gguf import unpacked
 from .hf.architecture import check_kernels, check_model, decoder_of, sizes
 from .kernels import LessKernels
 from .layer.checks import LessError
@@ -59,19 +60,21 @@ def load_config(model: str) -> PretrainedConfig:
     """The config of a named shape, a local folder, a repository of the hub, or of the embedded model if the name is empty."""
     if model in SHAPES:
         return SHAPES[model]
+    where = unpacked(model) or MODEL
     try:
-        return AutoConfig.from_pretrained(model or MODEL)
+        return AutoConfig.from_pretrained(where)
     except Exception as error:  # whatever transformers says of a file that is broken
         raise LessError(f"no config of a model at {model}: {first_line(error)}") from error
 
 
 def load_model(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model for inference and its tokenizer, from a local folder or the hub; the embedded one if the name is empty.
+    """A model for inference and its tokenizer, from a local folder, a GGUF file, the hub, or a name in gguf.PACKAGES; the
+    embedded one if the name is empty.
 
     Raises LessError, with the reason, if there is none, its weights are not all there or not finite, LESS cannot serve it, or
     there is no such device or dtype.
     """
-    where, place = model or str(MODEL), find_device(device)
+    where, place = unpacked(model) or str(MODEL), find_device(device)
     if dtype not in DTYPES:
         raise LessError(f"no dtype {dtype!r} for a model: choose one of {', '.join(DTYPES)}")
     try:
@@ -108,11 +111,16 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 def load_kernels(network: PreTrainedModel, model: str, kernels: str, seed: int = 0) -> LessKernels | None:
     """The kernels by that name, for the network, on its device; None for the bare policy.
 
-    kernels: local folder or repository of the hub; "none"; the family of a control, which is drawn from the seed; or empty: the
-    embedded model's own, none for another. Raises OSError or LessError if there are none, or they are for another model.
+    kernels: local folder or repository of the hub; "none"; the family of a control, which is drawn from the seed; or empty: those
+    that come with the package for this model, or none. Raises OSError or LessError if there are none, or they are for another model.
     """
-    if kernels == "none" or (model and not kernels):
+    if kernels == "none":
         return None
+    if model and not kernels:
+        try:
+            return LessKernels.for_model(network)
+        except LessError:
+            return None
     if issubclass(FAMILIES.get(kernels, Features), Control) and not Path(kernels).exists():
         torch.manual_seed(seed)
         learned = LessKernels(**sizes(network), family=kernels).requires_grad_(False)

