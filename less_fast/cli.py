@@ -76,11 +76,10 @@ FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
 MeasureName = Enum("MeasureName", {name: name for name in MEASURES}, type=str)
 Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Folder, GGUF file or hub name of a model, or smollm2; the embedded one by default.")
-]
+WHICH_MODEL = "Folder, GGUF file or hub name of a model, or smollm2"
+ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
 ShapeOption = Annotated[
-    str, typer.Option("--model", help=f"Folder or hub name of a model, or {', '.join(SHAPES)}; the embedded one by default.")
+    str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")
 ]
 WHICH_KERNELS = "Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those that come with the package by default.")]

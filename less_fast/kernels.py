@@ -148,8 +148,8 @@ class LessKernels(nn.Module):
                 continue
             return kernels.to(model.device)
         raise LessError(
-            f"no kernels for this {type(model).__name__} come with the package: train some with `less-kv train --model FOLDER`, or "
-            f"leave kernels out for the bare policy"
+            f"no kernels for this {type(model).__name__} come with the package: train some with `less-kv train --model FOLDER`, "
+            f"or leave kernels out for the bare policy"
         )
 
     @classmethod

@@ -112,7 +112,7 @@ def load_kernels(network: PreTrainedModel, model: str, kernels: str, seed: int =
     """The kernels by that name, for the network, on its device; None for the bare policy.
 
     kernels: local folder or repository of the hub; "none"; the family of a control, which is drawn from the seed; or empty: those
-    that come with the package for this model, or none. Raises OSError or LessError if there are none, or they are for another model.
+    that come with the package for this model, or none. Raises OSError or LessError if there are none, or for another model.
     """
     if kernels == "none":
         return None

