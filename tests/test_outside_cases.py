@@ -2,6 +2,7 @@
 weights that are no plain tensors, other processes, writers of one path, positions outside the cache."""
 
 import copy
+import io
 import json
 import pickle
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from models import make_kernels, make_kinds, make_model, tokens
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -117,14 +119,15 @@ def test_masks_are_taken_if_and_only_if_they_repeat_what_was_fed(tmp_path_factor
     feed(model, ids[:, 10:], cache, mask)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_rows_that_ended_early_in_generate_cannot_be_masked_in_the_next_turn(compile):
+@pytest.mark.parametrize("compiled", ["nothing", "steps", "whole model"])
+def test_rows_that_ended_early_in_generate_cannot_be_masked_in_the_next_turn(compiled):
     model, ids = make_model(), tokens(2, 9)
     free = generate(model, ids, None, new=6)
     end = int(free[0, 11])  # row 0 ends after three tokens, and pads follow that `generate` feeds as tokens
     assert end not in free[1, 9:]
-    cache = LessCache.for_model(model, ROOM, compile=compile)
-    said = generate(model, ids, cache, new=6, eos_token_id=end)
+    cache, everywhere = LessCache.for_model(model, ROOM, compile=compiled == "steps"), CompileConfig(mode=None, fullgraph=True)
+    everywhere._compile_all_devices = True
+    said = generate(model, ids, cache, new=6, eos_token_id=end, compile_config=everywhere if compiled == "whole model" else None)
     assert (said[0, 12:] == 0).all()
     turn = torch.cat([said, tokens(2, 3, seed=1)], 1)
     with pytest.raises(LessError, match=r"rows that ended early in `generate`"):
@@ -626,7 +629,7 @@ def test_a_model_that_has_had_a_cache_generates_in_another_process(tmp_path, nam
 
 def test_a_cache_is_not_pickled_and_says_what_to_do():
     cache = LessCache.for_model(make_model(), SMALL)
-    for attempt in (pickle.dumps, copy.copy, lambda cache: torch.save(cache, "nowhere")):
+    for attempt in (pickle.dumps, copy.copy, lambda cache: torch.save(cache, io.BytesIO())):
         with pytest.raises(TypeError, match=r"a LessCache is not pickled.*: save\(path\) it, and LessCache.load it there"):
             attempt(cache)
 

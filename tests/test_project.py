@@ -54,12 +54,15 @@ def test_importing_less_fast_needs_no_transformers_and_changes_nothing():
     )
 
 
-def test_importing_the_cache_registers_nothing_with_transformers():
+def test_importing_the_cache_registers_its_attention_with_transformers_and_importing_less_fast_does_not():
+    """Models that use it are pickled and sent to other processes."""
     in_a_fresh_process(
-        "from less_fast import LessCache\n"
+        "import less_fast\n"
         "from transformers import AttentionInterface, AttentionMaskInterface\n"
         "assert 'less' not in AttentionInterface().valid_keys()\n"
-        "assert 'less' not in AttentionMaskInterface().valid_keys()\n"
+        "from less_fast import LessCache\n"
+        "assert 'less' in AttentionInterface().valid_keys()\n"
+        "assert 'less' in AttentionMaskInterface().valid_keys()\n"
     )
 
 

@@ -77,10 +77,10 @@ def calls_sdpa(model: PreTrainedModel) -> bool:
     return not model._can_set_attn_implementation() and model._supports_sdpa and implementation == "sdpa"
 
 
-def device_of(*modules: torch.nn.Module) -> torch.device:
+def device_of(*modules: torch.nn.Module | None) -> torch.device:
     """Where the first of these modules that has weights computes: where they are or, if accelerate has offloaded them, where its
     hooks bring them."""
-    module, device = next((module, weight.device) for module in modules for weight in module.parameters())
+    module, device = next((module, weight.device) for module in modules if module is not None for weight in module.parameters())
     hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")] if device.type == "meta" else []
     devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
     return torch.device(devices[0]) if devices else device

@@ -95,7 +95,8 @@ class LessCache(WatchedCache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes all that the cache holds into one file: a compressed prompt, to be loaded again as often as one likes.
 
-        The kernels are not in it. LessError if a layer of the model keeps something that cannot be saved (recurrent layers), the
+        The kernels are not in it. What tells the model is what it computes now: its adapters must be those with which the cache
+        was fed. LessError if a layer of the model keeps something that cannot be saved (recurrent layers), the
         model keeps positions outside the cache (an image in Qwen2-VL), heads lie on several processes, the model is gone, or a
         policy of one's own has fields that JSON does not hold; OSError if the file cannot be written, and one that was there is
         there still.
@@ -133,7 +134,7 @@ class LessCache(WatchedCache):
     def reorder_cache(self, beam_idx) -> None:
         """Row i becomes what row beam_idx[i] was."""
         super().reorder_cache(beam_idx)
-        self.leave_inference_mode()
+        self._leave_inference_mode()
         if self.positions is not None:
             self.positions = [self.positions[row] for row in beam_idx.tolist()]
 

@@ -22,7 +22,8 @@ NO_CROP = (
 class LessLayer(TaggingLayer):
     """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come.
 
-    seen: columns of the mask that came, pads included, which is what transformers calls the sequence length; a tensor () after 0.
+    seen: columns of the mask that came, pads included: what transformers calls the sequence length; a tensor () as soon as there
+    is a state. counted: the same as an int, or None after compiled steps, which change the tensor alone.
     fed: (N,) int64, a hash of what these columns said, 1 for tokens and 0 for pads; None if a file did not tell.
     """
 
@@ -34,6 +35,7 @@ class LessLayer(TaggingLayer):
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
         self.seen: Any = 0
+        self.counted: int | None = 0
         self.fed: torch.Tensor | None = None
 
     def allocate(
@@ -71,6 +73,7 @@ class LessLayer(TaggingLayer):
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
             outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
         self.seen += m
+        self.counted = None if torch.compiler.is_compiling() or self.counted is None else self.counted + m
         if self.fed is not None:
             self.fed.copy_(hash_of(self.fed.new_ones(1, m) if valid is None else valid, self.fed))
         out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]  # (N, Hq, m, D)
@@ -84,7 +87,11 @@ class LessLayer(TaggingLayer):
 
     def get_seq_length(self) -> Any:
         """An int; a tensor for code that is being compiled, which would depend on it."""
-        return self.seen if torch.compiler.is_compiling() else int(self.seen)
+        if torch.compiler.is_compiling():
+            return self.seen
+        if self.counted is None:
+            self.counted = int(self.seen)
+        return self.counted
 
     def get_mask_sizes(self, query_length):
         if self.state is None:
@@ -94,7 +101,7 @@ class LessLayer(TaggingLayer):
         return query_length, seen
 
     def check_past(self, columns):
-        if self.fed is None or not (seen := int(self.seen)):
+        if self.fed is None or not (seen := self.get_seq_length()):
             return
         columns = self.fed.new_ones(1, seen) if columns is None else columns.to(self.fed.device)
         differ = (hash_of(columns, torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
@@ -111,8 +118,10 @@ class LessLayer(TaggingLayer):
         if self.state is not None:
             self.state.reset()
             self.seen.zero_()
+            self.counted = 0
             with torch.inference_mode(False):
                 self.fed = torch.zeros_like(self.state.n) if self.fed is None else self.fed.zero_()
+            self.pin_addresses()
 
     def reorder_cache(self, beam_idx):
         if self.state is not None:

@@ -91,7 +91,7 @@ def load(
     heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}
-        device = device_of(*([modules[index]] if index in modules else []), model)
+        device = device_of(modules.get(index), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
                 _fill(layer, held, layer_heads, length, device)
@@ -120,6 +120,7 @@ def _fill(layer, held, heads, length, device):
     layer.allocate(N, *heads, D, dtype, device)
     layer.state.take_over(held)
     layer.seen.fill_(length)
+    layer.counted = length
     layer.fed = held["fed"].to(device) if "fed" in held else None  # files of less-kv 0.1.0 do not tell it
     layer.pin_addresses()
 

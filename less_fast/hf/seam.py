@@ -160,7 +160,7 @@ def less_mask(
         if layer is not None:
             layer.check_past(None)
         return None
-    seen = int(kv_offset)
+    seen = int(kv_offset if layer is None else layer.get_seq_length())
     check_mask(attention_mask, seen, kv_length, layer)
     return attention_mask[:, None, seen : seen + kv_length, None].bool().contiguous()
 

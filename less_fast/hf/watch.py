@@ -52,9 +52,7 @@ class WatchedCache(Cache):
     def begin(self, decoder, args, kwargs) -> None:
         """Before a pass: refuses what would run wrong, and hands the kinds of the tokens on if the cache asks."""
         if self.open:
-            raise LessError(
-                "the forward pass before was broken off, so layers have seen different tokens: reset() the cache first"
-            )
+            raise LessError(BROKEN_OFF)
         if kwargs.get("use_cache") is False:
             raise LessError("use_cache=False with a LessCache would feed every token twice: leave it out")
         if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
@@ -70,7 +68,7 @@ class WatchedCache(Cache):
                 f"this cache holds {self.batch_size} sequences, and {tokens.shape[0]} came: make a cache for these, or repeat or "
                 f"select its rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
             )
-        if not torch.compiler.is_compiling():  # the prompt is not, and all this stays so after it
+        if not torch.compiler.is_compiling():  # a prompt is not compiled, and what it shows stays so
             self._check_state_of_the_model(decoder, args, kwargs, tokens)
         if self.token_kinds is not None:
             if ids is None:
@@ -129,14 +127,16 @@ class WatchedCache(Cache):
             )
         for layer in self.less_layers:
             layer.reached = False
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
-            self.leave_inference_mode()
-        if self.keepers and not torch.compiler.is_compiling() and (model := self.model()) is not None:
-            self.positions = held_positions(model, self.keepers, self.batch_size)
+        if not torch.compiler.is_compiling():
+            self._leave_inference_mode()
+            if self.keepers and (model := self.model()) is not None:
+                self.positions = held_positions(model, self.keepers, self.batch_size)
         self.open = False
 
-    def leave_inference_mode(self) -> None:
-        """Recurrent layers of transformers change tensors in place, so these do not take over the caller's autograd mode."""
+    def _leave_inference_mode(self):
+        """Recurrent layers of transformers change tensors in place, so these must not take over the caller's autograd mode."""
+        if not torch.is_inference_mode_enabled():
+            return
         with torch.inference_mode(False):
             for held in (vars(layer) for layer in self.layers if not isinstance(layer, CacheLayerMixin)):
                 for part in (held, *(part for part in held.values() if isinstance(part, dict))):
@@ -152,63 +152,6 @@ def watch(model: PreTrainedModel) -> None:
     own, here = getattr(type(model), GuardedPrepare.NAME, None), vars(model).get(GuardedPrepare.NAME)
     if own and (here is None or getattr(here, "__func__", None) is own):
         vars(model)[GuardedPrepare.NAME] = GuardedPrepare(model)
-
-
-def before_pass(decoder, args, kwargs):
-    if (cache := _cache_among(args, kwargs)) is not None:
-        cache.begin(decoder, args, kwargs)
-
-
-def after_pass(decoder, args, kwargs, output):
-    if (cache := _cache_among(args, kwargs)) is not None:
-        cache.end(decoder)
-
-
-def _cache_among(args, kwargs):
-    return next((value for value in (*kwargs.values(), *args) if isinstance(value, WatchedCache)), None)
-
-
-def _argument(decoder, args, kwargs, name):
-    """The argument of that name of the decoder's forward pass, or None."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    return inspect.signature(decoder.forward).bind_partial(*args).arguments.get(name)
-
-
-def keepers_of_positions(model: PreTrainedModel) -> dict[str, str]:
-    """The modules that keep from one pass to the next what decides where tokens stand, and in which attribute: M-RoPE's shift
-    of the tokens behind an image (Qwen2-VL and its relatives), and how far a dynamic RoPE has been stretched."""
-    keepers = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "rope_deltas"):
-            keepers[name] = "rope_deltas"
-        elif "dynamic" in str(getattr(module, "rope_type", "")):
-            keepers[name] = "max_seq_len_cached"
-    return keepers
-
-
-def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -> list[tuple[int, ...]]:
-    """For each row one number of each keeper; 0 is what a text has that brought nothing unusual."""
-    columns = []
-    for name, attribute in keepers.items():
-        module: Any = model.get_submodule(name)
-        if attribute == "rope_deltas":
-            deltas = [0] if module.rope_deltas is None else module.rope_deltas.flatten().tolist()
-            columns.append([deltas[row * len(deltas) // rows] for row in range(rows)])  # fewer deltas are of several rows each
-        else:
-            reached = [value for name, value in vars(module).items() if name.endswith(attribute)]  # one for each kind of layer
-            columns.append([int(max(reached)) - module.original_max_seq_len] * rows)
-    return list(zip(*columns))
-
-
-def _of_an_image(position_ids):
-    """Whether these are positions (3 or more axes, N, m) of a chunk with an image: height and width differ there."""
-    if position_ids is None or position_ids.ndim != 3 or len(position_ids) < 3:
-        return False
-    return not torch.equal(position_ids[-1], position_ids[-2])
-
-
-# Rotations that change beyond a length (LongRoPE).
 
 
 class GuardedPrepare:
@@ -242,11 +185,65 @@ class GuardedPrepare:
         return type(self)(copy.deepcopy(self.model(), memo))
 
 
+def before_pass(decoder, args, kwargs):
+    if (cache := _cache_among(args, kwargs)) is not None:
+        cache.begin(decoder, args, kwargs)
+
+
+def after_pass(decoder, args, kwargs, output):
+    if (cache := _cache_among(args, kwargs)) is not None:
+        cache.end(decoder)
+
+
+def _cache_among(args, kwargs):
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, WatchedCache)), None)
+
+
+def _argument(decoder, args, kwargs, name):
+    """The argument of that name of the decoder's forward pass, or None."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    return inspect.signature(decoder.forward).bind_partial(*args).arguments.get(name)
+
+
 def nothing_new(seen: int) -> str:
     return (
         f"no new tokens came after the {seen} that this cache has seen: give `generate` the whole text so far with new tokens "
         f"behind it, or reset() the cache before another text"
     )
+
+
+def keepers_of_positions(model: PreTrainedModel) -> dict[str, str]:
+    """The modules that keep from one pass to the next what decides where tokens stand, and in which attribute: M-RoPE's shift
+    of the tokens behind an image (Qwen2-VL and its relatives), and how far a dynamic RoPE has been stretched."""
+    keepers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "rope_deltas"):
+            keepers[name] = "rope_deltas"
+        elif "dynamic" in str(getattr(module, "rope_type", "")) and hasattr(module, "max_seq_len_cached"):
+            keepers[name] = "max_seq_len_cached"
+    return keepers
+
+
+def held_positions(model: PreTrainedModel, keepers: dict[str, str], rows: int) -> list[tuple[int, ...]]:
+    """For each row one number of each keeper; 0 is what a text has that brought nothing unusual."""
+    columns = []
+    for name, attribute in keepers.items():
+        module: Any = model.get_submodule(name)
+        if attribute == "rope_deltas":
+            deltas = [0] if module.rope_deltas is None else module.rope_deltas.flatten().tolist()
+            columns.append([deltas[row * len(deltas) // rows] for row in range(rows)])  # fewer deltas are of several rows each
+        else:
+            reached = [value for name, value in vars(module).items() if name.endswith(attribute)]  # one for each kind of layer
+            columns.append([int(max(reached)) - module.original_max_seq_len] * rows)
+    return list(zip(*columns))
+
+
+def _of_an_image(position_ids):
+    """Whether these are positions (3 or more axes, N, m) of a chunk with an image: height and width differ there."""
+    if position_ids is None or position_ids.ndim != 3 or len(position_ids) < 3:
+        return False
+    return not torch.equal(position_ids[-1], position_ids[-2])
 
 
 def _rotates_in_another_way_beyond(config) -> int | None:
