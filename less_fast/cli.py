@@ -52,6 +52,7 @@ class Commands(TyperGroup):
     """All commands. Of what they refuse, or the system, one sentence is shown, or with --debug the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        cause: Exception
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -71,16 +72,14 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True)
 
-PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)
-FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)
-MeasureName = Enum("MeasureName", {name: name for name in MEASURES}, type=str)
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
+PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)  # type: ignore[misc]
+FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)  # type: ignore[misc]
+MeasureName = Enum("MeasureName", {name: name for name in MEASURES}, type=str)  # type: ignore[misc]
+Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
 
 WHICH_MODEL = "Folder, GGUF file or hub name of a model, or smollm2"
 ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
-ShapeOption = Annotated[
-    str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")
-]
+ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
 WHICH_KERNELS = "Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those that come with the package by default.")]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
@@ -330,6 +329,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each layer alone; 10 (paper: 40) by default.")] = None,
     joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers together; 150 (paper: 0) by default.")] = None,
     table_steps: Annotated[int | None, typer.Option(min=0, help="The same under budget tables; 100 (paper: 0).")] = None,
+    at_once: Annotated[
+        int, typer.Option(min=0, help="Steps of all layers at once instead of these stages: for large models, nothing on disk.")
+    ] = 0,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Windows in a step.")] = 2,
     rank: RankOption = 8,
     hidden: HiddenOption = None,
@@ -342,8 +344,9 @@ def train(
 ) -> None:
     """Trains kernels for a model; figures and budget curves are saved with them.
 
-    Each layer alone, as in the paper; then, unless --family paper, all together. Unfinished work lies in OUT/.training: called
-    again with the same options, training goes on there. Under torchrun, processes share out the layers.
+    Each layer alone, as in the paper; then, unless --family paper, all together. Or --at-once: time is linear in layers.
+    Unfinished work lies in OUT/.training: called again with the same options, training goes on there. Under torchrun, processes
+    share out the layers.
     """
     _check_free(out, overwrite)
     rule = _evicting(policy, budget, length)
@@ -356,6 +359,10 @@ def train(
         reason = f"heads of {policy.value} have no budgets of their own" if rule.pooled else "--no-curves leaves them out"
         raise LessError(f"--table-steps needs budget tables, and {reason}: leave one of the two out")
     steps = dict(epochs=epochs, joint_steps=joint_steps, table_steps=table_steps)
+    if at_once:
+        if any(number for number in steps.values()):
+            raise LessError("--at-once is instead of --epochs, --joint-steps and --table-steps: leave them out")
+        steps = dict.fromkeys(steps, 0) | dict(together_steps=at_once)
     recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps)
     own = not (text or dataset)  # the standard library's, which has a split for validation
     texts, source = load_texts(text, dataset, "train", 8 * length * (sequences + validation))
@@ -374,7 +381,10 @@ def train(
     learned.about |= {"model": model or "embedded", "text": source, "versions": versions()}
     learned.save_pretrained(out)
     shutil.rmtree(work)
-    for index, figures in enumerate(learned.about["validation"]):
+    together = learned.about.get("together", {"budgets": [], "left": []})
+    for tokens, left in zip(together["budgets"], together["left"]):
+        print(f"{tokens} tokens: of what the bare policy costs, layers leave {sum(left) / len(left):.3f} on average")
+    for index, figures in enumerate(learned.about.get("validation", [])):
         print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
     for stage, spread in (("joint", "uniform"), ("tables", "by head")):
         figures = learned.about.get(stage, {"budgets": [], "before": [], "after": []})
@@ -393,7 +403,9 @@ def allocate(
     policy: PolicyOption = PolicyName("h2o"),
     by: Annotated[
         MeasureName | None,
-        typer.Option(help="kl, the default: divergence of the predictions; error: change of the layer's output, cheaper."),
+        typer.Option(
+            help="kl, the default: divergence of the predictions; gradient: its estimate, cheaper; error: a poorer guide."
+        ),
     ] = None,
     length: LengthOption = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows that are measured.")] = CURVE_WINDOWS,
@@ -421,7 +433,7 @@ def allocate(
     learned = load_kernels(network, model, kernels, seed)
     make_folder(out or kernels)  # what cannot be written should be known before the measuring
     chosen = cut_windows(tokenizer, texts, length, windows, seed)
-    curves = allocation.allocate(network, chosen, rule, learned, out or kernels, by and by.value, refined)
+    curves = allocation.allocate(network, chosen, rule, learned, out or kernels, by.value if by else None, refined)
     heads = learned.sizes["layers"] * learned.sizes["kv_heads"]
     for share in (2, 5, 10):
         tokens = length * share // 100
@@ -456,7 +468,7 @@ def _recipe(family, **changes) -> Recipe:
     recipe, changes = RECIPES[family.value], {name: value for name, value in changes.items() if value is not None}
     if changes.get("hidden") == 0 and recipe.family == "paper":
         raise LessError("--hidden 0 is for exponential kernels: the paper's need a hidden width of at least 1")
-    if recipe.halve_every and "epochs" in changes:
+    if recipe.halve_every and changes.get("epochs"):
         changes["halve_every"] = max(1, changes["epochs"] // 4)
     return replace(recipe, **changes)
 

@@ -9,34 +9,80 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["allocate", "kernels", "policies", "store", "state", "attend", "step", "parallel", "architecture"]
-ORDER += ["seam", "hf", "damage", "recording", "train", "text", "demo", "plan", "compare", "bench", "cli"]
+FAST = ROOT / "less_fast"
+ROOMS = ["layer", "files", "budgets", "hub", "official", "kernels", "setting", "hf", "text", "gguf", "demo", "loading"]
+ROOMS += ["training", "measuring", "cli"]
+LATER = {("layer", "files"), ("kernels", "hf")}
+"""What is imported within a function alone: saving a state needs safetensors, finding a model's kernels transformers."""
 
 
-def imported(file):
-    """What a file imports of the project: first names below less_fast, or less_ref."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(file, everywhere=True):
+    """The modules that a file imports, with dots, of the project without less_fast; at its top level alone if not everywhere."""
+    tree, here = ast.parse(file.read_text()), file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.ImportFrom):
-            module = (node.module or "").removeprefix("less_fast").strip(".")
-            if node.level or (node.module or "").startswith("less_"):
-                yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+            start = here[: len(here) + 1 - node.level] if node.level else ()
+            module = ".".join([*start, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                yield f"{module}.{alias.name}".removeprefix("less_fast.")
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("less_"))
+            yield from (alias.name.removeprefix("less_fast.") for alias in node.names)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_what_stands_above_it(name):
-    path = ROOT / "less_fast" / name
-    for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-        of_demo = [name, "corpus", "MODEL", "KERNELS", "PAPER_KERNELS"]
-        allowed = {*ORDER[: ORDER.index(name)], *(of_demo if path.is_dir() or name == "cli" else [])}
-        assert set(imported(file)) <= allowed, file
+def room(file):
+    return file.relative_to(FAST).parts[0].removesuffix(".py")
+
+
+FILES = [file for file in sorted(FAST.rglob("*.py")) if room(file) not in ("__init__", "__main__")]
+
+
+def test_every_file_is_in_a_room():
+    assert {room(file) for file in FILES} == set(ROOMS)
+    assert not {file.stem for file in FILES} & {"utils", "common", "helpers", "misc"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(FAST).as_posix())
+def test_a_file_imports_only_its_own_room_and_those_that_stand_above_it(file):
+    own = room(file)
+    others = {name.split(".")[0] for name in imported(file)} & set(ROOMS)
+    above = set(ROOMS[: ROOMS.index(own) + 1])
+    assert others <= above | {later for this, later in LATER if this == own}
+    assert {name.split(".")[0] for name in imported(file, everywhere=False)} & set(ROOMS) <= above
+
+
+def test_no_file_of_a_room_imports_one_that_imports_it():
+    """Within rooms: the arrows have no circle."""
+    arrows = {}
+    for file in FILES:
+        name = file.relative_to(FAST).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        names = {part for module in imported(file, everywhere=False) for part in (module, module.rpartition(".")[0])}
+        arrows[name] = names - {name}
+    inside = {name: {other for other in to if other in arrows} for name, to in arrows.items() if "." in name}
+    while ends := [name for name, to in inside.items() if not to & inside.keys()]:
+        for name in ends:
+            del inside[name]
+    assert not inside
+
+
+def test_the_layer_needs_torch_and_the_standard_library_alone():
+    for file in (FAST / "layer").glob("*.py"):
+        others = {name.split(".")[0] for name in imported(file, everywhere=False)}
+        assert others <= {"torch", "layer", *sys.stdlib_module_names}, file
 
 
 def test_the_specification_and_the_fast_path_never_import_each_other():
-    assert not list(imported(ROOT / "less_ref.py"))
-    for file in (ROOT / "less_fast").rglob("*.py"):
-        assert "less_ref" not in set(imported(file))
+    assert not [name for name in imported(ROOT / "less_ref.py") if name.startswith("less_")]
+    for file in FAST.rglob("*.py"):
+        assert not [name for name in imported(file) if name.startswith("less_ref")]
+
+
+def test_the_top_level_holds_nothing_else():
+    tracked = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    if tracked.returncode:
+        pytest.skip("not a git checkout, so nobody knows what belongs to it")
+    allowed = {"pyproject.toml", "README.md", "less_ref.py", "less_fast", "tests", "paper_checks", "LICENSE"}
+    allowed |= {"CITATION.cff", "AGENTS.md"}
+    assert {name for name in tracked.stdout.split() if not name.startswith(".")} == allowed
 
 
 def in_a_fresh_process(code):

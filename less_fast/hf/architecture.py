@@ -102,12 +102,12 @@ def _output(module):
     return next((part for name in OUTPUTS if isinstance(part := getattr(module, name, None), torch.nn.Module)), None)
 
 
-def sizes(model: PreTrainedModel) -> dict[str, int]:
-    """The sizes that kernels for this model must have. LessError where layers differ in them (Gemma 4's do)."""
+def sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """The sizes, ints, that kernels for this model must have. LessError if layers differ in them (Gemma 4's do)."""
     return sizes_of(model.config)
 
 
-def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The same from a model's config."""
     config = config.get_text_config(decoder=True)
     heads = {_heads(layer) for layer in getattr(config, "per_layer_config", [config])}

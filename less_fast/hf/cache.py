@@ -169,7 +169,7 @@ class LessCache(WatchedCache):
         with torch.inference_mode(False):
             for layer in self.layers:  # what a pass with gradients left in layers of transformers' own has a graph behind it
                 memo |= {id(tensor): tensor.detach().clone() for tensor in _tensors_in(vars(layer).values())}
-            vars(twin).update(copy.deepcopy(vars(self), memo))
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         for layer in twin.less_layers:
             if layer.state is not None:
                 layer.pin_addresses()

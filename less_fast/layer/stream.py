@@ -25,10 +25,10 @@ def stream(
 ) -> torch.Tensor:
     """`extend` with m tokens that enter alone, one after the other: shapes, output and errors as there."""
 
-    def of_step(x: torch.Tensor | None, index, dim: int) -> torch.Tensor | None:
+    def of_step(x, index, dim: int):
         return None if x is None else x.index_select(dim, index) if torch.is_tensor(index) else x.narrow(dim, index, 1)
 
-    def step(index) -> torch.Tensor:
+    def step(index):
         token = (of_step(x, index, 2) for x in (q, k, v))
         return extend(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
 

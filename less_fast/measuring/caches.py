@@ -30,7 +30,8 @@ def describe(cache: LessCache) -> str:
     seen, kernels = int(cache.get_seq_length()), cache.setting.kernels
     at_most = "at most " if cache.setting.policy.kinds else ""
     kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
-    folded = f"folded into {_ends(rank for layer in kernels.layers for rank in layer.ranks)} features" if kernels else "forgotten"
+    ranks = [rank for layer in kernels.layers for rank in layer.ranks] if kernels else []  # type: ignore[union-attr]
+    folded = f"folded into {_ends(ranks)} features" if kernels else "forgotten"
     return (
         f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {held_bytes(cache):,} bytes "
         f"held, a full cache would hold {full_bytes(cache):,}"

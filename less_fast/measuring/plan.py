@@ -69,7 +69,7 @@ def plan(
         held = [_held(layer, shape, length, dtype) for layer in layers_of(model)]
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     shared = kernels.memory() if kernels else 0
-    read = sum(kernels.layers[index].memory() for index in served) if kernels else 0
+    read = sum(kernels.layers[index].memory() for index in served) if kernels else 0  # type: ignore[operator]
     growing = sum(held[index] for index in served)  # of the full cache, in the layers that LESS serves
     constant = Setting.of(shape, served, policy, kernels, "uniform").memory(dtype)  # of LESS, in the same
     full, less = sum(held), sum(held) - growing + constant

@@ -39,7 +39,7 @@ class Recipe:
     windows: int | None = None
     together_steps: int = 0
     together_windows: int = 32
-    together_uses: int = 4
+    together_uses: int = 8
     joint_steps: int = 0
     table_steps: int = 0
     joint_rate: float = 5e-3
