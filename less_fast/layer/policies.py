@@ -57,13 +57,20 @@ class Policy:
         return replace(self, budget=budget)  # type: ignore[type-var]
 
     def is_scaled(self, other: "Policy") -> bool:
-        """Whether they are one policy at two budgets: one of them, given the other's budget, is the other."""
-        if type(self) is not type(other) or self.budget is None or other.budget is None:
+        """Whether they are one policy at two budgets, but for rounding."""
+        return type(self) is type(other) and (self._scales_to(other) or other._scales_to(self))
+
+    def _scales_to(self, other: "Policy") -> bool:
+        """Whether each field is the other's, or its budget takes it to within a token of that."""
+        if self.budget is None or other.budget is None:
             return False
         try:
-            return self.with_budget(other.budget) == other or other.with_budget(self.budget) == self
+            scaled = self.with_budget(other.budget)
         except LessError:  # a budget that leaves no room for its sinks
             return False
+        names = [part.name for part in fields(self)]  # type: ignore[arg-type]
+        triples = ((getattr(self, name), getattr(scaled, name), getattr(other, name)) for name in names)
+        return all(new == wanted or (new != old and abs(new - wanted) <= 1) for old, new, wanted in triples)
 
     def _check(self, **least: int) -> None:
         """Makes these fields ints. LessError for one that is no integer, or below its least value."""
