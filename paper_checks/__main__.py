@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import transformers
 
 from less_fast import LessError
 from less_fast.demo import PAPER_KERNELS
@@ -101,6 +102,7 @@ def texts_of(name: str, length: int) -> list[str]:
 
 def main(arguments=None):
     chosen = options(arguments)
+    transformers.logging.disable_progress_bar()
     try:
         from .report import write  # asks for matplotlib
 

@@ -4,8 +4,11 @@ import copy
 import functools
 import importlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,35 +17,38 @@ from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
-from less_fast import H2O, Full, LessKernels
+from less_fast import H2O, Full, LessError, LessKernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.layer import step as step_module
 from less_fast.measuring.compare import contenders
+from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.text import windows
 from paper_checks import harness, summarization
-from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Setting, verdict
+from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
 from paper_checks.memory import check as memory
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def here():
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().requires_grad_(False)
     kernels = [LessKernels.from_pretrained(where) for where in (KERNELS, PAPER_KERNELS)]
-    return Setting(model, AutoTokenizer.from_pretrained(MODEL), *kernels, length=256, quick=True)
+    return Subject(model, AutoTokenizer.from_pretrained(MODEL), *kernels, length=256, quick=True)
 
 
-def check(name, setting):
-    return importlib.import_module(f"paper_checks.{name}").check(setting)
+def check(name, subject):
+    return importlib.import_module(f"paper_checks.{name}").check(subject)
 
 
 @pytest.mark.parametrize("name", command.NAMES)
-def test_every_check_runs_and_says_what_it_found(name, here):
+def test_every_check_runs_and_says_what_it_finds(name, here):
     module = importlib.import_module(f"paper_checks.{name}")
-    found = module.check(here)
-    assert found.verdict in (HOLDS, IN_PART, FAILS, UNMEASURED)
-    assert all(isinstance(text, str) and text for text in (module.CLAIM, module.PAPER, found.sentence))
-    json.dumps(found.figures)
-    assert all(len(row) == len(found.headings) for row in found.rows)
+    finding = module.check(here)
+    assert finding.verdict in (HOLDS, IN_PART, FAILS, UNMEASURED)
+    assert all(isinstance(text, str) and text for text in (module.CLAIM, module.PAPER, finding.sentence))
+    json.dumps(finding.figures)
+    assert all(len(row) == len(finding.headings) for row in finding.rows)
 
 
 def test_a_report_holds_every_check_and_its_pictures(tmp_path, capsys):
@@ -88,6 +94,23 @@ def test_a_library_that_is_missing_is_named_before_anything_is_computed(file, li
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "no device 'tpu' here"),
+        (["--model", "/no/such/folder", "--kernels", "x"], "no usable model at /no/such/folder"),
+        (["--kernels", "none"], "the checks are about kernels"),
+        (["--out", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_computed(arguments, message, tmp_path, capsys):
+    assert command.main(["memory", "--quick", "--out", str(tmp_path / "out"), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_kernels_of_another_model_are_refused(tmp_path, capsys):
     LessKernels(2, 4, 4, 64, hidden=3).save_pretrained(tmp_path)
     assert command.main(["memory", "--kernels", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
@@ -95,10 +118,10 @@ def test_kernels_of_another_model_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_windows_for_training_are_none_of_those_held_out(given, here):
-    setting = replace(here, texts=[f"{number} = {number}\n" for number in range(10_000)] if given else None)
-    training, held_out = (setting.windows(MOST[split], split=split).tolist() for split in ("train", "test"))
+@pytest.mark.parametrize("own", [False, True])
+def test_windows_for_training_are_none_of_those_held_out(own, here):
+    subject = replace(here, texts=[f"{number} = {number}\n" for number in range(10_000)] if own else None)
+    training, held_out = (subject.windows(MOST[split], split=split).tolist() for split in ("train", "test"))
     assert len(training) == 8
     assert len(held_out) == 2
     assert not [window for window in training if window in held_out]
@@ -109,7 +132,7 @@ def test_data_are_files_and_data_sets(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
     (tmp_path / "some.txt").write_text("a file")
     data, out = ["--data", f"{tmp_path},,train,body", "--data", str(tmp_path / "some.txt")], tmp_path / "out"
-    assert command.setting(command.options(["--quick", *data])).texts == [*texts, "a file"]
+    assert command.subject(command.options(["--quick", *data])).texts == [*texts, "a file"]
     assert command.main(["memory", "tables_of_other_texts", "--quick", *data, "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["about"]["text"] == f"{tmp_path},,train,body, {tmp_path}/some.txt"
@@ -138,9 +161,9 @@ def test_a_verdict_needs_all_parts_to_hold():
     assert [verdict(parts) for parts in ([True] * 2, [True, False], [False] * 2)] == [HOLDS, IN_PART, FAILS]
 
 
-def without_state(setting):
-    """The same setting with kernels that add nothing."""
-    broken = copy.deepcopy(setting)
+def without_state(subject):
+    """The same subject with kernels that add nothing."""
+    broken = copy.deepcopy(subject)
     for kernels in (broken.kernels, broken.paper_kernels):
         for layer in kernels.layers:
             layer.k3.fill_(-1e3 if kernels is broken.kernels else 0)
@@ -157,25 +180,25 @@ def test_kernels_that_add_nothing_change_the_verdict(name, here):
 def test_transferred_kernels_that_add_nothing_or_do_as_well_as_matched_ones_change_the_verdict(here, monkeypatch):
     weak, strong, nothing = here.paper_kernels, here.kernels, without_state(here)
 
-    def found(transferred, matched, setting=here):
-        monkeypatch.setattr(Setting, "train", lambda setting, policy: transferred if isinstance(policy, H2O) else matched)
-        return check("transfer", setting).verdict
+    def verdict_of(transferred, matched, subject=here):
+        monkeypatch.setattr(Subject, "train", lambda subject, policy: transferred if isinstance(policy, H2O) else matched)
+        return check("transfer", subject).verdict
 
-    assert found(weak, strong) == HOLDS
-    assert found(strong, weak) == found(nothing.kernels, strong) == IN_PART
-    assert found(weak, strong, nothing) == IN_PART
+    assert verdict_of(weak, strong) == HOLDS
+    assert verdict_of(strong, weak) == verdict_of(nothing.kernels, strong) == IN_PART
+    assert verdict_of(weak, strong, nothing) == IN_PART
 
 
 def test_a_rank_that_is_ignored_or_too_small_changes_the_verdict_on_kernel_sizes(here, monkeypatch):
     by_rank = {1: here.paper_kernels, 8: here.kernels}
-    monkeypatch.setattr(Setting, "train", lambda setting, policy, rank, hidden: by_rank[rank])
+    monkeypatch.setattr(Subject, "train", lambda subject, policy, rank, hidden: by_rank[rank])
     for kernels in by_rank.values():
         monkeypatch.setitem(kernels.about, "validation", [{"less": 1, "bare": 2}])
     assert check("kernel_size", here).verdict == HOLDS
     monkeypatch.setattr("paper_checks.kernel_size.SUFFICES", 1.1)
     assert check("kernel_size", here).verdict == IN_PART
     monkeypatch.undo()
-    monkeypatch.setattr(Setting, "train", lambda setting, policy, rank, hidden: here.kernels)
+    monkeypatch.setattr(Subject, "train", lambda subject, policy, rank, hidden: here.kernels)
     monkeypatch.setitem(here.kernels.about, "validation", [{"less": 1, "bare": 2}])
     assert check("kernel_size", here).verdict == IN_PART
 
@@ -184,7 +207,7 @@ def test_uniform_tables_change_the_verdict_on_tables_of_other_texts(here, monkey
     module = importlib.import_module("paper_checks.tables_of_other_texts")
     assert module.check(here).verdict in (HOLDS, IN_PART)
     shape = here.kernels.sizes
-    monkeypatch.setattr(module, "table", lambda *given, less: [[here.policies()[0].budget] * shape["kv_heads"]] * shape["layers"])
+    monkeypatch.setattr(module, "table", lambda *rest, less: [[here.policies()[0].budget] * shape["kv_heads"]] * shape["layers"])
     assert module.check(here).verdict == FAILS
 
 
@@ -195,21 +218,21 @@ def test_swapped_tables_change_the_verdict_on_tables_of_other_texts(here, monkey
     def kind(windows):
         return "code" if windows.tolist() in code else "prose"
 
-    def losses(setting, windows, policy=None, kernels=None, budgets=None):
+    def losses(subject, windows, policy=None, kernels=None, budgets=None):
         loss = {None: 3.0, "uniform": 2.0, kind(windows): 1.4}.get(budgets, 1.6) if policy else 1.0
         return loss + torch.tensor([0.0, 0.1], dtype=torch.float64)
 
-    monkeypatch.setattr(module, "measure", lambda model, windows, *given: kind(windows))
-    monkeypatch.setattr(module, "table", lambda curves, *given, less: curves)
-    monkeypatch.setattr(Setting, "losses", losses)
+    monkeypatch.setattr(module, "measure", lambda model, windows, *rest: kind(windows))
+    monkeypatch.setattr(module, "table", lambda curves, *rest, less: curves)
+    monkeypatch.setattr(Subject, "losses", losses)
     assert module.check(here).verdict == HOLDS
-    monkeypatch.setattr(module, "table", lambda curves, *given, less: {"code": "prose", "prose": "code"}[curves])
+    monkeypatch.setattr(module, "table", lambda curves, *rest, less: {"code": "prose", "prose": "code"}[curves])
     assert module.check(here).verdict == IN_PART
 
 
 def test_a_budget_that_is_ignored_changes_the_verdict_on_memory(here, monkeypatch):
     assert memory(here).verdict == HOLDS
-    monkeypatch.setattr(Setting, "policies", lambda setting: [Full()])
+    monkeypatch.setattr(Subject, "policies", lambda subject: [Full()])
     assert memory(here).verdict != HOLDS
 
 
@@ -217,8 +240,8 @@ def test_a_copy_in_the_place_of_replacement_changes_the_verdict(here, monkeypatc
     assert check("inplace", here).verdict == HOLDS
     evict = step_module._evict
 
-    def elsewhere(group, *given):
-        evict(group, *given)
+    def elsewhere(group, *rest):
+        evict(group, *rest)
         group.k = group.k.clone()
 
     monkeypatch.setattr(step_module, "_evict", elsewhere)
@@ -232,7 +255,7 @@ def test_a_planted_error_changes_the_verdict_of_the_exact_checks(name, here, mon
     assert healthy in (HOLDS, IN_PART)
     if name == "parallel_equals_recurrent":  # rows swapped
         own = module.divergence
-        monkeypatch.setattr(module, "divergence", lambda model, ids, *given: own(model, ids.flip(1), *given))
+        monkeypatch.setattr(module, "divergence", lambda model, ids, *rest: own(model, ids.flip(1), *rest))
     elif name == "near_ties":  # everything is close
         monkeypatch.setattr(module, "CLOSE", 1e9)
     else:  # no singular value larger than another, in map and residual
@@ -249,19 +272,19 @@ def questions(count=5):
     return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
 
 
-def language_model(setting, cache="full", **kwargs):
-    caches = contenders(setting.model, [H2O(6, 6)], {"ours": setting.kernels})
+def language_model(subject, cache="full", **kwargs):
+    caches = contenders(subject.model, [H2O(6, 6)], {"ours": subject.kernels})
     make = next(one.make for one in caches if one.cache == cache)
-    return harness.CachedLM(setting.model, setting.tokenizer, make, **kwargs)
+    return CachedLM(subject.model, subject.tokenizer, make, **kwargs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
 @pytest.mark.parametrize("cache", ["full", "less"])
 def test_the_harness_gets_what_a_plain_pass_gives_and_batches_change_nothing(cache, batch_size, here):
     requests = questions()
-    found = language_model(here, cache, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
+    scores = language_model(here, cache, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
     begun = False
-    for request, (nats, greedy) in zip(requests, found):
+    for request, (nats, greedy) in zip(requests, scores):
         context, whole = here.tokenizer(request.args[0])["input_ids"], here.tokenizer("".join(request.args))["input_ids"]
         ids = torch.tensor([[*context, *whole[len(context) :]]])  # as the harness cuts it
         kept = {} if cache == "full" else {"past_key_values": language_model(here, cache).make(1), "use_cache": True}
@@ -277,7 +300,7 @@ def test_the_harness_gets_what_a_plain_pass_gives_and_batches_change_nothing(cac
 def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_stop(here):
     text = "import os\nimport sys\n\n\ndef main(arguments):\n    return os.path.join(*arguments)\n"
     model = language_model(here, max_length=16)
-    (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    (score,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
     ids = [here.tokenizer.bos_token_id, *here.tokenizer(text)["input_ids"]]
     assert len(ids) > 20
     nats = 0
@@ -286,12 +309,12 @@ def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_sto
         seen = torch.tensor([ids[max(0, end - 17) : end]])
         logp = here.model(seen[:, :-1]).logits.log_softmax(-1).gather(-1, seen[:, 1:, None])[0, :, 0]
         nats += logp[start - end :].sum().item()
-    assert found == pytest.approx(nats, rel=1e-4)
+    assert score == pytest.approx(nats, rel=1e-4)
     model = language_model(here, "less")
     wishes = [{"until": ["\n"], "max_gen_toks": 40}, {"max_gen_toks": 5}]
     requests = [Instance("generate_until", {}, (text + "\n" * index, wish), 0) for index in (1, 2) for wish in wishes]
-    found = model.generate_until(requests, disable_tqdm=True)
-    for request, written in zip(requests, found):
+    texts = model.generate_until(requests, disable_tqdm=True)
+    for request, written in zip(requests, texts):
         inputs = here.tokenizer(request.args[0], return_tensors="pt")
         out = here.model.generate(**inputs, past_key_values=model.make(1), max_new_tokens=request.args[1]["max_gen_toks"])
         expected = here.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -300,6 +323,29 @@ def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_sto
         language_model(here, max_length=2).loglikelihood(questions(), disable_tqdm=True)
     with pytest.raises(ValueError, match="leave no room"):
         language_model(here, max_length=5).generate([[1, 2]], 5)
+
+
+def test_the_model_of_the_harness_comes_with_the_package_and_asks_for_lm_eval_by_name(monkeypatch):
+    assert get_model("less-kv") is LessLM
+    monkeypatch.delitem(sys.modules, "less_fast.measuring.harness")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs lm_eval .*: pip install 'less-kv\[eval\]'"):
+        importlib.import_module("less_fast.measuring.harness")
+
+
+def test_the_harness_takes_the_model_on_its_own_command_line(tmp_path):
+    """One question of a task in a file, by the command that the docstring names."""
+    model = "cache=less,policy=lambda,budget=8,max_length=64"
+    arguments = ["run", "--model", "less-kv", "--model_args", model, "--tasks", yaml_task(tmp_path, "multiple_choice")]
+    arguments += ["--device", "cpu", "--limit", "1", "--output_path", str(tmp_path / "out")]
+    here = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "less_fast.measuring.harness", *arguments], capture_output=True, text=True, check=False, env=here
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("*.json")
+    assert json.loads(file.read_text())["results"]["prints"]["acc,none"] == 1
 
 
 def test_the_harness_knows_the_model_by_its_name():
@@ -320,10 +366,16 @@ def test_the_harness_knows_the_model_by_its_name():
         ("cache=lesser", "there is no cache 'lesser'"),
         ("policy=tova,budgets=by head", "there is no cache 'less' with budgets 'by head'"),
         ("batch_size=auto", "batch_size is a number of requests"),
+        ("batch_size=0", "batch_size is a number of requests"),
+        ("max_length=long", "max_length must be an integer from 0 to"),
+        ("device=tpu", "no device 'tpu' here"),
+        ("dtype=float8", "no dtype 'float8' for a model"),
+        ("pretrained=/no/such/folder", "no config of a model at /no/such/folder"),
+        ("policy=full", "policy=full evicts nothing: for the full cache say cache=full"),
     ],
 )
 def test_the_harness_is_told_what_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LessError, match=message):
         get_model("less-kv").create_from_arg_string(arguments)
 
 
@@ -343,19 +395,19 @@ def test_questions_have_one_answer_and_it_lies_far_back(here):
 
 def test_dead_kernels_swapped_answers_and_ignored_budgets_change_the_verdict_on_classification(here, monkeypatch):
     healthy = harness.check(here)
-    full, bare, plus, less = (found["mean"] for found in healthy.figures.values())
+    full, bare, plus, less = (figure["mean"] for figure in healthy.figures.values())
     assert healthy.verdict == HOLDS
     assert full > 0.7 > bare
     assert less >= plus
     assert harness.check(without_state(here)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *given: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(500, 500))
         assert harness.check(here).verdict == FAILS
-    own = harness.CachedLM._scores
+    own = CachedLM._scores
     with monkeypatch.context() as patch:  # the worst answer in the place of the best
-        patch.setattr(harness.CachedLM, "_scores", lambda lm, pairs: [(-nats, greedy) for nats, greedy in own(lm, pairs)])
+        patch.setattr(CachedLM, "_scores", lambda lm, pairs: [(-nats, greedy) for nats, greedy in own(lm, pairs)])
         assert harness.check(here).verdict == FAILS
-    monkeypatch.setattr(Setting, "policies", lambda setting: [H2O(500, 500)])
+    monkeypatch.setattr(Subject, "policies", lambda subject: [H2O(500, 500)])
     assert harness.check(here).verdict == FAILS
 
 
@@ -397,20 +449,21 @@ def test_tasks_that_cannot_be_are_refused(few_tasks, task, message, tmp_path, ca
 
 @pytest.fixture(scope="module")
 def more(here):
-    """The same setting with as many windows as it takes for ROUGE to tell caches apart."""
-    setting = copy.copy(here)
-    setting.windows = lambda count: windows(here.tokenizer, here.held_out(), here.length, 32, here.seed)
-    return setting
+    """The same subject with as many windows as it takes for ROUGE to tell caches apart."""
+    subject = copy.copy(here)
+    subject.windows = lambda count: windows(here.tokenizer, here.held_out(), here.length, 32, here.seed)
+    return subject
 
 
 def test_kernels_that_add_nothing_and_swapped_texts_change_the_verdict_on_summaries(more, monkeypatch):
     healthy = summarization.check(more)
-    measured = {name.split(",")[0]: found["rouge"]["rouge1"] for name, found in healthy.figures.items() if "by head" not in name}
+    uniform = {name: figure for name, figure in healthy.figures.items() if "by head" not in name}
+    measured = {name.split(",")[0]: figure["rouge"]["rouge1"] for name, figure in uniform.items()}
     assert measured["full"] == 1 > measured["less"] > measured["bare"]
     assert healthy.verdict in (HOLDS, IN_PART)
     assert summarization.check(without_state(more)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *given: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(500, 500))
         assert summarization.check(more).verdict == FAILS
     own = summarization.rouge
     monkeypatch.setattr(summarization, "rouge", lambda references, texts: own(references, texts[1:] + texts[:1]))
@@ -433,7 +486,7 @@ def test_summaries_of_a_data_set_are_the_references(here, tmp_path, monkeypatch,
         seen.extend(contexts)
         return [f"summary {number}" if isinstance(lm.make(None), DynamicCache) else "" for number in range(3)]
 
-    monkeypatch.setattr(harness.CachedLM, "generate", written)
+    monkeypatch.setattr(CachedLM, "generate", written)
     arguments = ["--quick", "--summaries", f"{tmp_path},,test,article,highlights", "--out", str(tmp_path / "out")]
     assert command.main(["summarization", *arguments]) == 0
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["summarization"]["figures"]
