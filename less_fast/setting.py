@@ -110,7 +110,7 @@ class Setting:
 
     def layer(self, index: int) -> tuple[Policy | list[Policy], Features | None]:
         """The policy of a layer, or of each of its KV heads, and its kernels."""
-        features = self.kernels.layers[index] if self.kernels is not None else None
+        features: Features | None = self.kernels.layers[index] if self.kernels is not None else None
         if self.budgets is None:
             return self.policy, features
         return [self.policy.with_budget(budget) for budget in self.budgets[index]], features
