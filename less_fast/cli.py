@@ -16,7 +16,6 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from transformers import TextStreamer
 from typer.core import TyperGroup
@@ -463,7 +462,7 @@ def _join_torchrun(device):
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
-def _recipe(family, **changes) -> Recipe:
+def _recipe(family: FamilyName, **changes: Any) -> Recipe:
     """How the family is trained, with other fields if they are not None."""
     recipe, changes = RECIPES[family.value], {name: value for name, value in changes.items() if value is not None}
     if changes.get("hidden") == 0 and recipe.family == "paper":
@@ -473,7 +472,7 @@ def _recipe(family, **changes) -> Recipe:
     return replace(recipe, **changes)
 
 
-def _evicting(policy, budget, length) -> Policy:
+def _evicting(policy: PolicyName, budget: str, length: int) -> Policy:
     """The policy. LessError if it evicts nothing from windows of the length that a query could miss."""
     if policy.value == "full":
         raise LessError("--policy full evicts nothing: choose another policy")
@@ -488,7 +487,7 @@ def _check_free(out, overwrite):
         raise LessError(f"{out} holds a {CONFIG} already: choose another --out, or say --overwrite")
 
 
-def _report(record, as_json, table: Table, *notes):
+def _report(record, as_json, table, *notes):
     """Prints the record as JSON, or the table with notes below it."""
     if as_json:
         print(json.dumps(record, indent=2))

@@ -1,9 +1,10 @@
-"""The house: which room may know which, what importing costs, and that the README's snippets run."""
+"""The house: which room may know which, what importing costs, what lies where, and that the README's snippets run."""
 
 import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_the_readme_fits_on_few_screens():
 
 
 def test_the_readme_shows_the_table_that_the_script_wrote():
-    """paper_checks/architectures.py writes the file; its summary stands in the README, too."""
+    """paper_checks/architectures.py writes the file; the README shows its summary."""
     table = (ROOT / "paper_checks" / "ARCHITECTURES.md").read_text().split("## One by one")[0].split("\n\n")[-2]
     assert table.startswith("| types |")
     assert table in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ import math
 import platform
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from less_fast.demo import MODEL, corpus
-from less_fast.text import tokenized, windows
+from ..text import tokenized, windows
+from . import MODEL, corpus
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -32,7 +33,7 @@ CHECK_EVERY = 500  # steps between two looks at the validation perplexity
 VIEWS = (32, 64, 128, 256)
 
 
-def main():
+def main() -> None:
     options = parse_options()
     started = time.perf_counter()
     torch.manual_seed(options.seed)
@@ -84,7 +85,9 @@ def main():
     print(f"saved to {options.out} after {record['seconds']} s")
 
 
-def train(model, streams, held_out, options):
+def train(
+    model: PreTrainedModel, streams: list[np.ndarray], held_out: torch.Tensor, options: argparse.Namespace
+) -> list[list[float]]:
     """Train in place for `options.tokens` tokens; return [step, validation perplexity] pairs."""
     steps = max(1, options.tokens // (options.batch * options.length))
     optimizers = new_optimizers(model, options)
@@ -113,7 +116,7 @@ def train(model, streams, held_out, options):
     return history
 
 
-def batches(streams, options):
+def batches(streams: list[np.ndarray], options: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Endless batches (B, T), an epoch at a time on the device.
 
     Each epoch shuffles the documents, cuts their stream at a random offset, and shuffles the windows: without that a
@@ -128,7 +131,7 @@ def batches(streams, options):
 
 
 @torch.no_grad()
-def perplexity(model, windows, batch, view=None):
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int, view: int | None = None) -> float:
     """Perplexity of windows (W, T), all tokens after the first of each; `view`: each layer sees the last `view` tokens."""
     model.eval()
     mask = None
@@ -143,7 +146,7 @@ def perplexity(model, windows, batch, view=None):
     return math.exp(total / windows[:, 1:].numel())
 
 
-def new_optimizers(model, options):
+def new_optimizers(model: PreTrainedModel, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding (tied to the head) and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -152,13 +155,13 @@ def new_optimizers(model, options):
     return muon, adam
 
 
-def learning_rate(steps):
+def learning_rate(steps: int) -> Callable[[int], float]:
     """The factor on the learning rates at a step: a linear rise, then a linear fall to zero."""
     warm_up = max(1, round(WARM_UP * steps))
     return lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
-def new_model(tokenizer, options):
+def new_model(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -176,7 +179,7 @@ def new_model(tokenizer, options):
     return LlamaForCausalLM(config)
 
 
-def train_tokenizer(texts, length):
+def train_tokenizer(texts: Iterable[str], length: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every byte is a token, so that any text survives the round trip."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -194,7 +197,7 @@ def train_tokenizer(texts, length):
     )
 
 
-def replace_folder(folder, complete):
+def replace_folder(folder: Path, complete: Path) -> None:
     """Put the complete folder in the place of `folder`, which may exist; at no moment is there a half-written one."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -204,7 +207,7 @@ def replace_folder(folder, complete):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def parse_options():
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m less_fast.demo.build_model", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=MODEL, help="folder that is made or replaced")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens in all, over several epochs")

@@ -23,10 +23,10 @@ SKIPPED_PATHS = re.compile(
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
-def documents(split, stdlib=None):
+def documents(split: str, stdlib: str | Path | None = None) -> list[tuple[str, str]]:
     """The documents of a split as (path relative to the library, text), sorted by path.
 
-    Raises ValueError for an unknown split and FileNotFoundError where `stdlib` holds no Python source.
+    Raises ValueError for an unknown split and FileNotFoundError if `stdlib` holds no Python source.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -39,7 +39,7 @@ def documents(split, stdlib=None):
     return [(path, text) for path, text in texts.items() if split_of[path] == split]
 
 
-def digest(split, stdlib=None):
+def digest(split: str, stdlib: str | Path | None = None) -> str:
     """Twelve hex digits that name the text of a split: paths and contents, in order."""
     sha = hashlib.sha256()
     for path, text in documents(split, stdlib):

@@ -3,18 +3,17 @@
 Where a decoder would append keys and values to its cache and attend, it calls `extend`, with queries and keys rotated.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from ..layer.features import PaperKernels
-from ..layer.policies import H2O
-from ..layer.state import LayerState
-from ..layer.step import extend
+from less_fast import H2O, LayerKernels, LayerState, Policy, extend
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 2, 4, 2, 16, 64, 256
 
 
-def rotate(x, position):
+def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """RoPE: x (N, H, m, D) at position (m,)."""
     angle = position[:, None] * 10_000.0 ** -torch.linspace(0, 1, HEAD_DIM // 2)  # (m, D / 2)
     a, b = x.chunk(2, -1)
@@ -41,10 +40,10 @@ class Decoder:
         return layer_norm(x, [WIDTH]) @ self.unembedding.T
 
 
-def generate(decoder, ids, new, policy=H2O(heavy=8, recent=8)):
+def generate(decoder: Decoder, ids: torch.Tensor, new: int, policy: Policy = H2O(heavy=8, recent=8)) -> Iterator[tuple]:
     """After a prompt ids (N, m) yields `new` tokens (N, 1), the likeliest each time, with the bytes held."""
-    kernels = [PaperKernels(QUERY_HEADS, KV_HEADS, HEAD_DIM, hidden=32) for _ in range(LAYERS)]  # untrained: they fold little
-    states = [LayerState.allocate(policy, len(ids), QUERY_HEADS, KV_HEADS, HEAD_DIM, some) for some in kernels]
+    kernels = [LayerKernels(QUERY_HEADS, KV_HEADS, HEAD_DIM, hidden=32) for _ in range(LAYERS)]  # untrained: they fold little
+    states = [LayerState.allocate(policy, len(ids), QUERY_HEADS, KV_HEADS, HEAD_DIM, features) for features in kernels]
     attentions, seen = [lambda q, k, v, state=state: extend(state, q, k, v) for state in states], 0
     for _ in range(new):
         logits = decoder(ids, seen, attentions)  # the prompt as one chunk, then one token at a time

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..budgets import Table as Budgets
 from ..hf.architecture import less_layers, sizes
 from ..hf.cache import LessCache
 from ..kernels import LessKernels
@@ -143,7 +142,7 @@ def contenders(
     """The caches that `compare` measures, in its order."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
-    def contender(cache: str, policy: Policy, name: str | None = None, table: Budgets | None = None, plus: Policy | None = None):
+    def contender(cache, policy, name=None, table=None, plus=None):
         def make(chunk):
             return LessCache.for_model(model, policy, kernels.get(name), table or "uniform", chunk, token_kinds)
 

@@ -8,7 +8,7 @@ The harness finds models of others only once they are imported. So its own comma
 and in Python `import less_fast.measuring.harness` comes before `lm_eval.simple_evaluate(model="less-kv", ...)`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -62,11 +62,11 @@ class CachedLM(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = True, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = True, **kwargs: object) -> list[int]:
         return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence, disable_tqdm: bool = False, **kwargs: object) -> list[tuple[float, bool]]:
         """For each request (texts, context, continuation): nats, and whether greedy decoding would say the continuation."""
         scores = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index][1]), requests[index][1]))
@@ -85,7 +85,7 @@ class CachedLM(TemplateLM):
             )
         return tuple(context[-room:]), continuation
 
-    def _scores(self, pairs) -> Iterator[tuple[float, bool]]:
+    def _scores(self, pairs: Sequence[tuple]) -> Iterator[tuple[float, bool]]:
         """The same for one batch. Continuations (R, M) of one context share its pass: there are N <= R contexts."""
         contexts = list(dict.fromkeys(context for context, _ in pairs))
         rows = torch.tensor([contexts.index(context) for context, _ in pairs], device=self.device)  # (R,)
@@ -115,7 +115,7 @@ class CachedLM(TemplateLM):
         mask = [[*pad, *[1] * len(row)] if left else [*[1] * len(row), *pad] for row, pad in zip(rows, pads)]
         return torch.tensor([ids, mask], device=self.device)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts; what is longer than max_length goes in windows, each through a cache of its own."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         windows = [
@@ -125,7 +125,7 @@ class CachedLM(TemplateLM):
         scores = iter(self._loglikelihood_tokens([(None, *pair) for pairs in windows for pair in pairs], disable_tqdm))
         return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
-    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+    def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """What follows each context, until one of its stop sequences: greedy unless the request asks to sample."""
         written = [""] * len(requests)
         wishes = [repr(request.args[1]) for request in requests]
@@ -144,7 +144,7 @@ class CachedLM(TemplateLM):
         return written
 
     @torch.inference_mode()
-    def generate(self, contexts: list[list[int]], max_new_tokens: int, **kwargs) -> list[str]:
+    def generate(self, contexts: list[list[int]], max_new_tokens: int, **kwargs: object) -> list[str]:
         """What the model writes after each context of tokens; kwargs go to `model.generate`."""
         room = self.max_length - max_new_tokens
         if room < 1:

@@ -90,7 +90,7 @@ def plan(
     )
 
 
-def _held(layer, shape: dict[str, int], length: int, dtype: torch.dtype) -> int:
+def _held(layer: object, shape: dict[str, int], length: int, dtype: torch.dtype) -> int:
     """Bytes that a layer of transformers' own holds for one sequence of the length, laid out on the device "meta"."""
     if hasattr(layer, "conv_states"):
         raise LessError("what a recurrent layer holds is known only once the model runs: measure this model with `less-kv bench`")
