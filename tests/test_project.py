@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -143,6 +144,37 @@ TOP = {"pyproject.toml", "README.md", "less_ref.py", "less_fast", "tests", "pape
 def test_the_top_level_holds_what_it_should_and_no_file_is_for_what_has_no_place():
     assert {name for path in tracked() if not (name := path.parts[0]).startswith(".")} == TOP
     assert not [path for path in tracked() if path.stem in ("utils", "common", "helpers", "misc")]
+
+
+STUB = """#!/bin/sh
+mkdir -p "$3/bin"
+printf '#!/bin/sh\\nexit 0\\n' > "$3/bin/pip"
+printf '#!/bin/sh\\nexit $PYTEST_ENDS_IN\\n' > "$3/bin/pytest"
+chmod +x "$3/bin/pip" "$3/bin/pytest"
+"""
+
+
+@pytest.mark.parametrize("arguments", [["5.5.0", "5.23.0"], ["--python", "3.11", "3.12"]], ids=" ".join)
+def test_failures_under_any_version_are_collected_and_end_in_exit_code_1(arguments, tmp_path):
+    """.ci/versions, with stubs in the place of Python, pip and pytest."""
+    for folder in (".ci", "bin"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / ".ci" / "constraints.txt").write_text("torch==2.13.0\n")
+    script = tmp_path / ".ci" / "versions"
+    shutil.copy(ROOT / ".ci" / "versions", script)
+    for version in ("3.11", "3.12"):
+        (tmp_path / "bin" / f"python{version}").write_text(STUB)
+        (tmp_path / "bin" / f"python{version}").chmod(0o755)
+
+    def run(code):
+        env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYTEST_ENDS_IN": code}
+        done = subprocess.run(["bash", script, *arguments], env=env, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    kind = "Python" if arguments[0] == "--python" else "transformers"
+    names = [f"{kind} {version}" for version in arguments[-2:]]
+    assert run("0") == (0, [f"{name}: passed" for name in names])
+    assert run("1") == (1, [f"{name}: FAILED" for name in names] + [f"failed: {name}" for name in names])
 
 
 TESTS = sorted((ROOT / "tests").glob("test_*.py"))
