@@ -104,6 +104,7 @@ def test_a_policy_is_the_same_at_every_budget(name, one, other):
         (H2O(26, 25), True),
         (H2O(10, 10), True),
         (H2O(14, 10), True),
+        (H2O(90, 12), False),
         (H2O(51, 0), False),
         (H2O(20, 31), False),
         (Lambda(4, 47), True),
