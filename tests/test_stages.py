@@ -13,7 +13,7 @@ from short_training import POLICY, RECIPE, quick_training
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from less_fast import H2O, Lambda, LessCache, LessKernels
+from less_fast import H2O, Lambda, LessCache, LessError, LessKernels
 from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.setting import Setting
@@ -274,3 +274,12 @@ def test_a_model_in_float64_is_trained_through_all_stages_and_its_kernels_are_fl
 def test_budgets_with_which_nothing_is_evicted_are_left_out_of_the_joint_stage():
     kernels = quick_training(recipe=replace(RECIPE, joint_budgets=(1.0, 4.7, 4.84, 5.0)))
     assert kernels.about["joint"]["budgets"] == [6, 28]  # 29 evict one of 30 tokens after the last query
+
+
+def test_training_that_diverges_is_refused(monkeypatch):
+    for module, name, message in ((layers, "loss", "training layer 0 diverged"), (joint, "divergence", "diverged at step 0")):
+        own = getattr(module, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *arguments, own=own: own(*arguments) * torch.nan)
+            with pytest.raises(LessError, match=f"{message}.*lower"):
+                quick_training()
