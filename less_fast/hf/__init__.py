@@ -1,6 +1,6 @@
 """The seam with Hugging Face transformers.
 
-architecture: which models are served. seam: how their attention reaches LESS. identity: which model it is, told by what it computes.
+architecture: which models are served. seam: how their attention reaches LESS. identity: which model it is, by what it computes.
 layer, watch and cache: a LessCache, one layer of it, and what it checks in every forward pass. saving: its file.
 """
 
