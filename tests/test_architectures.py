@@ -12,6 +12,7 @@ from models import make_encoder_decoder, make_kernels, make_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from less_fast import H2O, TOVA, LessCache
+from less_fast.hf import seam
 from less_fast.hf.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
 from less_fast.training import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
@@ -335,10 +336,10 @@ def test_copies_of_a_watched_model_are_watched_and_their_own():
 
 def test_a_version_that_is_too_old_is_refused_and_one_that_is_newer_warns(monkeypatch):
     model = make_model()
-    monkeypatch.setattr(transformers, "__version__", "5.2.0")
+    monkeypatch.setattr(seam.transformers, "__version__", "5.2.0")
     with pytest.raises(ImportError, match="needs transformers 5"):  # of whatever version is installed
         LessCache.for_model(model, SMALL)
-    monkeypatch.setattr(transformers, "__version__", "99.1.0")
+    monkeypatch.setattr(seam.transformers, "__version__", "99.1.0")
     with pytest.warns(UserWarning, match="was tested with transformers up to"):
         LessCache.for_model(model, SMALL)
 
