@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -123,7 +123,8 @@ def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(polic
 def test_compare_takes_every_policy_and_half_precision(command, story, policy):
     code, out, _ = command("compare", "--text", story, *SMALLEST, "--policy", policy, "--dtype", "bfloat16")
     assert code == 0
-    bare, plus, less, *_ = json.loads(out)["rows"][1:]
+    full, bare, plus, less, *_ = json.loads(out)["rows"]
+    assert full["bytes"] == 2 * 4 * 4 * 64 * 64 * 2  # keys and values of 4 layers, 4 heads, 64 numbers, 64 tokens, bfloat16
     assert {row["policy"].split("(")[0] for row in (bare, plus, less)} == {type(POLICIES[policy]).__name__}
     assert bare["bytes"] < less["bytes"] <= plus["bytes"]
     assert bare["budget"] == less["budget"] == 16
@@ -235,7 +236,12 @@ def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
 
 def test_generate_writes_the_same_text_with_compiled_steps(command):
     arguments = ["generate", "def f(", "--budget", 12, "--max-new-tokens", 20, "--temperature", 0]
-    assert command(*arguments) == command(*arguments, "--compile")
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    plain = command(*arguments)
+    assert graphs["unique_graphs"] == before
+    assert command(*arguments, "--compile") == plain
+    assert graphs["unique_graphs"] > before
 
 
 def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(command, tmp_path):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from less_fast import H2O, Lambda, LessKernels, token_kinds
+from less_fast import H2O, Lambda, LessError, LessKernels, token_kinds
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus, own_decoder
 from less_fast.measuring.compare import compare
 from less_fast.text import dataset_texts, tokenized, windows
@@ -55,7 +55,7 @@ def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded)
     assert sorted(everything.tolist()) == sorted(stream[: everything.numel()].view(-1, 64).tolist())
     joined = tokenizer.eos_token.join(texts)
     assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
-    with pytest.raises(ValueError, match="give more text"):
+    with pytest.raises(LessError, match="give more text"):
         windows(tokenizer, ["short"], 64, 1)
 
 
@@ -81,13 +81,27 @@ def test_data_sets_that_are_not_there_are_refused(tmp_path, name, message):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a", "number": 1}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train.jsonl").touch()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LessError, match=message):
         dataset_texts(str(tmp_path) + name, 1)
+
+
+def test_a_data_set_without_rows_or_of_a_script_is_refused(embedded, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
+    with pytest.raises(LessError, match="the text has 0 tokens"):
+        windows(embedded[1], dataset_texts("any", 1), 64, 1)
+
+    def no_scripts(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_scripts)
+    with pytest.raises(LessError, match="no texts from the data set 'any': RuntimeError Dataset scripts"):
+        dataset_texts("any", 1)
 
 
 def test_a_data_set_without_the_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'less-kv\[eval\]'"):
+    with pytest.raises(LessError, match=r"pip install 'less-kv\[eval\]'"):
         dataset_texts("any", 1)
 
 
@@ -167,7 +181,7 @@ def test_the_model_can_be_rebuilt_from_nothing(tmp_path):
 def test_a_decoder_of_ones_own_with_room_for_all_writes_what_causal_attention_writes(seed):
     torch.manual_seed(seed)
     decoder, ids = own_decoder.Decoder(), torch.randint(own_decoder.VOCABULARY, (2, 10))
-    found = torch.cat([token for token, _ in own_decoder.generate(decoder, ids, new=12, policy=H2O(11, 10))], 1)
+    written = torch.cat([token for token, _ in own_decoder.generate(decoder, ids, new=12, policy=H2O(11, 10))], 1)
 
     def dense(q, k, v):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -175,8 +189,8 @@ def test_a_decoder_of_ones_own_with_room_for_all_writes_what_causal_attention_wr
     for _ in range(12):
         logits = decoder(ids, 0, [dense] * own_decoder.LAYERS)
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, ids[:, 10:])
-    assert found.unique().numel() > 5  # it does not repeat itself
+    assert torch.equal(written, ids[:, 10:])
+    assert written.unique().numel() > 5  # it does not repeat itself
 
 
 def test_a_decoder_of_ones_own_holds_as_much_after_hundred_tokens_as_after_one():
