@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from caches import FASTGEN, KINDS, feed, generate, left_padded
 from models import make_encoder_decoder, make_kernels, make_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache

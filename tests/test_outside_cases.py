@@ -710,6 +710,9 @@ def test_several_writers_of_one_path_leave_one_whole_file(tmp_path, by):
         for writer in writers:
             writer.join()
         assert not failures
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1  # threads leave torch.compile as it was
     else:
         code = (
             "import sys, torch\nfrom less_fast import LayerState, H2O\n"

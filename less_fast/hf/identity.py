@@ -8,6 +8,7 @@ adapters), and it asks nothing of the weights, which may be quantised, offloaded
 import inspect
 import json
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .seam import TaggingLayer, layers_with, use_less_attention
 NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
 NEAR_ALONE, NEAR_AND_FAR = [slice(NEAR)], [slice(NEAR), slice(NEAR, None)]
 REACH = 64
+_ONE_PROBE = threading.Lock()  # at a time: what it changes and sets back, of the model and of torch.compile, is there once
 DIRECTIONS = 2  # on which q, k and v of each token are projected: in units of their norm, 1 % of error shows as about 0.01
 
 # What two identities may differ by, of the tokens near the beginning. Measured on the embedded model and on random Llamas and
@@ -65,7 +67,7 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     check_model(model)
     served = less_layers(model)
     layers = {index: _Recorder(calls_sdpa(model)) for index in served}
-    with _left_as_it_was(model):
+    with _ONE_PROBE, _left_as_it_was(model):
         use_less_attention(model)
         model.eval()
         try:
