@@ -88,6 +88,9 @@ class Setting:
         need_policy(policy)
         if kernels is not None and not isinstance(kernels, LessKernels):
             raise LessError(f"kernels are LessKernels (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
+        if kernels is not None and sizes is not None and not sizes.items() <= kernels.sizes.items():
+            theirs = {name: kernels.sizes[name] for name in sizes}
+            raise LessError(f"these kernels are for {theirs}, not for {sizes}: train kernels for this model with `less-kv train`")
         if chunk is not None:
             integer("chunk", chunk)
         if not (budgets is None or isinstance(budgets, list | tuple) or (isinstance(budgets, str) and budgets == "uniform")):

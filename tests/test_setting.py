@@ -69,6 +69,7 @@ def test_the_bytes_that_are_counted_are_those_that_a_cache_holds(budgets, ranks)
     [
         (dict(policy="h2o"), "a policy is something like H2O"),
         (dict(kernels=torch.nn.Linear(1, 1)), "kernels are LessKernels"),
+        (dict(kernels=LessKernels(2, 4, 2, 8, hidden=3)), "these kernels are for {'layers': 2"),
         (dict(chunk=0), "chunk must be an integer from 1"),
         (dict(budgets="even"), 'budgets are a table, None or "uniform"'),
         (dict(budgets=TABLE[:2]), "must be 3 layers x 2 KV heads"),
