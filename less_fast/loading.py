@@ -17,7 +17,8 @@ from transformers import (
 
 from .demo import KERNELS, MODEL, corpus
 from .gguf import unpacked
-from .hf.architecture import check_kernels, check_model, decoder_of, sizes
+from .hf.architecture import check_model, decoder_of, sizes
+from .hf.identity import check_kernels
 from .kernels import LessKernels
 from .layer.checks import LessError
 from .layer.features import FAMILIES, Control, Features

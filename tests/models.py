@@ -13,7 +13,8 @@ from transformers import (
 
 import less_ref
 from less_fast import LayerKernels, LessKernels
-from less_fast.hf.architecture import fingerprint, sizes
+from less_fast.hf.architecture import sizes
+from less_fast.hf.identity import fingerprint
 from less_fast.hf.seam import predictions
 from less_fast.layer.features import Learned
 from less_fast.layer.parallel import dense

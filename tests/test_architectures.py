@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from less_fast import H2O, TOVA, LessCache
 from less_fast.hf import seam
-from less_fast.hf.architecture import OUTPUTS, attention_modules, fingerprint, less_layers, output_weight, sizes
+from less_fast.hf.architecture import OUTPUTS, attention_modules, less_layers, output_weight, sizes
+from less_fast.hf.identity import fingerprint
 from less_fast.training import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 

@@ -136,11 +136,3 @@ def heads_mesh(model: PreTrainedModel):
     """The device mesh among whose processes the heads are shared out, or None."""
     mesh = getattr(model, "_device_mesh", None)
     return mesh["tp"] if mesh is not None and "tp" in (mesh.mesh_dim_names or ()) else mesh
-
-
-def __getattr__(name):  # of those that still import them from here
-    if name in ("check_kernels", "fingerprint"):
-        from . import identity
-
-        return getattr(identity, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
