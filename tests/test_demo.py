@@ -164,7 +164,7 @@ def test_the_shipped_files_say_where_they_come_from(folder, family):
     kernels = LessKernels.from_pretrained(folder)
     assert kernels.sizes["family"] == kernels.about["recipe"].get("family", "paper") == family
     assert kernels.about["policy"].startswith("H2O")
-    assert kernels.about["fingerprint"]
+    assert kernels.about["identity"]
 
 
 def test_the_model_can_be_rebuilt_from_nothing(tmp_path):

@@ -62,6 +62,7 @@ def lengthen(cache: Cache, tokens: int) -> None:
         if isinstance(layer, LessLayer):
             age(layer.state, tokens)
             layer.seen += tokens
+            layer.counted = None
         elif getattr(layer, "keys", None) is not None:
             grow(layer, layer.keys, layer.values, tokens)
 
