@@ -427,7 +427,9 @@ def test_allocate_refuses_heads_policies_and_kernels_that_do_not_fit(sizes, kern
 
 @pytest.mark.parametrize("sizes", [(3, 2, 4, 2, 3), (0, 1, 4, 2, 3), (2, 2, 4, 0, 3), (2, 2, 4, 2, 0)])
 def test_kernels_of_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match=r"must be an integer from 1 to 65,536"):
+    with pytest.raises(
+        ValueError, match=r"must be an integer from 1 to 65,536, not 0|3 query heads are no multiple of 2 KV heads"
+    ):
         less_fast.LayerKernels(*sizes)
 
 
@@ -445,7 +447,7 @@ def test_kernels_of_impossible_sizes_are_refused(sizes):
     ],
 )
 def test_policies_refuse_impossible_budgets(policy, fields):
-    with pytest.raises(ValueError, match=f"{policy.__name__} needs .* to be an integer of at least"):
+    with pytest.raises(ValueError, match=f"of {policy.__name__} must be an integer from [01] to 2,147,483,646, not "):
         policy(**fields)
 
 
