@@ -75,7 +75,8 @@ class Round:
     def __init__(self, model, windows, settings, recipe, number):
         size = min(recipe.together_windows, len(windows))
         rows = torch.arange(number * size, (number + 1) * size) % len(windows)
-        parts = [watch(model, windows[some], recipe.seed + int(some[0])) for some in rows.split(recipe.batch)]
+        batches = rows.split(recipe.batch)
+        parts = [watch(model, windows[batch], recipe.seed + int(batch[0])) for batch in batches]
         self.layers, self.number, self.settings = [Watched.join(part) for part in zip(*parts)], number, settings
         self.e = [eviction_times_of(self.layers, setting.policy) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
