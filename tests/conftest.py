@@ -15,6 +15,7 @@ HELPERS = ("any_history", "authors", "both_paths", "caches", "properties")
 pytest.register_assert_rewrite(*HELPERS)  # an assertion that fails there says what it compared
 
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
 
 
 @pytest.fixture(autouse=True)
