@@ -147,6 +147,19 @@ def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path,
         assert torch.equal(weight, whole.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("clip", [None, 1e-6])
+def test_the_gradient_of_each_layer_is_clipped_as_the_recipe_says(clip, monkeypatch):
+    norms, take = [], together.Descent.take
+
+    def look(descent):
+        norms.extend(torch.cat([w.grad.flatten() for w in layer.parameters()]).norm() for layer in descent.kernels.layers)
+        take(descent)
+
+    monkeypatch.setattr(together.Descent, "take", look)
+    quick_training(recipe=replace(RECIPE, clip=clip, together_steps=2))
+    assert (max(norms) <= 1.01e-6) == (clip is not None)
+
+
 def test_training_that_diverges_is_refused(monkeypatch):
     own = together.share_left
     monkeypatch.setattr(together, "share_left", lambda *args: own(*args) * torch.inf)

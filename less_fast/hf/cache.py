@@ -49,10 +49,10 @@ class LessCache(WatchedCache):
         Layers of the model with full attention are LESS's; all others keep the layer that transformers has for them.
 
         policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
-        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). Those on the
-            model's device are shared by all caches; others are copied there for each cache.
+        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). All caches share
+            them, and the copies that another device, dtype or a budget table asks for.
         budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way. None:
-            the table that the kernels have for this kind of policy and as many tokens in all, else, or for "uniform", as many
+            the table that the kernels have for this policy and as many tokens in all, else, or for "uniform", as many
             for every head as `policy` says.
         chunk: a prompt enters in pieces of this many tokens, each attending to what was kept before it. None: in one
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.

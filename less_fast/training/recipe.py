@@ -16,7 +16,7 @@ class Recipe:
     """The paper's recipe (section 3.2): Adam, the learning rate halved every 10 of 40 epochs, dropout on the first hidden layer.
 
     epochs: of each layer alone; 0 leaves that stage out. windows: how many it is trained on, None for all.
-    together_steps: of all layers at once, `batch` windows in each, with `learning_rate` in one cycle; 0 leaves that stage out.
+    together_steps: of all layers at once, `batch` windows in each, `learning_rate` in one cycle, no dropout; 0 leaves it out.
     A round reads `together_windows` and uses each `together_uses` times.
     halve_every: epochs. None: the learning rate rises and falls once over the whole training (one cycle; Smith and Topin 2017).
     clip: the largest norm of a step's gradient, None for any.

@@ -78,6 +78,7 @@ class Round:
         batches = rows.split(recipe.batch)
         parts = [watch(model, windows[batch], recipe.seed + int(batch[0])) for batch in batches]
         self.layers, self.number, self.settings = [Watched.join(part) for part in zip(*parts)], number, settings
+        self.clip = recipe.clip
         self.e = [eviction_times_of(self.layers, setting.policy) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
         self.order = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
@@ -91,7 +92,8 @@ class Round:
             rows = rows.to(e.device)
             share = share_left(layer.rows(rows), e[rows], features, policy.budget)
             share.backward()
-            torch.nn.utils.clip_grad_norm_(features.parameters(), 1.0)  # each layer for itself
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(features.parameters(), self.clip)  # each layer for itself
             shares.append(share.detach())
         descent.take()
         return torch.stack(shares).tolist()
@@ -111,7 +113,7 @@ def shares_left(model: PreTrainedModel, windows: torch.Tensor, setting: Setting,
     return torch.stack(parts).sum(0).tolist()
 
 
-def share_left(layer: Watched, e: torch.Tensor, features: Features | None, budget: int | None) -> torch.Tensor:
+def share_left(layer: Watched, e: torch.Tensor, features: Features, budget: int) -> torch.Tensor:
     """What LESS with these features costs, over what the bare policy does: a scalar, differentiable in the features."""
     exact, lse = exact_part(layer.q, layer.k, layer.v, e, layer.scale)  # (N, Hq, T, D), (N, Hq, T)
     weighted, mass = low_rank_part(features.phi(layer.q), features.psi(layer.k), layer.v, e)
