@@ -103,6 +103,17 @@ def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[
         rotated; None for the layers that LESS does not serve, which attend as they always do.
     Raises LessError for functions that do not fit the model's layers.
     """
+    logits = model(**_inputs(model, ids, attentions)).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> None:
+    """The same without its predictions, for what the functions see: logits of many texts would take much memory."""
+    model.base_model(**_inputs(model, ids, attentions))
+
+
+def _inputs(model, ids, attentions):
+    """What the model is called with, so that its layers attend by these functions."""
     check_model(model)
     by_sdpa = calls_sdpa(model)
     layers = {i: FunctionLayer(attention, by_sdpa) for i, attention in enumerate(attentions) if attention is not None}
@@ -113,8 +124,7 @@ def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[
         )
     use_less_attention(model)
     cache = Cache(layers=layers_with(model, layers))
-    logits = model(input_ids=ids.to(device_of(model)), past_key_values=cache, use_cache=True).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return {"input_ids": ids.to(device_of(model)), "past_key_values": cache, "use_cache": True}
 
 
 def layers_with(model: PreTrainedModel, layers: Mapping[int, TaggingLayer]) -> list:

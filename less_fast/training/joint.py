@@ -1,5 +1,9 @@
 """All layers together (joint distillation), a departure from the paper: the KL divergence from the full cache's predictions to
-those with LESS, through the whole model, under several settings in turn."""
+those with LESS, through the whole model, under several settings in turn.
+
+What is evicted depends on the kernels only through what earlier layers say, so it may be computed once for a round of windows and used
+for several steps: streaming many windows takes a GPU hardly longer than streaming one.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..hf.architecture import sizes
-from ..hf.seam import predictions
+from ..hf.seam import predictions, read
 from ..layer.checks import LessError
 from ..layer.parallel import dense, eviction_times, linear_parallel
 from ..setting import Setting
@@ -20,12 +24,15 @@ from .descent import Descent
 from .recipe import Recipe
 from .work import Work
 
-CHECKPOINT = 10  # steps between two checkpoints
+CHECKPOINT = 10  # steps between two checkpoints; where what is evicted is used again, a round
 
 
-def divergence(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> torch.Tensor:
+def divergence(
+    model: PreTrainedModel, ids: torch.Tensor, setting: Setting, times: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
     """KL(full cache || streaming under the setting), in nats per token of texts ids (N, T): a scalar, differentiable in kernels.
 
+    times: when each layer evicts each token, (N, Hkv, T), as `times_in_stream` says; None: they are computed.
     LessError if the texts are no tokens of the model, or the setting is for another one or evicts several tokens at once.
     """
     check_windows(model, ids, "texts")
@@ -33,19 +40,60 @@ def divergence(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> t
     count = sizes(model)["layers"]
     with torch.no_grad():
         full = predictions(model, ids, [dense] * count)  # (N, T, vocabulary)
-    streamed = predictions(model, ids, [_streamed(setting, index) for index in range(count)])  # (N, T, vocabulary)
+    times = [None] * count if times is None else list(times)
+    streamed = predictions(model, ids, [_streamed(setting, index, times) for index in range(count)])  # (N, T, vocabulary)
     return kl_div(streamed, full, log_target=True, reduction="sum") / ids.numel()
 
 
-def _streamed(setting: Setting, index: int) -> Callable[..., torch.Tensor]:
-    """The attention of a layer under the setting."""
+@torch.no_grad()
+def times_in_stream(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> list[torch.Tensor]:
+    """When each layer evicts each token of texts ids (N, T) that the model streams under the setting: (N, Hkv, T) for each."""
+    times: list = [None] * sizes(model)["layers"]
+    read(model, ids, [_streamed(setting, index, times) for index in range(len(times))])
+    return times
+
+
+def _streamed(setting: Setting, index: int, times: list) -> Callable[..., torch.Tensor]:
+    """The attention of a layer under the setting, by the layer's eviction times; if they are None they are put there."""
     policy, features = setting.layer(index)
 
     def attention(q, k, v, scale):
-        e = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale)
-        return linear_parallel(q, k, v, e, features, scale).to(q.dtype)
+        if times[index] is None:
+            times[index] = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale)
+        return linear_parallel(q, k, v, times[index], features, scale).to(q.dtype)
 
     return attention
+
+
+class Stream:
+    """The windows that the steps take, each `uses` times in a round, and what is evicted from them, computed once in a round.
+
+    windows (N, T). With one use a round is a step, and nothing is ever stale.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, settings: Sequence[Setting], recipe: Recipe):
+        self.model, self.settings, self.batch, self.seed = model, settings, recipe.batch, recipe.seed
+        self.uses = recipe.joint_uses
+        self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
+        self.size = recipe.batch if self.uses == 1 else min(recipe.together_windows, len(windows))
+        self.of_round = -(-self.size * self.uses // self.batch)  # steps
+        self.round, self.times = -1, {}
+
+    def loss(self, step: int) -> torch.Tensor:
+        """The divergence on the windows of this step, under its setting: a scalar."""
+        number, within = divmod(step, self.of_round)
+        if number != self.round:
+            self.round, self.times = number, {}
+            self.ids = self.windows[torch.arange(number * self.size, (number + 1) * self.size) % len(self.windows)]
+        draw = torch.Generator().manual_seed(self.seed + number)
+        order = torch.cat([torch.randperm(self.size, generator=draw) for _ in range(self.uses)])
+        rows, which = order[within * self.batch : (within + 1) * self.batch], step % len(self.settings)
+        if self.uses == 1:
+            return divergence(self.model, self.ids[rows], self.settings[which])
+        if which not in self.times:
+            self.times[which] = times_in_stream(self.model, self.ids, self.settings[which])
+        times = [e[rows.to(e.device)] for e in self.times[which]]
+        return divergence(self.model, self.ids[rows], self.settings[which], times)
 
 
 @torch.no_grad()
@@ -78,7 +126,7 @@ def distill(
         return saved["figures"]
     kernels.requires_grad_().train()
     descent = Descent(kernels, recipe.joint_rate, steps, None, recipe.clip)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
+    stream = Stream(model, windows, settings, recipe)
     start = copy.deepcopy(kernels.state_dict())
     if saved is None:
         figures: dict[str, Any] = {"budgets": [setting.policy.budget for setting in judged]}
@@ -89,13 +137,12 @@ def distill(
     with tqdm(total=steps, initial=first, desc=f"all layers, {name}", unit="step") as progress:
         progress.set_postfix_str(f"divergence {_listed(figures['before'])}")
         for step in range(first, steps):
-            rows = order[torch.arange(step * recipe.batch, (step + 1) * recipe.batch) % len(windows)]  # (batch,)
-            loss = divergence(model, windows[rows], settings[step % len(settings)])
+            loss = stream.loss(step)
             if not loss.isfinite():
                 raise LessError(f"the stage of all layers diverged at step {step}: lower its learning rate, or leave it out")
             descent.step(loss)
             progress.update()
-            if (step + 1) % CHECKPOINT == 0:
+            if (step + 1) % (CHECKPOINT if stream.uses == 1 else stream.of_round) == 0:
                 work.save(name, {"figures": figures, "step": step + 1, "descent": descent.state_dict()})
         kernels.eval()
         figures["after"] = [mean_divergence(model, validation, setting) for setting in judged]

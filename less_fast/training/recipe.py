@@ -7,7 +7,7 @@ from ..layer.features import FAMILIES, MOST, Learned
 from .checks import number
 
 STEPS = ("together_steps", "joint_steps", "table_steps")
-ROUNDS = ("together_windows", "together_uses")
+ROUNDS = ("together_windows", "together_uses", "joint_uses")
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
 
 
@@ -22,6 +22,7 @@ class Recipe:
     clip: the largest norm of a step's gradient, None for any.
     joint_steps, joint_rate: of the joint stage, in one cycle, with `batch` windows in each step; 0 steps leave it out. It takes
     the multiples `joint_budgets` of the policy's budget in turn, except those with which nothing is evicted.
+    joint_uses: how many steps of a round of `together_windows` use what was evicted from a window once; 1: each step computes it.
     table_steps: the same under the budget tables for these budgets, if curves are measured; every other step under uniform ones.
     LessError for values with which nothing can be trained.
     """
@@ -43,6 +44,7 @@ class Recipe:
     joint_steps: int = 0
     table_steps: int = 0
     joint_rate: float = 5e-3
+    joint_uses: int = 1
     joint_budgets: tuple[float, ...] = (0.4, 1.0, 2.0)
 
     def __post_init__(self):
