@@ -69,15 +69,19 @@ class Kernels:
 class Policy:
     """What a KV head keeps: a `budget`, and two functions over its E entries.
 
+    born(q (G, m, D), k (m, D), v (m, D), kv_head) -> (m, *score_shape)    the scores with which new tokens enter, 0 unless said
     update(score, p (m, G, E), visible (m, E)) -> score    p: what each query gave each entry, softmax over the visible
     rank(position (E,), score, n) -> (E,)                  the `budget` highest are kept; ties keep the lower position, and
                                                            -inf goes even if there is room
 
-    An entry's score is a number, or an array of `score_shape`, and 0 at first. `rank` is called once, at the end of a chunk, and
+    An entry's score is a number, or an array of `score_shape`. `rank` is called once, at the end of a chunk, and
     may note in the score, in place, what it decides. A policy that is `pooled` is given p of all Hq query heads of the layer.
     """
 
     score_shape, pooled = (), False
+
+    def born(self, q, k, v, kv_head):
+        return np.zeros((len(k), *self.score_shape))
 
     def update(self, score, p, visible):
         return score
@@ -161,7 +165,8 @@ def extend(state, q, k, v, policy, kernels=None, logits=None):
         raise ValueError(f"a policy that pools over the layer must be that of all its KV heads: {policies}")
     arrived, entries = np.arange(state.n, n), []  # of each KV head: what is held, then the chunk
     for g, (head, rule) in enumerate(zip(state.heads, policies)):
-        score = np.concatenate([head.score.reshape(-1, *rule.score_shape), np.zeros((m, *rule.score_shape))])
+        born = rule.born(q[g * G : (g + 1) * G], k[g], v[g], g)
+        score = np.concatenate([head.score.reshape(-1, *rule.score_shape), born])
         slots = np.append(head.position, arrived), np.vstack([head.k, k[g]]), np.vstack([head.v, v[g]]), score
         entries.append(Head(*slots, head.H, head.z))
     # 1. attend: query i sees the held entries, chunk tokens up to itself, and the low-rank state before the chunk.
@@ -424,6 +429,55 @@ class FastGen(Policy):
             most = np.lexsort((position[others], -attention[others]))  # of equals the lower position first
             member[others[most[: self.frequent]]] = True
         return member | (choice == 5)
+
+
+# Learned retention: a third learned function says what is worth keeping. A departure from the paper.
+
+
+@dataclass(frozen=True)
+class Rho:
+    """rho(q, k, v) of a token that enters: four numbers that stay with it, a, b, c and d of `Retention`. Weights for each KV
+    head, which reads its own key and value and the queries of all its query heads."""
+
+    r0: np.ndarray  # (Hkv, (G + 2) D, 4)
+    r1: np.ndarray  # (Hkv, (G + 2) D, h)
+    r2: np.ndarray  # (Hkv, h, 4)
+    r3: np.ndarray  # (Hkv, 4)
+
+    def of(self, q, k, v, kv_head):
+        """q (G, m, D), k, v (m, D) -> (m, 4)."""
+        x = np.concatenate([*q, k, v], 1)  # (m, (G + 2) D)
+        return x @ self.r0[kv_head] + gelu(x @ self.r1[kv_head]) @ self.r2[kv_head] + self.r3[kv_head]
+
+
+@dataclass(frozen=True)
+class Retention(Policy):
+    """Keeps the last `recent` tokens and those that are worth most by
+
+        a - b log(1 + age) + c log(s + 1e-4) + d log(l + 1e-4)
+
+    where rho gave a, b, c and d when the token entered; age counts the tokens that came since; s and l are the attention that it
+    got, which fades by 0.9 and by 0.99 with every query: the short and the long memory of a head. The score is these six.
+    """
+
+    budget: int
+    recent: int
+    rho: Rho
+    score_shape = (6,)
+
+    def born(self, q, k, v, kv_head):
+        return np.hstack([self.rho.of(q, k, v, kv_head), np.zeros((len(k), 2))])
+
+    def update(self, score, p, visible):
+        born, seen = score[:, :4], score[:, 4:]
+        for attention in p.sum(1):  # query by query
+            seen = seen * [0.9, 0.99] + attention[:, None]
+        return np.hstack([born, seen])
+
+    def rank(self, position, score, n):
+        a, b, c, d, short, long = score.T
+        worth = a - b * np.log(n - position) + c * np.log(short + 1e-4) + d * np.log(long + 1e-4)
+        return np.where(position >= n - self.recent, np.inf, worth)
 
 
 # Other kernels. All have rank, phi and psi.

@@ -8,7 +8,7 @@ from .kernels import LessKernels
 from .layer.checks import LessError
 from .layer.fastgen import FastGen, token_kinds
 from .layer.features import LayerKernels
-from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.state import LayerState
 from .layer.step import extend
 
@@ -25,6 +25,7 @@ __all__ = [
     "LessError",
     "LessKernels",
     "Policy",
+    "Retention",
     "Scissorhands",
     "SnapKV",
     "Window",

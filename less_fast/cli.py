@@ -329,8 +329,16 @@ def train(
     joint_steps: Annotated[int | None, typer.Option(min=0, help="Of all layers together; 150 (paper: 0) by default.")] = None,
     table_steps: Annotated[int | None, typer.Option(min=0, help="The same under budget tables; 100 (paper: 0).")] = None,
     at_once: Annotated[
-        int, typer.Option(min=0, help="Steps of all layers at once instead of these stages: for large models, nothing on disk.")
+        int, typer.Option(min=0, help="Steps of all layers at once instead of epochs: for large models, nothing on disk.")
     ] = 0,
+    rho_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of rho, which says what is worth keeping: for the policy retention.")
+    ] = 0,
+    round_of: Annotated[int | None, typer.Option("--round", min=1, help="Windows read at a time; 32 by default.")] = None,
+    joint_uses: Annotated[
+        int | None, typer.Option(min=1, help="Joint steps for which a window is streamed once; 1 by default, more suits a GPU.")
+    ] = None,
+    start: Annotated[str, typer.Option(help="Folder or hub name of kernels to go on with; new ones by default.")] = "",
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Windows in a step.")] = 2,
     rank: RankOption = 8,
     hidden: HiddenOption = None,
@@ -358,11 +366,12 @@ def train(
         reason = f"heads of {policy.value} have no budgets of their own" if rule.pooled else "--no-curves leaves them out"
         raise LessError(f"--table-steps needs budget tables, and {reason}: leave one of the two out")
     steps = dict(epochs=epochs, joint_steps=joint_steps, table_steps=table_steps)
-    if at_once:
-        if any(number for number in steps.values()):
-            raise LessError("--at-once is instead of --epochs, --joint-steps and --table-steps: leave them out")
-        steps = dict.fromkeys(steps, 0) | dict(together_steps=at_once)
-    recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps)
+    if at_once or start:
+        if epochs:
+            raise LessError("--at-once and --start are instead of --epochs: leave it out")
+        steps = {name: number or 0 for name, number in steps.items()} | dict(together_steps=at_once)
+    several = dict(rho_steps=rho_steps, together_windows=round_of, joint_uses=joint_uses)
+    recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps, **several)
     own = not (text or dataset)  # the standard library's, which has a split for validation
     texts, source = load_texts(text, dataset, "train", 8 * length * (sequences + validation))
     device = _join_torchrun(device)
@@ -374,12 +383,16 @@ def train(
     if own:
         held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, validation, seed)
     work = out / ".training"
-    learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves)
+    begin = load_kernels(network, model, start) if start else None
+    learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves, begin)
     if learned is None:
         return
     learned.about |= {"model": model or "embedded", "text": source, "versions": versions()}
     learned.save_pretrained(out)
     shutil.rmtree(work)
+    if "rho" in learned.about:
+        means = {name: sum(each) / len(each) for name, each in learned.about["rho"].items()}
+        print("rho: cross-entropy {before:.3f} -> {after:.3f} nats, at least {least:.3f}".format(**means))
     together = learned.about.get("together", {"budgets": [], "left": []})
     for tokens, left in zip(together["budgets"], together["left"]):
         print(f"{tokens} tokens: of what the bare policy costs, layers leave {sum(left) / len(left):.3f} on average")

@@ -17,7 +17,7 @@ from .budgets import Curves, Table, table
 from .files import aside
 from .hub import CARD, CARD_BEGINS, CONFIG, WEIGHTS, card, locate, upload
 from .layer.checks import LessError, integer
-from .layer.features import FAMILIES, MOST
+from .layer.features import FAMILIES, MOST, Rho
 from .layer.policies import Policy
 from .official import read_official
 
@@ -29,7 +29,7 @@ class LessKernels(nn.Module):
 
     rank: features of each KV head, or a table (layers x KV heads) of them; family: a name in FAMILIES; about: what is known of
     them (the model's identity, how they were trained); curves: what each KV head costs at each budget, by the name of the
-    policy. Both are stored in config.json beside the weights.
+    policy. Both are stored in config.json beside the weights. rho: the hidden width of rho (for Retention); None without.
     """
 
     def __init__(
@@ -43,11 +43,13 @@ class LessKernels(nn.Module):
         about: dict | None = None,
         family: str = "paper",
         curves: dict[str, Curves] | None = None,
+        rho: int | None = None,
     ):
         super().__init__()
         sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
         self.sizes: dict[str, Any] = {name: integer(name, size, 1, MOST) for name, size in sizes.items()}
         self.sizes |= dict(rank=_ranks(rank), hidden=integer("the hidden width of kernels", hidden, 0, MOST), family=family)
+        self.sizes |= {} if rho is None else dict(rho=integer("the hidden width of rho", rho, 1, MOST))
         self.about, self.curves = {} if about is None else about, {} if curves is None else curves
         self._check_about()
         if not isinstance(family, str) or family not in FAMILIES:
@@ -56,6 +58,8 @@ class LessKernels(nn.Module):
         if len(ranks) != layers:
             raise LessError(f"the ranks of {len(ranks)} layers do not fit {layers} layers")
         self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, row, hidden) for row in ranks)
+        for layer in self.layers if rho else ():
+            layer.rho = Rho(query_heads, kv_heads, head_dim, rho)
 
     def _check_about(self):
         """LessError unless what is known of the kernels is of the right shape, and can be written."""
@@ -81,7 +85,15 @@ class LessKernels(nn.Module):
         curves = next((curves for curves in self.curves.values() if curves.describe(policy)), None)
         if curves is None or policy.budget is None:
             return None
+        less = less and self.sizes["family"] != "none"
         return table(curves, policy.budget * self.sizes["layers"] * self.sizes["kv_heads"], less)
+
+    def without_state(self) -> "LessKernels":
+        """Rho alone, for the bare policy: what is evicted is forgotten. It shares the weights."""
+        heads = {name: self.sizes[name] for name in ("layers", "query_heads", "kv_heads", "head_dim")}
+        alone = LessKernels(**heads, rank=0, hidden=0, about=self.about, family="none", curves=self.curves)
+        alone.layers = nn.ModuleList(layer.without_state() for layer in self.layers)  # type: ignore[operator]
+        return alone
 
     def memory(self) -> int:
         """Bytes of all weights, and of the copies that caches with a budget table, another device or dtype share."""
@@ -194,4 +206,4 @@ def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
 
 def _ranks(rank):
     """A rank, or a table of them, in int and list."""
-    return [_ranks(row) for row in rank] if isinstance(rank, list | tuple) else integer("the rank of kernels", rank, 1, MOST)
+    return [_ranks(row) for row in rank] if isinstance(rank, list | tuple) else integer("the rank of kernels", rank, 0, MOST)

@@ -13,7 +13,7 @@ from .kernels import LessKernels
 from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
-from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.state import LayerState, check_fit, need_policy
 
 POLICIES: dict[str, Policy] = {
@@ -25,6 +25,7 @@ POLICIES: dict[str, Policy] = {
     "tova": TOVA(32),
     "scissorhands": Scissorhands(32, 16, 32),
     "snapkv": SnapKV(32, 8, 3),
+    "retention": Retention(32, 4),
     "fastgen": FastGen(32, 8, 8, 0.95),
 }
 """Every policy by the name that the command line uses; `with_budget` turns the example into the one wanted."""
@@ -147,6 +148,10 @@ class Setting:
             held += sum(state.memory().values())
         return held
 
+    def without_state(self) -> "Setting":
+        """The same for the bare policy, where what is evicted is forgotten: no kernels, or rho alone if the policy is learned."""
+        return replace(self, kernels=self.kernels.without_state() if self.kernels and self.policy.learned else None)
+
     def baseline_plus(self, dtype: torch.dtype) -> Policy:
         """The policy with the smallest budget that, without kernels, holds at least as many bytes as this setting (Baseline+).
 
@@ -154,7 +159,7 @@ class Setting:
         tokens.
         """
         budget = integer("the budget that Baseline+ begins with", self.policy.budget)
-        wanted, bare = self.memory(dtype), replace(self, kernels=None, budgets=None)
+        wanted, bare = self.memory(dtype), replace(self.without_state(), budgets=None)
         while bare.memory(dtype) < wanted:
             budget += 1
             bare = replace(bare, policy=self.policy.with_budget(budget))

@@ -73,7 +73,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.forget()
 
     def allocate(self, rows):
-        kernels = fast_kernels(self.kernels, self.case.layer, wide(self.dtype))
+        kernels = fast_kernels(self.kernels, self.case.layer, wide(self.dtype), self.case.rho)
         return allocate(self.case, rows, self.dtype, kernels=kernels)
 
     def forget(self):

@@ -17,7 +17,7 @@ def wide(dtype):
 
 
 def allocate(case, rows=1, dtype=torch.float64, **instead):
-    layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype))
+    layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype), case.rho)
     arguments = dict(policy=case.fast, kernels=kernels) | instead
     return less_fast.LayerState.allocate(
         batch=rows,

@@ -41,6 +41,9 @@ class Replay(less_ref.Policy):
     score_shape = property(lambda self: self.policy.score_shape)
     pooled = property(lambda self: self.policy.pooled)
 
+    def born(self, *tokens):
+        return self.policy.born(*tokens)
+
     def update(self, score, p, visible):
         return self.policy.update(score, p, visible)
 

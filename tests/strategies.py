@@ -50,10 +50,10 @@ class Policy:
     name: str
     fields: tuple
 
-    def reference(self, kinds):
-        """kinds (T,): of the tokens by position, for a policy that asks."""
-        kinds = [tuple(kinds)] if self.fast.kinds else []
-        return getattr(less_ref, self.name)(*self.fields, *kinds)
+    def reference(self, kinds, rho):
+        """kinds (T,): of the tokens by position, and rho, for policies that ask."""
+        more = [tuple(kinds)] * self.fast.kinds + [rho] * self.fast.learned
+        return getattr(less_ref, self.name)(*self.fields, *more)
 
     @property
     def fast(self):
@@ -69,6 +69,7 @@ def policies(*names, largest=5):
         "TOVA": st.tuples(st.integers(1, 2 * largest)),
         "Scissorhands": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))),
         "SnapKV": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(1, sum(both)), st.integers(0, 3))),
+        "Retention": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(0, sum(both)))),
         "FastGen": two.flatmap(
             lambda both: st.tuples(
                 *(st.integers(sum(both), sum(both) + 3), *map(st.just, both), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
@@ -81,7 +82,7 @@ def policies(*names, largest=5):
     return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or EVICTING_POLICIES])
 
 
-ONE_AT_A_TIME = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Lambda", "Window")
+ONE_AT_A_TIME = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Retention", "Lambda", "Window")
 EVICTING_POLICIES = (*ONE_AT_A_TIME, "FastGen")
 ANY_POLICY = policies(*EVICTING_POLICIES, "Full")
 
@@ -136,8 +137,24 @@ def reference_kernels(layer, seed, family=1.0):
     return less_ref.Kernels(**weights | {"k3": weights["k3"] * family}, ranks=layer.ranks)
 
 
-def fast_kernels(reference, layer=None, dtype=torch.float64):
-    """The same kernels for the fast path; None stays None. The controls know no heads, so they need the layer."""
+def reference_rho(layer, seed):
+    """A random rho, whose weights float32 holds exactly."""
+    rng, width = np.random.default_rng([seed, 4]), (layer.group + 2) * layer.head_dim
+    sizes = dict(r0=(width, 4), r1=(width, layer.hidden), r2=(layer.hidden, 4), r3=(4,))
+    weights = {name: rng.normal(size=(layer.kv_heads, *size)) * size[0] ** -0.5 for name, size in sizes.items()}
+    return less_ref.Rho(**{name: weight.astype(np.float32).astype(float) for name, weight in weights.items()})
+
+
+def fast_kernels(reference, layer=None, dtype=torch.float64, rho=None):
+    """The same kernels for the fast path, with rho if it is given; None stays None without. The controls know no heads, so they
+    need the layer."""
+    if rho is not None:
+        sizes = layer.query_heads, layer.kv_heads, layer.head_dim
+        kernels = features.NoState(*sizes) if reference is None else fast_kernels(reference, layer, dtype)
+        kernels.rho = features.Rho(*sizes, layer.hidden).to(dtype).requires_grad_(False)
+        for name, weight in kernels.rho.named_parameters():
+            weight.copy_(torch.from_numpy(getattr(rho, name)))
+        return kernels
     if reference is None:
         return None
     if not isinstance(reference, less_ref.Kernels):
@@ -183,7 +200,7 @@ class Case:
 
     def reference_of(self, kinds):
         """The reference's policies for tokens of those kinds, by position."""
-        return [policy.reference(kinds) for policy in self.policies]
+        return [policy.reference(kinds, self.rho) for policy in self.policies]
 
     @property
     def fast(self):
@@ -192,6 +209,11 @@ class Case:
     @property
     def kernels(self):
         return None if self.k3 is None else reference_kernels(self.layer, self.seed, self.k3)
+
+    @property
+    def rho(self):
+        """None unless a policy asks."""
+        return reference_rho(self.layer, self.seed) if any(policy.fast.learned for policy in self.policies) else None
 
     def qkv(self, *more):
         """q (Hq, T, D), k and v (Hkv, T, D); `more` numbers give another sequence of the same case."""

@@ -217,7 +217,7 @@ def test_ties_are_decided_as_in_the_reference_and_in_all_rows_alike(device, chan
     case = at_the_edge(replace(case, layer=replace(case.layer, group=case.layer.group * many)), change)
     if change is first_ordinary_and_then_all_alike:
         dtype = torch.float64  # there may be near-ties
-    kernels = fast_kernels(case.kernels, case.layer, wide(dtype))
+    kernels = fast_kernels(case.kernels, case.layer, wide(dtype), case.rho)
     state = allocate(case, rows, dtype, device=device, kernels=kernels and kernels.to(device))
     kinds = torch.from_numpy(case.kinds()).expand(rows, -1).to(device)
     qkv = tuple(x.expand(rows, *x.shape[1:]).to(device) for x in batch(case, dtype=dtype))
@@ -268,7 +268,7 @@ def test_features_of_exactly_zero_are_the_bare_policy_bit_for_bit(case, zero, dt
     case = replace(case, layer=replace(case.layer, ranks=None))  # bits depend on how many heads share tensors
     kernels = replace(case.kernels, **{zero: getattr(case.kernels, zero) * 0})
     assert np.array_equal(case.run(kernels=kernels).out, case.run(kernels=None).out)
-    less, bare = (allocate(case, dtype=dtype, kernels=x and fast_kernels(x, dtype=wide(dtype))) for x in (kernels, None))
+    less, bare = (allocate(case, dtype=dtype, kernels=fast_kernels(x, case.layer, wide(dtype), case.rho)) for x in (kernels, None))
     qkv = batch(case, dtype=dtype)
     for now in slices(case.chunks):
         assert torch.equal(*(extend(case, state, qkv, now) for state in (less, bare)))

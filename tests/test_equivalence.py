@@ -281,7 +281,8 @@ def as_integers(e, T):
 @example((replace(APART, chunks=(1,) * 13), 2))
 def test_eviction_times_equal_the_references(case_and_rows):
     case, rows = case_and_rows
-    e = eviction_times(*batch(case, rows), case.fast, case.scale, kinds_of(case, rows))
+    kernels = fast_kernels(case.kernels, case.layer, rho=case.rho)
+    e = eviction_times(*batch(case, rows), case.fast, case.scale, kinds_of(case, rows), kernels)
     for row in range(rows):
         q, k, v = case.qkv(row)
         expected = less_ref.eviction_times(case.run(q=q, k=k, v=v, policy=case.reference_of(case.kinds(row))))
@@ -292,8 +293,9 @@ def test_eviction_times_equal_the_references(case_and_rows):
 def test_the_parallel_form_equals_the_references_streaming(case_and_rows):
     case, rows = case_and_rows
     qkv = batch(case, rows)
-    e = eviction_times(*qkv, case.fast, case.scale, kinds_of(case, rows))
-    out = parallel(*qkv, e, fast_kernels(case.kernels, case.layer), case.scale)
+    kernels = fast_kernels(case.kernels, case.layer, rho=case.rho)
+    e = eviction_times(*qkv, case.fast, case.scale, kinds_of(case, rows), kernels)
+    out = parallel(*qkv, e, kernels, case.scale)
     for row in range(rows):
         q, k, v = case.qkv(row)
         assert_close(out[row].transpose(0, 1), case.run(q=q, k=k, v=v, policy=case.reference_of(case.kinds(row))).out)
@@ -308,7 +310,8 @@ def test_the_linear_time_form_and_its_gradients_equal_the_dense_one(case_and_row
     case, rows = case_and_rows
     q, k, v = batch(case, rows)
     table = one_for_all(drawn[: k.shape[1]])
-    e = eviction_times(q, k, v, [policy.fast for policy in table], case.scale)
+    rho = fast_kernels(None, case.layer, rho=replace(case, policies=table).rho)
+    e = eviction_times(q, k, v, [policy.fast for policy in table], case.scale, kernels=rho)
     kernels = fast_kernels(case.kernels, case.layer).requires_grad_()
     weight = torch.from_numpy(np.random.default_rng(case.seed).normal(size=q.shape))
 

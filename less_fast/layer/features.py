@@ -1,4 +1,5 @@
-"""The kernels phi and psi of one layer: the paper's learned ones (section 3), an exponential family, and three controls."""
+"""The kernels phi and psi of one layer: the paper's learned ones (section 3), an exponential family, and three controls; and rho,
+the third learned function, which says what is worth keeping."""
 
 import copy
 import math
@@ -17,8 +18,10 @@ class Features(nn.Module):
     """What every family says: phi and psi of one layer, and the rank of each of its KV heads.
 
     ranks: how many features each KV head has. If they differ, the features of the others are padded with exact zeros up to
-    `rank`, the largest, until `select_heads` takes heads of equal rank apart.
+    `rank`, the largest, until `select_heads` takes heads of equal rank apart. rho: for policies that are learned; None without.
     """
+
+    LEAST_RANK = 1
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int]):
         super().__init__()
@@ -30,7 +33,8 @@ class Features(nn.Module):
         ranks = rank if isinstance(rank, list | tuple) else [rank] * self.kv_heads
         if len(ranks) != self.kv_heads:
             raise LessError(f"kernels need one rank, or one for each of {kv_heads} KV heads, not {rank}")
-        self.ranks = [integer("the rank of kernels", rank, 1, MOST) for rank in ranks]
+        self.ranks = [integer("the rank of kernels", rank, self.LEAST_RANK, MOST) for rank in ranks]
+        self.rho: Rho | None = None
         self._copies: dict = {}  # see `_shared`
 
     @property
@@ -48,6 +52,12 @@ class Features(nn.Module):
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
         """The kernels of these KV heads, which have equal ranks, and of the query heads that read them."""
         raise NotImplementedError
+
+    def without_state(self) -> "Features":
+        """Rho alone: for the bare policy, where what is evicted is forgotten."""
+        alone = NoState(self.query_heads, self.kv_heads, self.head_dim)
+        alone.rho = self.rho
+        return alone
 
     def on(self, device: torch.device, dtype: torch.dtype) -> "Features":
         """Themselves if their weights are there in that dtype, else a copy that all who ask share."""
@@ -105,9 +115,10 @@ class Learned(Features):
         with torch.device("meta"):  # where nothing random is drawn
             part = type(self)(len(query_heads), len(heads), self.head_dim, ranks, self.hidden)
         part = part.to_empty(device=self.q1.device).to(self.q1.dtype).requires_grad_(False)
-        for name, weight in part.named_parameters():
+        for name, weight in part.named_parameters():  # before rho is there
             rows = getattr(self, name).detach()[query_heads if name.startswith("q") else list(heads)]
             weight.copy_(rows[tuple(slice(size) for size in weight.shape)])
+        part.rho = self.rho and self.rho.of_heads(heads)
         return part.train(self.training)
 
 
@@ -189,6 +200,72 @@ class Exponential(Learned):
         return features * (torch.arange(self.rank, device=features.device) < ranks[:, None])[:, None]
 
 
+class NoState(Features):
+    """No kernels at all, rank 0: rho may be there."""
+
+    LEAST_RANK = 0
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 0, hidden: int | None = None):
+        super().__init__(query_heads, kv_heads, head_dim, 0)
+
+    def phi(self, q):
+        return q.new_zeros(*q.shape[:3], 0, dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def psi(self, k):
+        return self.phi(k)
+
+    def select_heads(self, kv_heads):
+        heads = tuple(kv_heads)
+        if heads == tuple(range(self.kv_heads)) or self.rho is None:
+            return self
+        return self._shared(heads, lambda: self._copy_of(heads))
+
+    def _copy_of(self, heads):
+        part = NoState(len(heads) * (self.query_heads // self.kv_heads), len(heads), self.head_dim)
+        part.rho = self.rho.of_heads(heads)
+        return part
+
+
+class Rho(nn.Module):
+    """rho(q, k, v) of tokens that enter: four numbers each, a, b, c and d of the policy Retention. A departure from the paper.
+
+        rho(x) = x R0 + gelu(x R1) R2 + r3        x: the queries of all query heads of a KV head, its key and its value
+
+    It starts where the same numbers are said of every token: the worth fades with age, and grows with attention seen.
+    """
+
+    START = (0.0, 0.5, 0.4, 0.4)
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, hidden: int = 32):
+        super().__init__()
+        width = (query_heads // kv_heads + 2) * head_dim
+        self.r0 = nn.Parameter(torch.zeros(kv_heads, width, 4))  # (Hkv, (G + 2) D, 4)
+        self.r1 = nn.Parameter(torch.randn(kv_heads, width, hidden) * width**-0.5)  # (Hkv, (G + 2) D, h)
+        self.r2 = nn.Parameter(torch.zeros(kv_heads, hidden, 4))  # (Hkv, h, 4)
+        self.r3 = nn.Parameter(torch.tensor(self.START).repeat(kv_heads, 1))  # (Hkv, 4)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q (N, H, G, m, D), rotated and not scaled, k, v (N, H, m, D), k rotated -> (N, H, m, 4), in float32 or wider."""
+        x = torch.cat([*q.unbind(2), k, v], -1)  # (N, H, m, (G + 2) D)
+        x, row = _by_head(x).to(self.r0.dtype), x  # (H, N m, (G + 2) D)
+        return _by_row(x @ self.r0 + gelu(x @ self.r1) @ self.r2 + self.r3[:, None], row)
+
+    @classmethod
+    def join(cls, parts: Sequence["Rho"]) -> "Rho":
+        """One for the KV heads of all parts, one part's after the other's."""
+        whole = copy.deepcopy(parts[0])
+        for name, weight in whole.named_parameters():
+            weight.data = torch.cat([part.get_parameter(name).data for part in parts])
+        return whole
+
+    def of_heads(self, kv_heads: Sequence[int]) -> "Rho":
+        """A copy for these KV heads."""
+        part = copy.deepcopy(self)
+        for weight in part.parameters():
+            weight.data = weight.data[list(kv_heads)]
+        return part
+
+
 class Control(Features):
     """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
 
@@ -254,7 +331,14 @@ class Elu(Control):
         return elu(x) + 1
 
 
-FAMILIES = {"paper": PaperKernels, "exponential": Exponential, "performer": Performer, "fourier": Fourier, "elu": Elu}
+FAMILIES = {
+    "paper": PaperKernels,
+    "exponential": Exponential,
+    "performer": Performer,
+    "fourier": Fourier,
+    "elu": Elu,
+    "none": NoState,
+}
 """Every family by the name that files and the command line use."""
 
 

@@ -24,14 +24,16 @@ def eviction_times(
     policy,
     scale: float | None = None,
     kinds: torch.Tensor | None = None,
+    kernels: Features | None = None,
 ) -> torch.Tensor:
     """e (N, Hkv, T) int64 of streaming with `policy` (one, or one for each KV head); T if a token is never evicted.
 
-    q (N, Hq, T, D); k, v (N, Hkv, T, D); kinds (N, T) for policies that ask. It streams the bare policy through `extend`:
-    kernels never change what is kept.
+    q (N, Hq, T, D); k, v (N, Hkv, T, D); kinds (N, T) for policies that ask. It streams the bare policy through `extend`: of
+    kernels only rho changes what is kept.
     """
     (N, Hq, T, D), Hkv = q.shape, k.shape[1]
-    state = LayerState.allocate(policy, N, Hq, Hkv, D, dtype=q.dtype, device=q.device)
+    rho = None if kernels is None or kernels.rho is None else kernels.without_state()
+    state = LayerState.allocate(policy, N, Hq, Hkv, D, rho, dtype=q.dtype, device=q.device)
     e = torch.arange(T, device=q.device).expand(N, Hkv, T).clone()  # evicted at the end of its own step, unless ...
     last_held = torch.full((N, Hkv, T + 1), -1, device=q.device)  # column T takes the empty slots
     at = torch.zeros(1, dtype=torch.int64, device=q.device)
@@ -91,7 +93,7 @@ def linear_parallel(
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
     exact, lse = exact_part(q, k, v, e, scale)
-    if kernels is None:
+    if kernels is None or not kernels.rank:
         return exact
     return merge(exact, lse, *low_rank_part(kernels.phi(q), kernels.psi(k), v, e))
 

@@ -40,6 +40,8 @@ class Policy:
     ranks -inf goes even if there is room, so several may go at once."""
     kinds: ClassVar[bool] = False
     """True: tokens come with a kind, an integer that becomes the first number of their score."""
+    learned: ClassVar[bool] = False
+    """True: tokens come with what rho of the kernels says of them, the first four numbers of their score."""
 
     if TYPE_CHECKING:  # a field or a property of each policy
 
@@ -299,6 +301,50 @@ class SnapKV(Policy):
         """The same share of the window, rounded down, and at least one token."""
         budget = integer("a budget", budget)
         return replace(self, budget=budget, window=max(1, budget * self.window // self.budget))
+
+
+@dataclass(frozen=True)
+class Retention(Policy):
+    """Keeps the last `recent` tokens and those that are worth most by a - b log(1 + age) + c log(s + 1e-4) + d log(l + 1e-4): a
+    departure from the paper.
+
+    a, b, c and d are what rho of the kernels said of the token's q, k and v when it entered (features.py); age counts the tokens
+    that came since; s and l are the attention that it got, fading by each of FADING with every query. The score is these six.
+    """
+
+    budget: int
+    recent: int
+    learned: ClassVar[bool] = True
+    score_shape: ClassVar[tuple[int, ...]] = (6,)
+
+    FADING = (0.9, 0.99)
+    LEAST = 1e-4
+
+    def __post_init__(self):
+        self._check(budget=1, recent=0)
+        if self.recent > self.budget:
+            raise LessError(f"Retention needs recent within the budget, not {self}")
+
+    def update(self, score, p, visible):
+        attention, real = ordered_sum(p), visible.any(-1)  # (N, H, m, S), (N, H, m)
+        later = _later(real)[..., None].to(score.dtype)  # (N, H, m, 1)
+        queries = real.sum(-1, keepdim=True).to(score.dtype)  # (N, H, 1)
+        seen = [
+            score[..., 4 + index] * decay**queries + ordered_sum(attention * decay**later)
+            for index, decay in enumerate(self.FADING)
+        ]
+        return torch.cat([score[..., :4], torch.stack(seen, -1).to(score.dtype)], -1)
+
+    def rank(self, position, score, n):
+        logs = (score[..., 4:] + self.LEAST).log()  # (N, H, S, 2)
+        age = (n - position).to(score.dtype)  # (N, H, S), one more than the age
+        worth = score[..., 0] - score[..., 1] * age.log() + (score[..., 2:4] * logs).sum(-1)
+        return worth.masked_fill(position >= n - self.recent, torch.inf)
+
+    def with_budget(self, budget: int) -> "Retention":
+        """The same share of recent tokens, rounded down."""
+        budget = integer("a budget", budget)
+        return replace(self, budget=budget, recent=budget * self.recent // self.budget)
 
 
 def policy_of(name: str, fields: dict) -> Policy | None:

@@ -206,6 +206,11 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
         )
     if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
         raise LessError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
+    if any(rule.learned for rule in policies) and getattr(kernels, "rho", None) is None:
+        raise LessError(
+            "the policy Retention asks rho of the kernels, and there is none: take kernels that were trained with it (`less-kv "
+            "train --rho-steps`), or another policy, SnapKV for example"
+        )
     if kernels is not None and policies[0].pooled and len(set(kernels.ranks)) > 1:
         raise LessError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {kernels.ranks}")
     return policies

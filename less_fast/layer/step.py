@@ -65,7 +65,7 @@ def extend(
     outs = []
     for group in state.groups:
         queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
-        entries = _enter(group, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
+        entries = _enter(group, queries, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
         slots_full = no_pads and entries.k is group.k and _known_true(state.n >= group.k.shape[2])
         logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
         out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
@@ -116,16 +116,18 @@ def _finite(*qkv):
     return q.maximum(k).maximum(v).to(wide) <= LARGEST
 
 
-def _enter(group: Group, k, v, arrived, kinds, first_chunk) -> Entries:
+def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
     """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries (the first chunk finds
     none), and so is every chunk where several entries may go at once.
 
-    k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
+    q (N, H, G, m, D); k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
     """
     position = arrived[:, None].expand(k.shape[:3]).clone()  # (N, H, m), in memory of its own: the full policy keeps it
     score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
+    if group.policy.learned:
+        score[..., :4] = group.kernels.rho(q, k, v)
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.one_leaves:
         row = _rows(group.scratch, group.k.shape[2])
@@ -156,7 +158,7 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
             visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
             clear = start if no_pads and before == 0 else 0
         low_rank = None
-        if group.kernels is not None and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
+        if group.z.shape[2] and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
         k, v = entries.k[:, :, seen], entries.v[:, :, seen]
@@ -218,7 +220,7 @@ def _keep_the_best(group, entries, rank):
 
 def _fold(group, entries, slots, goes):
     """H += psi(k)^T v and z += psi(k) over the slots (N, H, s) for which `goes` (N, H, s) is true."""
-    if group.kernels is None:
+    if not group.z.shape[2]:
         return
     for block, leaving in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
         k, v = _take([entries.k, entries.v], block)  # (N, H, s, D)

@@ -142,9 +142,13 @@ def contenders(
     """The caches that `compare` measures, in its order."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
+    rho = next((learned.without_state() for learned in kernels.values() if "rho" in learned.sizes), None)
+
     def contender(cache, policy, name=None, table=None, plus=None):
+        alone = rho if policy.learned else None  # what the bare policy and Baseline+ need
+
         def make(chunk):
-            return LessCache.for_model(model, policy, kernels.get(name), table or "uniform", chunk, token_kinds)
+            return LessCache.for_model(model, policy, kernels.get(name, alone), table or "uniform", chunk, token_kinds)
 
         return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 

@@ -55,7 +55,7 @@ def allocate(
     heads = sum(len(layer) for layer in curves.bare)
     for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
         less = Setting.of(sizes(model), less_layers(model), rule, kernels, "uniform")
-        plus = replace(less, policy=less.baseline_plus(model.dtype), kernels=None)
+        plus = replace(less.without_state(), policy=less.baseline_plus(model.dtype))
         for kind, setting in (("less", less), ("bare", plus)):
             total = setting.policy.budget * heads
             if budgets := table(curves, total, kind == "less"):

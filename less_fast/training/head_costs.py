@@ -86,7 +86,8 @@ def measure(
         raise LessError(f"the budgets of curves must ascend, one or more, not {budgets}")
     for budget in budgets:
         policy.with_budget(budget)
-    settings = [Setting.of(None, (), policy, variant, "uniform") for variant in ([None] if kernels is None else [None, kernels])]
+    less = Setting.of(None, (), policy, kernels, "uniform")
+    settings = [less.without_state()] + ([] if kernels is None else [less])
     check_setting(model, settings[-1])
     if kernels is not None:
         check_kernels(model, kernels)
@@ -116,7 +117,7 @@ def measure(
                 progress(done, steps)
                 if budget >= T - 1:
                     continue  # only the last query could miss anything, and does not
-                e = eviction_times(q, k, v, policy.with_budget(budget), scale)
+                e = eviction_times(q, k, v, policy.with_budget(budget), scale, kernels=settings[-1].layer(index)[1])
                 for row, setting in enumerate(settings):
                     _, features = setting.layer(index)
                     out = linear_parallel(q, k, v, e, features, scale).to(full.dtype)  # (N, Hq, T, D)
@@ -141,7 +142,8 @@ def _by_gradient(model, parts, policy, budgets, settings, progress):
             progress(number * len(budgets) + column + 1, len(parts) * len(budgets))
             if budget >= ids.shape[1] - 1:
                 continue  # only the last query could miss anything, and does not
-            for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, policy.with_budget(budget)))):
+            times = eviction_times_of(layers, policy.with_budget(budget), settings[-1].kernels)
+            for index, (layer, e) in enumerate(zip(layers, times)):
                 for row, setting in enumerate(settings):
                     out = linear_parallel(layer.q, layer.k, layer.v, e, setting.layer(index)[1], layer.scale)
                     total[row, index, :, column] += layer.cost_of_heads(out).sum((0, 2)).double().cpu() / tokens

@@ -1,8 +1,8 @@
 """All layers together (joint distillation), a departure from the paper: the KL divergence from the full cache's predictions to
 those with LESS, through the whole model, under several settings in turn.
 
-What is evicted depends on the kernels only through what earlier layers say, so it may be computed once for a round of windows and used
-for several steps: streaming many windows takes a GPU hardly longer than streaming one.
+What is evicted depends on the kernels only through what earlier layers say, so it may be computed once for a round of windows and
+used for several steps: streaming many windows takes a GPU hardly longer than streaming one.
 """
 
 import copy
@@ -59,7 +59,7 @@ def _streamed(setting: Setting, index: int, times: list) -> Callable[..., torch.
 
     def attention(q, k, v, scale):
         if times[index] is None:
-            times[index] = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale)
+            times[index] = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale, kernels=features)
         return linear_parallel(q, k, v, times[index], features, scale).to(q.dtype)
 
     return attention
@@ -77,7 +77,8 @@ class Stream:
         self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
         self.size = recipe.batch if self.uses == 1 else min(recipe.together_windows, len(windows))
         self.of_round = -(-self.size * self.uses // self.batch)  # steps
-        self.round, self.times = -1, {}
+        self.round = -1
+        self.times: dict[int, list[torch.Tensor]] = {}
 
     def loss(self, step: int) -> torch.Tensor:
         """The divergence on the windows of this step, under its setting: a scalar."""

@@ -51,7 +51,7 @@ def train_layers(
         size = f"{each * len(now) / 1e9:.1f} GB"
         with tqdm(total=shards, desc=f"recording layers {now[0]} to {now[-1]}, {size}", disable=process() > 0) as progress:
             for recording in recordings:
-                recording.record(model, now, mine, lambda: progress.update(processes()))
+                recording.record(model, kernels, now, mine, lambda: progress.update(processes()))
         wait_for_all()
         with tqdm(total=recipe.epochs * len(now[mine]), desc="layers", unit="epoch", disable=process() > 0) as progress:
             for index in now[mine]:
@@ -63,7 +63,7 @@ def train_layers(
                 recording.forget(index)
     trained = [work.load(f"layer-{index:03}") for index in range(len(modules))]
     for layer, saved in zip(kernels.layers, trained):
-        layer.load_state_dict(saved["weights"])
+        layer.load_state_dict(layer.state_dict() | saved["weights"])
     return [{"bare": saved["bare"], "less": saved["less"]} for saved in trained]
 
 

@@ -6,7 +6,7 @@ from ..layer.checks import LessError, integer
 from ..layer.features import FAMILIES, MOST, Learned
 from .checks import number
 
-STEPS = ("together_steps", "joint_steps", "table_steps")
+STEPS = ("rho_steps", "together_steps", "joint_steps", "table_steps")
 ROUNDS = ("together_windows", "together_uses", "joint_uses")
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
 
@@ -20,6 +20,8 @@ class Recipe:
     A round reads `together_windows` and uses each `together_uses` times.
     halve_every: epochs. None: the learning rate rises and falls once over the whole training (one cycle; Smith and Topin 2017).
     clip: the largest norm of a step's gradient, None for any.
+    rho_steps, rho_rate, rho_hidden: of rho, which says what is worth keeping, in one cycle, in rounds like those of
+    `together_steps`; 0 steps leave it out. With rho the later stages train for the policy and for Retention in turns.
     joint_steps, joint_rate: of the joint stage, in one cycle, with `batch` windows in each step; 0 steps leave it out. It takes
     the multiples `joint_budgets` of the policy's budget in turn, except those with which nothing is evicted.
     joint_uses: how many steps of a round of `together_windows` use what was evicted from a window once; 1: each step computes it.
@@ -38,6 +40,9 @@ class Recipe:
     family: str = "paper"
     clip: float | None = None
     windows: int | None = None
+    rho_steps: int = 0
+    rho_rate: float = 1e-2
+    rho_hidden: int = 32
     together_steps: int = 0
     together_windows: int = 32
     together_uses: int = 8
@@ -52,13 +57,14 @@ class Recipe:
             raise LessError(f"kernels of the family {self.family!r} are not learned: choose one of {', '.join(LEARNED)}")
         zero = dict.fromkeys(("epochs", *STEPS), (0,))  # allowed for these
         limits = dict(rank=(1, MOST), hidden=(0, MOST), seed=(0, 2**63 - 1)) | zero
-        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", *STEPS, *ROUNDS):
+        for name in ("rank", "hidden", "epochs", "batch", "halve_every", "seed", "windows", "rho_hidden", *STEPS, *ROUNDS):
             self._set(name, integer, *limits.get(name, (1,)))
-        for name, least, most in (("learning_rate", 0, 1e6), ("joint_rate", 0, 1e6), ("dropout", 0, 0.99), ("clip", 1e-9, 1e9)):
+        rates = [(name, 0, 1e6) for name in ("learning_rate", "joint_rate", "rho_rate")]
+        for name, least, most in (*rates, ("dropout", 0, 0.99), ("clip", 1e-9, 1e9)):
             self._set(name, number, least, most)
-        if not self.epochs + self.together_steps + self.joint_steps:
-            raise LessError("a recipe without epochs, together_steps and joint_steps trains nothing: give it some of one of them")
         steps = sum(getattr(self, name) for name in STEPS)
+        if not self.epochs + steps - self.table_steps:
+            raise LessError("a recipe without epochs, together_steps and joint_steps trains nothing: give it some of one of them")
         if not isinstance(self.joint_budgets, list | tuple) or (not self.joint_budgets and steps):
             raise LessError(
                 f"joint_budgets of a recipe are multiples of the policy's budget, one or more, not {self.joint_budgets!r}"

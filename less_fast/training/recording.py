@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ..files import aside
 from ..hf.architecture import sizes
 from ..hf.seam import predictions
+from ..kernels import LessKernels
 from ..layer.checks import LessError
+from ..layer.features import Features
 from ..layer.parallel import dense, eviction_times, exact_part
 from ..layer.policies import Policy
 
@@ -36,10 +38,12 @@ class Recorded:
 
 
 @torch.no_grad()
-def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: Policy, scale: float | None) -> Recorded:
-    """What does not depend on the kernels. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype; the rest is float32."""
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: Policy, scale: float | None, kernels: Features | None = None
+) -> Recorded:
+    """What does not depend on phi and psi. q (N, Hq, T, D), k, v (N, Hkv, T, D) of any float dtype; the rest is float32."""
     q, k, v = (x.float() for x in (q, k, v))
-    e = eviction_times(q, k, v, policy, scale)
+    e = eviction_times(q, k, v, policy, scale, kernels=kernels)
     exact, lse = exact_part(q, k, v, e, scale)
     late = slice(policy.budget + 1, None)
     return Recorded(q, k, v, e, exact[:, :, late], lse[:, :, late], dense(q, k, v, scale)[:, :, late])
@@ -66,6 +70,7 @@ class Recording:
     def record(
         self,
         model: PreTrainedModel,
+        kernels: LessKernels,
         layers: Sequence[int],
         shards: slice = slice(None),
         progress: Callable[[], None] = lambda: None,
@@ -80,14 +85,14 @@ class Recording:
             missing = [layer for layer in layers if not self.file(layer, shard).exists()]
             attentions = [dense] * sizes(model)["layers"]
             for layer in missing:
-                attentions[layer] = self._recorder(layer, shard)
+                attentions[layer] = self._recorder(layer, shard, kernels.layers[layer])
             if missing:
                 predictions(model, ids, attentions)
             progress()
 
-    def _recorder(self, layer, shard):
+    def _recorder(self, layer, shard, features):
         def attention(q, k, v, scale):
-            data = prepare(q, k, v, self.policy, scale)
+            data = prepare(q, k, v, self.policy, scale, features)
             if not (data.exact.isfinite().all() and data.full.isfinite().all()):
                 raise LessError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
             with aside(self.file(layer, shard)) as file:

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from ..hf.architecture import sizes
 from ..hf.seam import predictions
+from ..kernels import LessKernels
 from ..layer.checks import LessError
+from ..layer.features import NoState, Rho
 from ..layer.parallel import dense, eviction_times
 from ..layer.policies import Policy
 
@@ -91,7 +93,13 @@ def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Watched]
 
 
 @torch.no_grad()
-def eviction_times_of(layers: Sequence[Watched], policy: Policy) -> Sequence[torch.Tensor]:
-    """e (N, Hkv, T) of each layer, all layers at once: they are rows of one batch."""
+def eviction_times_of(layers: Sequence[Watched], policy: Policy, kernels: LessKernels | None) -> Sequence[torch.Tensor]:
+    """e (N, Hkv, T) of each layer, all layers at once: they are rows of one batch or, if the policy is learned, heads of one
+    layer, because each layer has a rho of its own."""
+    if policy.learned:
+        q, k, v = (torch.cat([getattr(layer, name) for layer in layers], 1) for name in "qkv")
+        rhos = NoState(q.shape[1], k.shape[1], k.shape[3])
+        rhos.rho = Rho.join([layer.rho for layer in kernels.layers])  # type: ignore[union-attr, misc]
+        return eviction_times(q, k, v, policy, layers[0].scale, kernels=rhos).split(layers[0].k.shape[1], 1)
     q, k, v = (torch.cat([getattr(layer, name) for layer in layers]) for name in "qkv")
     return eviction_times(q, k, v, policy, layers[0].scale).split(len(layers[0].q))

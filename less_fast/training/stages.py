@@ -1,5 +1,6 @@
 """Training of kernels for a model, in stages that survive a kill:
 
+0. rho, what is worth keeping, if asked for (retention.py);
 1. each layer alone, as in the paper (layers.py), or all at once, for large models (together.py);
 2. all layers together, under several budgets in turn (joint.py);
 3. what each head costs (head_costs.py), from which budget tables are made, and all layers together once more, under these tables.
@@ -20,19 +21,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..budgets import Curves, average
+from ..files import digest
 from ..hf.architecture import check_model, less_layers, sizes
 from ..hf.identity import check_saved, identity
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.parallel import dense
-from ..layer.policies import Policy
-from ..setting import Setting
+from ..layer.policies import Policy, Retention
+from ..setting import POLICIES, Setting
 from .checks import check_streamed, check_windows, number
 from .head_costs import check_policy, grid, measure
 from .joint import distill
 from .layers import train_layers
 from .recipe import Recipe
+from .retention import train_rho
 from .together import train_together
 from .work import Work, process, processes
 
@@ -50,6 +53,7 @@ def train(
     folder: str | os.PathLike | None = None,
     disk: float = 20e9,
     curves: bool = False,
+    start: LessKernels | None = None,
 ) -> LessKernels | None:
     """Kernels for `model`, trained for streaming with `policy` on token windows.
 
@@ -57,6 +61,7 @@ def train(
     folder: where unfinished work is kept; called again with the same arguments, training goes on there and ends in the same
     weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit, at least one.
     curves: measure at the end what each head costs at each budget, for budget tables.
+    start: kernels to go on with, of the recipe's family, rank and hidden width, and with their curves; None: new ones.
     Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
     Raises LessError, before anything is written, if the model, windows or policy cannot be trained on or with; later if a layer's
     attention is not finite, training diverges, or the folder holds other work. OSError if the disk is full.
@@ -64,6 +69,7 @@ def train(
     check_model(model)
     model.eval()
     settings = _settings(model, windows, validation, policy, recipe, disk, curves)
+    rules = [policy] if policy.learned or not recipe.rho_steps else [policy, _retention(policy)]
     if folder is None and processes() > 1:
         raise LessError("several processes train together in one folder: give a `folder` that all of them see")
     about = {
@@ -74,15 +80,16 @@ def train(
         "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
     }
     text = hashlib.sha256(torch.cat([windows.cpu(), validation.cpu()]).numpy().tobytes()).hexdigest()
-    order = about | {"text": text, "curves": curves, "dtype": str(model.dtype)}
-    shape: dict[str, Any] = sizes(model)
-    kernels = LessKernels(**shape, rank=recipe.rank, hidden=recipe.hidden, about=about, family=recipe.family)
+    order = about | {"text": text, "curves": curves, "dtype": str(model.dtype), "start": start and digest(start.state_dict())}
+    kernels = _begin(model, recipe, policy, about, start)
     kernels.to(model.device, torch.promote_types(model.dtype, torch.float32))
     settings = [replace(setting, kernels=kernels) for setting in settings]
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         work, started = Work(Path(place), order), time.perf_counter()
         if work.resumed:
             check_saved(place, work.order, model)
+        if recipe.rho_steps and process() == 0:
+            about["rho"] = train_rho(model, windows, validation, kernels, recipe, work)
         if recipe.epochs:
             about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
@@ -95,7 +102,8 @@ def train(
             steps = recipe.joint_steps
             about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
         if curves:
-            kernels.curves[type(policy).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], policy, recipe, work)
+            for rule in (rule for rule in rules if type(rule).__name__ not in kernels.curves):
+                kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], rule, recipe, work)
         uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.table_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
@@ -129,18 +137,43 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
     if multiples and not budgets:
         raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
-    setting = Setting.of(sizes(model), less_layers(model), policy, budgets="uniform")
-    settings = [replace(setting, policy=policy.with_budget(budget)) for budget in budgets]
+    rules = [policy] if policy.learned or not recipe.rho_steps else [policy, _retention(policy)]
+    setting = Setting(sizes(model), tuple(less_layers(model)), policy)
+    settings = [replace(setting, policy=rule.with_budget(budget)) for budget in budgets for rule in rules]
     predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses models whose layers attend in another way
     return settings
 
 
+def _retention(policy: Policy) -> Retention:
+    """The learned policy beside this one: of the same budget."""
+    return POLICIES["retention"].with_budget(policy.budget)  # type: ignore[return-value]
+
+
+def _begin(model, recipe, policy, about, start):
+    """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
+    wanted: dict[str, Any] = sizes(model) | dict(rank=recipe.rank, hidden=recipe.hidden, family=recipe.family)
+    kernels = LessKernels(**wanted, about=about, rho=recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho"))
+    if start is not None:
+        if recipe.epochs:
+            raise LessError("epochs train each layer anew: to go on with kernels give the recipe epochs=0 (leave --epochs out)")
+        if not wanted.items() <= start.sizes.items():
+            theirs = {name: start.sizes[name] for name in wanted}
+            raise LessError(f"the kernels to go on with are {theirs}, and the recipe trains {wanted}: give it theirs")
+        kernels.load_state_dict(start.state_dict(), strict=False)  # a new rho may be missing
+        about["start"] = start.about
+        kernels.curves.update(start.curves)
+    if policy.learned and "rho" not in kernels.sizes:
+        raise LessError(
+            "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
+        )
+    return kernels
+
+
 def _curves(kernels, model, windows, policy, recipe, work):
     """What each head costs, window by window."""
-    for index, window in enumerate(tqdm(windows.split(1), desc="curves", unit="window")):
-        if not work.has(f"curves-{index}"):
-            work.save(
-                f"curves-{index}",
-                asdict(measure(model, window, policy, kernels, by="gradient" if recipe.together_steps else "kl")),
-            )
-    return average([Curves(**work.load(f"curves-{index}")) for index in range(len(windows))])
+    kind = type(policy).__name__.lower()
+    for index, window in enumerate(tqdm(windows.split(1), desc=f"curves, {kind}", unit="window")):
+        if not work.has(f"curves-{kind}-{index}"):
+            by = "gradient" if recipe.together_steps else "kl"
+            work.save(f"curves-{kind}-{index}", asdict(measure(model, window, policy, kernels, by=by)))
+    return average([Curves(**work.load(f"curves-{kind}-{index}")) for index in range(len(windows))])

@@ -79,7 +79,7 @@ class Round:
         parts = [watch(model, windows[batch], recipe.seed + int(batch[0])) for batch in batches]
         self.layers, self.number, self.settings = [Watched.join(part) for part in zip(*parts)], number, settings
         self.clip = recipe.clip
-        self.e = [eviction_times_of(self.layers, setting.policy) for setting in settings]
+        self.e = [eviction_times_of(self.layers, setting.policy, setting.kernels) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
         self.order = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
 
@@ -104,7 +104,7 @@ def shares_left(model: PreTrainedModel, windows: torch.Tensor, setting: Setting,
     parts = []
     for ids in windows.split(recipe.batch):
         layers = watch(model, ids, recipe.seed)
-        times = eviction_times_of(layers, setting.policy)
+        times = eviction_times_of(layers, setting.policy, setting.kernels)
         shares = [
             share_left(layer, e, setting.layer(index)[1], setting.policy.budget)
             for index, (layer, e) in enumerate(zip(layers, times))
