@@ -264,6 +264,7 @@ GROWING = Case(Layer(2, 1, 4, 2, 3, (1, 2)), (5, 1, 2), (Policy("Full", ()),) * 
 
 @given(cases(policy=ANY_POLICY))
 @example(GROWING)
+@example(replace(GROWING, layer=Layer(1, 1, 1, 1, 1), policies=GROWING.policies[:1]))
 def test_no_two_tensors_of_a_state_share_memory(case):
     state, qkv = allocate(case), batch(case)
     for now in slices(case.chunks):

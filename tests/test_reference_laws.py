@@ -257,8 +257,8 @@ def test_for_the_same_victims_the_output_is_linear_in_the_values(case, a, b):
     assert_close(both, a * of_v + b * of_w)
 
 
-@given(cases())
-def test_the_values_never_change_what_is_kept(case):
+@given(cases(policy=policies(*(name for name in EVICTING_POLICIES if name != "Retention"))))
+def test_the_values_never_change_what_is_kept_unless_rho_reads_them(case):
     one, other = case.run(), case.run(v=case.qkv(1)[2])
     assert all(np.array_equal(a, b) for c, d in zip(one.kept, other.kept) for a, b in zip(c, d))
 
@@ -297,6 +297,8 @@ def test_kv_heads_do_not_know_of_each_other(case):
     for g, policy in enumerate(case.reference):
         readers = slice(g * G, (g + 1) * G)
         kernels = case.kernels
+        if isinstance(policy, less_ref.Retention):
+            policy = replace(policy, rho=less_ref.Rho(*(w[g : g + 1] for w in vars(policy.rho).values())))
         if isinstance(kernels, less_ref.Kernels):
             of_head = {name: readers if name.startswith("q") else slice(g, g + 1) for name in vars(kernels)}
             kernels = replace(kernels, **{name: w[of_head[name]] for name, w in vars(kernels).items() if w is not None})
@@ -525,12 +527,12 @@ def value_of(text):
     return value
 
 
-def test_a_reader_has_seen_all_of_less_after_265_lines():
+def test_a_reader_has_seen_all_of_less_after_270_lines():
     core = [less_ref.Kernels, less_ref.H2O, less_ref.Head, less_ref.State, less_ref.attend, less_ref.extend, less_ref.choose]
     core += [less_ref.fold, less_ref.run, less_ref.eviction_times, less_ref.parallel]
     starts = [inspect.getsourcelines(part)[1] for part in core]
     assert starts == sorted(starts)
-    assert starts[-1] + len(inspect.getsourcelines(less_ref.parallel)[0]) - 1 <= 265
+    assert starts[-1] + len(inspect.getsourcelines(less_ref.parallel)[0]) - 1 <= 270
 
 
 def test_the_reference_imports_numpy_and_the_standard_library_only():

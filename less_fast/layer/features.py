@@ -50,8 +50,17 @@ class Features(nn.Module):
         raise NotImplementedError
 
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
-        """The kernels of these KV heads, which have equal ranks, and of the query heads that read them."""
-        raise NotImplementedError
+        """The kernels of these KV heads, which have equal ranks, and of the query heads that read them. Without weights of their
+        own heads differ in rho alone."""
+        heads = tuple(kv_heads)
+        if self.rho is None or heads == tuple(range(self.kv_heads)):
+            return self
+        return self._shared(heads, lambda: self._with_rho_of(heads))
+
+    def _with_rho_of(self, heads):
+        part = copy.deepcopy(self)
+        part.rho = self.rho.of_heads(heads)
+        return part
 
     def without_state(self) -> "Features":
         """Rho alone: for the bare policy, where what is evicted is forgotten."""
@@ -214,17 +223,6 @@ class NoState(Features):
     def psi(self, k):
         return self.phi(k)
 
-    def select_heads(self, kv_heads):
-        heads = tuple(kv_heads)
-        if heads == tuple(range(self.kv_heads)) or self.rho is None:
-            return self
-        return self._shared(heads, lambda: self._copy_of(heads))
-
-    def _copy_of(self, heads):
-        part = NoState(len(heads) * (self.query_heads // self.kv_heads), len(heads), self.head_dim)
-        part.rho = self.rho.of_heads(heads)
-        return part
-
 
 class Rho(nn.Module):
     """rho(q, k, v) of tokens that enter: four numbers each, a, b, c and d of the policy Retention. A departure from the paper.
@@ -276,9 +274,6 @@ class Control(Features):
 
     def psi(self, k):
         return self.phi(k)
-
-    def select_heads(self, kv_heads):
-        return self
 
 
 class Performer(Control):

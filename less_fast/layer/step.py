@@ -135,6 +135,8 @@ def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
             getattr(group, name).flatten(0, 2).index_copy_(0, row, token.flatten(0, 2))
         return Entries(group.k, group.v, group.position, group.score)
     if first_chunk:
+        if group.policy.budget is None:  # it keeps them, and the caller may change what is the caller's
+            return Entries(k.clone(), v.clone(), position, score)
         return Entries(k.contiguous(), v.contiguous(), position, score)
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
