@@ -4,8 +4,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from enum import Enum
@@ -21,6 +24,7 @@ from transformers import TextStreamer
 from typer.core import TyperGroup
 
 from .budgets import table as budget_table
+from .chat import Conversation
 from .demo import KERNELS, PAPER_KERNELS
 from .hf import LessCache
 from .hf.architecture import sizes
@@ -35,7 +39,7 @@ from .measuring import bench as benchmark
 from .measuring import compare as comparison
 from .measuring import plan as planning
 from .measuring import versions
-from .measuring.caches import describe
+from .measuring.caches import describe, describe_briefly
 from .measuring.pictures import check_picture
 from .setting import POLICIES, policy_named
 from .text import windows as cut_windows
@@ -88,6 +92,10 @@ DatasetOption = Annotated[
     str, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT[,COLUMN]]] of a data set instead of files (needs datasets).")
 ]
 LengthOption = Annotated[int, typer.Option("--length", min=32, max=LONGEST, help="Tokens in a window.")]
+TokensOption = Annotated[str, typer.Option("--budget", help="Tokens that each KV head keeps.")]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first: for long texts on a CPU.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
@@ -103,7 +111,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kern
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of what is refused.")] = False) -> None:
-    """LESS: text generation in constant memory. Without options each command runs on the embedded model."""
+    """LESS: text generation in constant memory. Without options each command but chat runs on the embedded model."""
 
 
 @app.command()
@@ -178,47 +186,70 @@ def compare(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The beginning of the text; - reads it from standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Say the prompt by the model's chat template; print the answer.")] = False,
     model: ModelOption = "",
     kernels: KernelsOption = "",
     policy: PolicyOption = PolicyName("h2o"),
-    budget: Annotated[str, typer.Option(help="Tokens that each KV head keeps.")] = "51",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding step first: for long texts on a CPU.")] = False,
+    budget: TokensOption = "51",
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.7,
+    compile: CompileOption = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
     seed: SeedOption = 0,
 ) -> None:
     """Streams text in constant memory, then says what the cache holds."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
     if not prompt:
         raise LessError("the prompt is empty: give some text")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise LessError("the prompt holds bytes that are no UTF-8 text")
-    rule = policy_named(policy.value, budget, None)
-    network, tokenizer = load_model(model, device, dtype.value)
-    learned = load_kernels(network, model, kernels, seed)
-    kinds = token_kinds(tokenizer) if rule.kinds else None
-    cache = LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile)
+    network, tokenizer, cache = _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed)
+    options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
+    if chat:
+        conversation = Conversation(network, tokenizer, cache)
+        with _settings_of_the_model():
+            conversation.answer(prompt, streamer=_answers(tokenizer), **options)
+        errors.print(f"{conversation.ids.shape[1]} tokens, {describe(cache)}")
+        return
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
     check_length(network, inputs["input_ids"].shape[1] + max_new_tokens)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     print(prompt, end="", flush=True)
-    try:
+    with _settings_of_the_model():
         out = network.generate(
             **inputs,
             past_key_values=cache,
-            max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_prompt=True),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            **options,
         )
-    except ValueError as error:
-        if isinstance(error, LessError):
-            raise
-        raise LessError(f"this model does not generate with these settings: {first_line(error)}") from error
     errors.print(f"{out.shape[1]} tokens, {describe(cache)}")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}: one that was trained to chat.")] = "smollm2",
+    system: Annotated[str, typer.Option("--system", help="What the model is told before the first turn.")] = "",
+    kernels: KernelsOption = "",
+    policy: PolicyOption = PolicyName("h2o"),
+    budget: TokensOption = "256",
+    max_new_tokens: NewTokensOption = 512,
+    temperature: TemperatureOption = 0.7,
+    compile: CompileOption = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype("float32"),
+    seed: SeedOption = 0,
+) -> None:
+    """Talks in constant memory: each line is a turn, of which only what is new goes through the model.
+
+    Ctrl-C cuts an answer off; Ctrl-D, or /quit, ends. Lines may come through a pipe.
+    """
+    system = _utf8(lambda: system)
+    network, tokenizer, cache = _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed)
+    conversation = Conversation(network, tokenizer, cache, system)
+    options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
+    for line in _lines():
+        with _settings_of_the_model(), _cut_off_by_ctrl_c() as criterion:
+            conversation.answer(line, streamer=_answers(tokenizer), stopping_criteria=[criterion], **options)
+        errors.print(describe_briefly(cache), style="dim", highlight=False)
 
 
 @app.command()
@@ -465,6 +496,77 @@ def import_official(
     learned = LessKernels.from_official(folder)
     learned.save_pretrained(out)
     print(f"{len(learned.layers)} layers of {learned.sizes['query_heads']} query heads saved to {out}")
+
+
+def _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed):
+    """The model, its tokenizer, and a cache for it."""
+    rule = policy_named(policy.value, budget, None)
+    network, tokenizer = load_model(model, device, dtype.value)
+    learned = load_kernels(network, model, kernels, seed)
+    kinds = token_kinds(tokenizer) if rule.kinds else None
+    return network, tokenizer, LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile)
+
+
+def _sampling(temperature, seed):
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def _answers(tokenizer):
+    """Prints an answer while it comes."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _utf8(read: Callable[[], str]) -> str:
+    """The text that `read` reads. LessError if it is no UTF-8."""
+    try:
+        text = read()
+        text.encode()
+    except UnicodeError as error:
+        raise LessError("the prompt holds bytes that are no UTF-8 text") from error
+    return text
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, line by line, without empty ones, until the end of the input or /quit."""
+    asks = sys.stdin.isatty()
+    while True:
+        try:
+            line = _utf8(lambda: input("> " if asks else "")).strip()
+        except (EOFError, KeyboardInterrupt):
+            print(end="\n" if asks else "")
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+@contextmanager
+def _cut_off_by_ctrl_c() -> Iterator[Callable]:
+    """A stopping criterion for `generate`, which Ctrl-C meets between two tokens; pressed again, it is KeyboardInterrupt."""
+    pressed = []
+
+    def note(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda ids, scores, **_: torch.full((len(ids),), bool(pressed), device=ids.device)  # (N,)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _settings_of_the_model() -> Iterator[None]:
+    """What `generate` of transformers refuses, by the model's own settings, is refused in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, LessError):
+            raise
+        raise LessError(f"this model does not generate with these settings: {first_line(error)}") from error
 
 
 def _join_torchrun(device):

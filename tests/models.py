@@ -1,9 +1,10 @@
-"""Small random models of every supported family, kernels for them, tokens and their kinds."""
+"""Small random models of every supported family, kernels for them, tokens and their kinds, and a tokenizer that talks."""
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -13,6 +14,7 @@ from transformers import (
 
 import less_ref
 from less_fast import LayerKernels, LessKernels
+from less_fast.demo import MODEL
 from less_fast.hf.architecture import sizes
 from less_fast.hf.identity import fingerprint
 from less_fast.hf.seam import predictions
@@ -95,3 +97,17 @@ def reference_kernels(layer):
     extra = {"Performer": dict(scale=layer.head_dim**-0.5), "Fourier": {}, "Elu": dict(head_dim=layer.head_dim)}
     name = type(layer).__name__
     return getattr(less_ref, name)(**weights, **extra[name])
+
+
+TEMPLATE = """{% for message in messages %}{{ '<|turn|>' + message.role + '\n' + message.content + '<|end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"""
+
+
+def make_talking(template=TEMPLATE, **changes):
+    """A model, and the embedded model's tokenizer with that chat template; `<|end|>` ends what the model says."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    model = make_model(vocab_size=len(tokenizer), **changes)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    return model, tokenizer

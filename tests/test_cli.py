@@ -1,5 +1,6 @@
 """The command `less-kv`: what it prints for good input, and the one sentence it says for bad."""
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from authors import read, save_as_the_authors
-from models import make_kernels, make_kinds, make_model, tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from models import make_kernels, make_kinds, make_model, make_talking, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from less_fast import H2O, LessCache, LessError, LessKernels, cli
+from less_fast.chat import Conversation
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.loading import find_device, load_kernels, load_model
 from less_fast.measuring.caches import held_bytes
@@ -244,6 +246,110 @@ def test_generate_writes_the_same_text_with_compiled_steps(command):
     assert graphs["unique_graphs"] > before
 
 
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A folder of a model with a chat template, and a new conversation with it at each call."""
+    folder = tmp_path_factory.mktemp("talking")
+    model, tokenizer = make_talking()
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, lambda system="": Conversation(model, tokenizer, LessCache.for_model(model, H2O(4, 4)), system)
+
+
+def answered(conversation, text, new):
+    """What is printed of an answer, and the tokens that the cache has seen after it."""
+    before = conversation.ids.shape[1]
+    conversation.answer(text, max_new_tokens=new, do_sample=False)
+    said = conversation.ids[0, before:].tolist()
+    said = said[len(said) - new :]  # it never ends by itself
+    return conversation.tokenizer.decode(said, skip_special_tokens=True) + "\n", conversation.cache.get_seq_length()
+
+
+def turns_seen(err):
+    return [
+        int(seen) for seen in re.findall(r"(\d+) tokens seen, [\d,]+ bytes held, a full cache would hold", " ".join(err.split()))
+    ]
+
+
+TALK = ["--budget", 8, "--temperature", 0]
+
+
+def test_chat_answers_line_by_line_and_says_what_was_seen_and_is_held(command, talking, monkeypatch):
+    folder, begin = talking
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\n   \n  more \n/quit\nnever\n"))
+    code, out, err = command("chat", "--model", folder, "--system", "Be brief.", "--max-new-tokens", 6, *TALK)
+    conversation = begin("Be brief.")
+    answers = [answered(conversation, text, 6) for text in ("Hello", "more")]
+    assert (code, out) == (0, "".join(answer for answer, _ in answers))
+    assert turns_seen(err) == [seen for _, seen in answers]
+    held = sum(conversation.cache.memory().values())
+    assert " ".join(err.split()).count(f"{held:,} bytes held") == 2
+
+
+def test_generate_with_chat_prints_the_answer_to_one_turn_alone(command, talking):
+    folder, begin = talking
+    code, out, err = command("generate", "Hello", "--chat", "--model", folder, "--max-new-tokens", 6, *TALK)
+    answer, seen = answered(begin(), "Hello", 6)
+    assert (code, out) == (0, answer)
+    assert f"{seen + 1} tokens, {seen} through the cache: each KV head keeps 8" in " ".join(err.split())
+
+
+@pytest.fixture
+def presses_ctrl_c(monkeypatch):
+    """Ctrl-C is pressed so many times, behind the third token of the first answer."""
+
+    def press(times):
+        class Impatient(TextStreamer):
+            came = 0
+
+            def put(self, value):
+                super().put(value)
+                Impatient.came += 1
+                for _ in range(times if Impatient.came == 4 else 0):  # the prompt comes first
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(cli, "_answers", lambda tokenizer: Impatient(tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+    return press
+
+
+def test_ctrl_c_cuts_an_answer_off_and_the_conversation_goes_on(command, talking, monkeypatch, presses_ctrl_c):
+    folder, begin = talking
+    presses_ctrl_c(1)
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nmore\n"))
+    code, out, err = command("chat", "--model", folder, "--max-new-tokens", 9, *TALK)
+    cut = turns_seen(err)[0] - answered(begin(), "Hello", 1)[1] + 1  # some versions of transformers show tokens one step late
+    assert cut in (3, 4)
+    conversation = begin()
+    answers = [answered(conversation, "Hello", cut), answered(conversation, "more", 9)]
+    assert (code, out) == (0, "".join(answer for answer, _ in answers))
+    assert turns_seen(err) == [seen for _, seen in answers]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_pressed_twice_or_at_the_prompt_ends_the_chat(command, talking, monkeypatch, presses_ctrl_c):
+    folder, _ = talking
+    presses_ctrl_c(2)
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nmore\n"))
+    code, _, err = command("chat", "--model", folder, "--max-new-tokens", 6, *TALK)
+    assert (code, turns_seen(err)) == (130, [])
+    assert signal.getsignal(signal.SIGINT) == before
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert command("chat", "--model", folder) == (0, "", "")
+
+
+def test_a_line_that_is_no_text_ends_the_chat_in_one_sentence(command, talking, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+    code, out, err = command("chat", "--model", talking[0], *TALK)
+    assert (code, out, err) == (2, "", "less-kv: the prompt holds bytes that are no UTF-8 text\n")
+
+
 def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(command, tmp_path):
     small = ["--length", 64, "--rounds", 1, "--batch", "2,1", "--no-compile", "--hidden", 16]
     code, table, _ = command("bench", *small, "--plot", tmp_path / "speed.png")
@@ -379,6 +485,10 @@ def spoiled(tmp_path):
         (["generate", ""], "the prompt is empty"),
         (["generate", "x", "--budget", "5%"], "say it in tokens"),
         (["generate", "x", "--policy", "fastgen", "--compile"], "cannot be compiled"),
+        (["generate", "x", "--chat"], "this model has no chat template, so it was not trained to talk: take one that was"),
+        (["chat", "--model", ""], "this model has no chat template, so it was not trained to talk: take one that was"),
+        (["chat", "--model", "/no/such/folder"], "no usable model at /no/such/folder"),
+        (["chat", "--model", "", "--budget", "5%"], "say it in tokens"),
         (["bench", "--policy", "full"], "bench measures policies of fixed shape, and full is none"),
         (["bench", "--policy", "fastgen"], "bench measures policies of fixed shape, and fastgen is none"),
         (["bench", "--batch", "1,0"], "--batch takes whole numbers of at least 1"),

@@ -325,6 +325,28 @@ def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_sto
         language_model(here, max_length=5).generate([[1, 2]], 5)
 
 
+def test_with_room_for_everything_the_harness_hears_what_its_own_model_of_transformers_says():
+    """Text beyond the context, an empty context, continuations of one token and of many; greedy texts until they shall stop."""
+    arguments = f"max_length=64,batch_size=4,pretrained={MODEL}"
+    theirs = get_model("hf").create_from_arg_string(f"{arguments},dtype=float32,device=cpu")
+    ours = get_model("less-kv").create_from_arg_string(f"{arguments},cache=less,budget=100%,kernels={KERNELS}")
+    text = "import os\n\n\ndef read(path):\n    with open(os.path.join(path)) as file:\n        return file.read()\n" * 4
+    long = Instance("loglikelihood", {}, (text, "import sys"), 0)
+    requests = [*questions(), long, Instance("loglikelihood", {}, ("", "import sys"), 0)]
+    both = [model.loglikelihood(requests, disable_tqdm=True) for model in (theirs, ours)]
+    nats = torch.tensor([[score for score, _ in scores] for scores in both])
+    torch.testing.assert_close(nats[1], nats[0], rtol=1e-4, atol=1e-4)
+    assert [bool(greedy) for _, greedy in both[0]] == [bool(greedy) for _, greedy in both[1]]
+    requests = [Instance("loglikelihood_rolling", {}, (part,), 0) for part in (text, text[:50])]
+    rolling = [model.loglikelihood_rolling(requests, disable_tqdm=True) for model in (theirs, ours)]
+    assert rolling[1] == pytest.approx(rolling[0], rel=1e-4)
+    wishes = [{"until": ["\n\n"], "max_gen_toks": 30}, {"until": [], "max_gen_toks": 7}]
+    requests = [Instance("generate_until", {}, (text[:end], wish), 0) for end in (30, 90, 300) for wish in wishes]
+    texts = [model.generate_until(requests, disable_tqdm=True) for model in (theirs, ours)]
+    assert texts[0] == texts[1]
+    assert any(texts[0])
+
+
 def test_the_model_of_the_harness_comes_with_the_package_and_asks_for_lm_eval_by_name(monkeypatch):
     assert get_model("less-kv") is LessLM
     monkeypatch.delitem(sys.modules, "less_fast.measuring.harness")

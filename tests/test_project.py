@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAST = ROOT / "less_fast"
 ROOMS = ["layer", "files", "budgets", "hub", "official", "kernels", "setting", "hf", "text", "gguf", "demo", "loading"]
-ROOMS += ["training", "measuring", "cli"]
+ROOMS += ["chat", "training", "measuring", "cli"]
 LATER = {("layer", "files"), ("kernels", "hf")}
 """What is imported within a function alone: saving a state needs safetensors, finding a model's kernels transformers."""
 

@@ -20,7 +20,7 @@ from .identity import check_kernels
 from .layer import NO_CROP, LessLayer
 from .saving import load, save
 from .seam import check_version, layers_with, use_less_attention
-from .watch import WatchedCache, keepers_of_positions, watch
+from .watch import BROKEN_OFF, WatchedCache, keepers_of_positions, watch
 
 
 class LessCache(WatchedCache):
@@ -116,6 +116,49 @@ class LessCache(WatchedCache):
         """
         return load(cls, path, model, kernels, compile)
 
+    @classmethod
+    def join(cls, caches: Sequence["LessCache"]) -> "LessCache":
+        """A cache with the rows of all these, in their order; they stay as they are. Each row goes on as it would alone.
+
+        So rows come and go in a loop of one's own (continuous batching); token is (N, 1), the next one of each row:
+
+            cache = LessCache.join([cache, cache_of_a_new_prompt])
+            logits = model(token, position_ids=cache.lengths[:, None], past_key_values=cache).logits  # (N, 1, vocabulary)
+            cache.batch_select_indices([0, 2])  # row 1 has ended
+
+        Rows that have seen less get pads in front: an attention mask, which `generate` and several tokens at once need, begins
+        with a 0 for each column that another row has more. Compiled steps are compiled once for each number of rows.
+        Raises LessError if the caches were not made alike, for one model, with the same policy, kernels and budgets; if one has
+        seen nothing; or if the model has layers that are not LESS's, or keeps positions outside the cache.
+        """
+        if not isinstance(caches, list | tuple) or not caches or not all(isinstance(cache, cls) for cache in caches):
+            raise LessError(f"caches are joined from a list of one or more LessCaches, not from {caches!r}")
+        first = caches[0]
+        for cache in caches:
+            if cache.model() is not first.model() or cache.setting != first.setting or not _same_kinds(cache, first):
+                raise LessError("only caches of one model, made with the same policy, kernels and budgets, can be joined")
+            if cache.open:
+                raise LessError(BROKEN_OFF)
+            if cache.batch_size < 0:
+                raise LessError("a cache that has seen nothing cannot be joined: feed it its prompt first")
+            if len(cache.less_layers) < len(cache.layers) or any(any(row) for row in cache.positions or ()):
+                raise LessError(
+                    "caches of this model cannot be joined, because it has layers that are not LESS's or keeps positions outside "
+                    "the cache: feed these texts as one padded batch"
+                )
+        joined = cls(layers=[])
+        joined.__dict__.update(first.__dict__)
+        joined.layers = [LessLayer.join(layers) for layers in zip(*(cache.less_layers for cache in caches))]
+        if first.keepers:
+            joined.positions = [row for cache in caches for row in cache.positions or ()]
+        return joined
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(N,) int64: how many tokens each row has seen, pads left out, which is the position of its next one."""
+        state = self.less_layers[0].state
+        return torch.zeros(0, dtype=torch.int64) if state is None else state.n.clone()  # (N,)
+
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile steps: it does not with layers of transformers' own, nor with a RoPE that stretches."""
@@ -174,6 +217,11 @@ class LessCache(WatchedCache):
             if layer.state is not None:
                 layer.pin_addresses()
         return twin
+
+
+def _same_kinds(one: LessCache, other: LessCache) -> bool:
+    a, b = one.token_kinds, other.token_kinds
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def bytes_of(layers: Sequence) -> int:

@@ -1,5 +1,7 @@
 """LessLayer: one layer of a LessCache, a LayerState that transformers sees as a layer of its own cache."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,6 +132,19 @@ class LessLayer(TaggingLayer):
             with torch.inference_mode(False):
                 self.fed = None if self.fed is None else self.fed.index_select(0, rows)
             self.pin_addresses()
+
+    @classmethod
+    def join(cls, layers: Sequence["LessLayer"]) -> "LessLayer":
+        """A layer with the rows of all these. Rows that have seen less get pads in front, which change no hash."""
+        joined = copy.copy(layers[0])
+        joined.unread = joined.reached = False
+        joined.state = LayerState.join([layer.state for layer in layers])
+        with torch.inference_mode(False):
+            joined.seen, joined.counted = torch.stack([layer.seen for layer in layers]).amax(), None
+            hashes = [layer.fed for layer in layers]
+            joined.fed = None if any(fed is None for fed in hashes) else torch.cat(hashes)  # (N,)
+        joined.pin_addresses()
+        return joined
 
     def crop(self, tokens_to_remove):
         raise LessError(NO_CROP)

@@ -6,7 +6,7 @@ with a budget table no head pays for another's budget. Only `step.py` changes wh
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -139,6 +139,32 @@ class LayerState:
             for name in Group.TENSORS:
                 setattr(group, name, getattr(group, name).index_select(0, rows))
 
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def join(cls, states: Sequence["LayerState"]) -> "LayerState":
+        """A new state with the rows of all these, in their order. Each row goes on as it would alone.
+
+        LessError if there are none, or they were not allocated alike but for the number of rows: with the same kernels, too.
+        """
+        if not states or any(state._kind() != states[0]._kind() for state in states):
+            raise LessError("states are joined if they were allocated alike: with equal policies and sizes, and the same kernels")
+        groups = []
+        for parts in zip(*(state.groups for state in states)):
+            slots = max(part.k.shape[2] for part in parts)  # they differ under the policy full
+            tensors = {name: [getattr(part, name) for part in parts] for name in Group.TENSORS}
+            for name in ("k", "v", "position", "score"):
+                tensors[name] = [_with_slots(x, slots, -1 if name == "position" else 0) for x in tensors[name]]
+            groups.append(replace(parts[0], **{name: torch.cat(rows) for name, rows in tensors.items()}))
+        return cls(groups, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads)
+
+    def _kind(self):
+        heads = torch.arange(self.kv_heads, device=self.n.device)
+        return self.query_heads, [
+            (group.policy, id(group.kernels), heads[group.kv_heads].tolist(), group.k.shape[3], group.k.dtype, group.k.device)
+            for group in self.groups
+        ]
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state as one safetensors file: written aside, then renamed. OSError if that fails."""
         from ..files import write  # this room needs torch alone; files need safetensors
@@ -184,6 +210,11 @@ class LayerState:
             "rows": f"{len(self.n)} rows",
             "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
         }
+
+
+def _with_slots(x, slots, value):
+    """x (N, H, S, ...) -> (N, H, slots, ...): the new ones, behind the others, hold the value."""
+    return torch.cat([x, x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), value)], 2)
 
 
 def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list[Policy]:

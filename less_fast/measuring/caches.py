@@ -32,10 +32,16 @@ def describe(cache: LessCache) -> str:
     kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
     ranks = [rank for layer in kernels.layers for rank in layer.ranks] if kernels else []  # type: ignore[union-attr]
     folded = f"folded into {_ends(ranks)} features" if kernels else "forgotten"
-    return (
-        f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {held_bytes(cache):,} bytes "
-        f"held, a full cache would hold {full_bytes(cache):,}"
-    )
+    return f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {_held(cache)}"
+
+
+def describe_briefly(cache: LessCache) -> str:
+    """The tokens that the cache has seen, and the bytes held."""
+    return f"{int(cache.get_seq_length()):,} tokens seen, {_held(cache)}"
+
+
+def _held(cache):
+    return f"{held_bytes(cache):,} bytes held, a full cache would hold {full_bytes(cache):,}"
 
 
 def _ends(numbers):

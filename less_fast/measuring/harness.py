@@ -1,6 +1,7 @@
 """The model "less-kv" for lm-evaluation-harness: any of its tasks, through the full cache, a bare policy, Baseline+ or LESS.
 
-The harness finds models of others only once they are imported. So its own command is run through this file:
+The harness (0.4.13) knows its own models and those that were imported; no entry point of a package tells it of others. So its own
+command is run through this file:
 
     python -m less_fast.measuring.harness run --model less-kv \\
         --model_args pretrained=FOLDER,kernels=FOLDER,cache=less,policy=h2o,budget=5% --tasks boolq --device cpu
