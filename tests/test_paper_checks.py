@@ -22,6 +22,7 @@ from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.layer import step as step_module
 from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
+from less_fast.measuring.reading import Reader
 from less_fast.text import windows
 from paper_checks import harness, summarization
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
@@ -486,7 +487,7 @@ def test_summaries_of_a_data_set_are_the_references(here, tmp_path, monkeypatch,
         seen.extend(contexts)
         return [f"summary {number}" if isinstance(lm.make(None), DynamicCache) else "" for number in range(3)]
 
-    monkeypatch.setattr(CachedLM, "generate", written)
+    monkeypatch.setattr(Reader, "generate", written)
     arguments = ["--quick", "--summaries", f"{tmp_path},,test,article,highlights", "--out", str(tmp_path / "out")]
     assert command.main(["summarization", *arguments]) == 0
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["summarization"]["figures"]
