@@ -92,7 +92,7 @@ def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
             sentences.insert(rng.randrange(len(sentences)), f"My phone number is {number}")
             question, begun = ". ".join(sentences) + "\n\nWhat is my phone number?", "Your phone number is"
             asked.append((f"needle in {tokens} tokens", question, begun, number))
-    for count in (5, 10, 20, 40):
+    for count in (count for count in (5, 10, 20, 40) if count <= len(words)):
         for _ in range(NUMBERS):
             codes = {key: str(rng.randrange(1000, 10_000)) for key in rng.sample(words, count)}
             told, key = [f"The code of the {key} is {code}." for key, code in codes.items()], rng.choice(list(codes))
