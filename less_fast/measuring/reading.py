@@ -19,8 +19,8 @@ def body_and_head(model: PreTrainedModel) -> tuple[Callable, Callable]:
 
     If the model does more to its logits (a softcap, a scale), the body makes them, and the head leaves them as they are.
     """
-    head, ids = model.get_output_embeddings(), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, 1, hidden)
+    head, ids = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]  # (1, 8): one may be a pad, all zeros
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, 8, hidden)
     if torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits):
         return lambda **inputs: model.base_model(**inputs).last_hidden_state, head
     return lambda **inputs: model(**inputs).logits, lambda logits: logits
