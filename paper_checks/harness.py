@@ -11,6 +11,7 @@ import re
 import torch
 from datasets import Dataset
 from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from less_fast import LessError
@@ -70,27 +71,52 @@ def far_names(subject: Subject) -> dict:
     }
 
 
+class Noted(CachedLM):
+    """A model that computes nothing: `asked` holds the pairs of tokens that the harness asked it for, in `answers` are scores.
+
+    With the scores of a Reader for what was asked, measured anywhere, the harness makes its own metrics of them.
+    """
+
+    def __init__(self, tokenizer: object, max_length: int, answers: dict | None = None):
+        TemplateLM.__init__(self)
+        self.tokenizer, self.max_length, self.answers, self.asked = tokenizer, max_length, answers or {}, []
+
+    def scores(self, pairs, disable_tqdm=False):
+        self.asked = [self.fitting(*pair) for pair in pairs]
+        return [self.answers.get(pair, (0.0, False)) for pair in self.asked]
+
+
 def load_tasks(names: list[str]) -> list:
-    """Tasks of the harness with their data, by name or YAML file. LessError if there is none, no data, or no choice."""
+    """Tasks of the harness with their data, by name or YAML file. LessError if there is none, no data, or it wants texts."""
     try:
         tasks = list(TaskManager().load(names)["tasks"].values())
     except (KeyError, OSError, ValueError) as error:
         raise LessError(f"the harness cannot load {', '.join(names)}: {error}") from error
     for task in tasks:
-        if task.OUTPUT_TYPE != "multiple_choice":
-            raise LessError(f"the task {task.task_name} is no multiple choice but {task.OUTPUT_TYPE}: name others")
+        if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+            raise LessError(f"the task {task.task_name} is no multiple choice or cloze but {task.OUTPUT_TYPE}: name others")
     return tasks
 
 
-def evaluated(lm: CachedLM, tasks: list, limit: int | None = None) -> dict[str, torch.Tensor]:
-    """By task, what the harness gives each document, (documents,) float64: the first metric of which more is better."""
-    results = simple_evaluate(lm, tasks=tasks, limit=limit, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
-    scores = {}
+def metrics(lm: CachedLM, tasks: list, **which: object) -> dict[str, dict[str, torch.Tensor]]:
+    """By task and metric, those first of which more is better, what the harness gives each document, (documents,) float64.
+
+    which: documents, as `simple_evaluate` takes them (limit, samples).
+    """
+    few = TaskManager(include_defaults=False)
+    results = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, task_manager=few, **which)
+    values: dict = {}
     for task, samples in results["samples"].items():
-        metric = next(name for name, better in results["higher_is_better"][task].items() if better)
-        values = {sample["doc_id"]: sample[metric] for sample in samples}  # once, whatever filters there are
-        scores[task] = torch.tensor([values[document] for document in sorted(values)], dtype=torch.float64)
-    return scores
+        better = results["higher_is_better"][task]
+        for metric in sorted(better, key=lambda name: not better[name]):
+            once = {sample["doc_id"]: sample[metric] for sample in samples}  # whatever filters there are
+            values.setdefault(task, {})[metric] = torch.tensor([once[index] for index in sorted(once)], dtype=torch.float64)
+    return values
+
+
+def evaluated(lm: CachedLM, tasks: list, limit: int | None = None) -> dict[str, torch.Tensor]:
+    """By task, the first metric of which more is better, (documents,) float64."""
+    return {task: next(iter(values.values())) for task, values in metrics(lm, tasks, limit=limit).items()}
 
 
 def mean(values: torch.Tensor) -> tuple[float, float]:

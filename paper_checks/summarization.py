@@ -10,7 +10,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from less_fast.measuring.compare import contenders, share_recovered
-from less_fast.measuring.harness import CachedLM
+from less_fast.measuring.reading import Reader
 
 from .check import Finding, Subject, verdict
 
@@ -18,6 +18,7 @@ CLAIM = "Summarisation: LESS above the bare policy and above Baseline+, by ROUGE
 PAPER = "Falcon 7B, 10 % H2O: 41.4 % of the Rouge-1 loss recovered"
 KINDS = ("rouge1", "rouge2", "rougeL")
 PROMPT = "Article: {}\n\nSummary:"  # ours
+REQUEST = "Summarize the following article in a few sentences.\n\n{}"  # ours, for a model with a chat template
 TEXTS = 64
 NEW = 128  # tokens that are written at most, or an eighth of a window
 ROWS = 64  # texts in one forward pass
@@ -27,12 +28,28 @@ def prompts(subject: Subject, new: int) -> list[list[int]]:
     """Tokens of each prompt, with room for the new ones in a window. A long article loses its end."""
     if subject.summaries is None:
         return subject.windows(TEXTS)[:, :-new].tolist()
-    tokenizer, tokens = subject.tokenizer, []
-    frame = len(tokenizer(PROMPT.format(""))["input_ids"])
-    for article, _ in subject.summaries:
-        ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"][: subject.length - new - frame]
-        tokens.append(tokenizer(PROMPT.format(tokenizer.decode(ids)))["input_ids"])
-    return tokens
+    return [prompt(subject.tokenizer, article, subject.length - new) for article, _ in subject.summaries]
+
+
+def prompt(tokenizer, article: str, room: int) -> list[int]:
+    """Tokens, at most `room` of them, that ask for a summary: by the chat template of the tokenizer if it has one."""
+
+    def framed(text):
+        if not tokenizer.chat_template:
+            return tokenizer(PROMPT.format(text))["input_ids"]
+        return tokenizer(answer_to(tokenizer, REQUEST.format(text)), add_special_tokens=False)["input_ids"]
+
+    ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"][: room - len(framed(""))]
+    while len(asked := framed(tokenizer.decode(ids))) > room and ids:  # what is cut may take more tokens than it was
+        ids = ids[: room - len(asked)]
+    return asked
+
+
+def answer_to(tokenizer, request: str) -> str:
+    """A text that an answer to the request goes on with: by the chat template of the tokenizer if it has one."""
+    if not tokenizer.chat_template:
+        return f"{request}\n\n"
+    return tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True)
 
 
 def rouge(references: list[str], texts: list[str]) -> torch.Tensor:
@@ -48,7 +65,7 @@ def check(subject: Subject) -> Finding:
     references = subject.summaries and [summary for _, summary in subject.summaries]
     scores, parts, lines, figures, shares = {}, [], [], {}, []
     for contender in contenders(subject.model, subject.policies(), subject.families()):
-        lm = CachedLM(subject.model, subject.tokenizer, contender.make, None, ROWS, subject.length)
+        lm = Reader(subject.model, subject.tokenizer, contender.make, None, ROWS, subject.length)
         texts = []
         for start in range(0, len(contexts), ROWS):
             texts += lm.generate(contexts[start : start + ROWS], new, do_sample=False)

@@ -22,8 +22,9 @@ from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.layer import step as step_module
 from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
+from less_fast.measuring.reading import Reader
 from less_fast.text import windows
-from paper_checks import harness, summarization
+from paper_checks import harness, real_model, summarization
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
 from paper_checks.memory import check as memory
 
@@ -508,7 +509,7 @@ def test_summaries_of_a_data_set_are_the_references(here, tmp_path, monkeypatch,
         seen.extend(contexts)
         return [f"summary {number}" if isinstance(lm.make(None), DynamicCache) else "" for number in range(3)]
 
-    monkeypatch.setattr(CachedLM, "generate", written)
+    monkeypatch.setattr(Reader, "generate", written)
     arguments = ["--quick", "--summaries", f"{tmp_path},,test,article,highlights", "--out", str(tmp_path / "out")]
     assert command.main(["summarization", *arguments]) == 0
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["summarization"]["figures"]
@@ -527,3 +528,96 @@ def test_summaries_that_are_not_there_are_refused(name, tmp_path, capsys):
     assert command.main(["summarization", "--summaries", name.format(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no texts from the data set" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def tables(few_tasks, tmp_path):
+    """How to call one of the three parts, on the embedded model: two windows, questions and texts of each kind."""
+    text = "\n".join(f"def name_{number}(first, second): return first * {number}. " for number in range(2000))
+    words = "seven people walked slowly through another quiet little garden towards river. " * 40
+    (tmp_path / "text.txt").write_text(words + text)
+    rows = [{"document": words[: 300 + number], "summary": "people walked"} for number in range(3)]
+    (tmp_path / "news").mkdir()
+    (tmp_path / "news" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    inputs, measured, out = (tmp_path / f"{name}.json" for name in ("inputs", "measured", "out"))
+    prepare = ["prepare", inputs, "--text", f"text={tmp_path}/text.txt", "--long", f"text={tmp_path}/text.txt"]
+    prepare += ["--tasks", yaml_task(tmp_path, "multiple_choice"), "--summaries", f"news={tmp_path}/news,,test,document,summary"]
+    prepare += [
+        "--windows",
+        "2",
+        "--length",
+        "128",
+        "--long-windows",
+        "2",
+        "--long-length",
+        "160",
+        "--questions",
+        "2",
+        "--texts",
+        "2",
+    ]
+    parts = {"prepare": prepare, "measure": ["measure", inputs, measured], "report": ["report", inputs, measured, out]}
+    return lambda part, *more: (real_model.main(list(map(str, [*parts[part], *more]))), measured, out)
+
+
+def test_the_tables_of_a_real_model_come_in_three_parts_and_measuring_goes_on_where_it_stopped(tables, monkeypatch, capsys):
+    monkeypatch.setattr(real_model, "NUMBERS", 1)
+    monkeypatch.setattr(real_model, "NEW", 8)
+    assert tables("prepare")[0] == 0
+    with monkeypatch.context() as patch:  # what the machine with the GPU lacks
+        for library in ("lm_eval", "rouge_score", "datasets"):
+            patch.setitem(sys.modules, library, None)
+        assert tables("measure", "--seconds", "0")[0] == 0
+        code, measured, _ = tables("measure", "--caches", "full", "--parts", "perplexity")
+        assert (code, len(json.loads(measured.read_text())["results"])) == (0, 1)
+        assert tables("measure", "--budgets", "10%", "--caches", "full,bare,baseline+,less")[0] == 0
+    capsys.readouterr()
+    code, measured, out = tables("report")
+    rows, results = json.loads(out.read_text())["rows"], json.loads(measured.read_text())["results"]
+    assert len(rows) == len(results) == len(real_model.PARTS) * 6  # each once
+    assert [row["cache"] for row in rows[:4]] == ["full", "bare", "baseline+", "less"]
+    figures = {(row["part"], row["cache"], row["budgets"]): {one["column"]: one for one in row["figures"]} for row in rows}
+    assert figures["tasks", "full", None]["prints, acc"]["value"] == 1
+    assert figures["tasks streaming", "full", None]["prints, acc"]["n"] == 2
+    full, bare = (figures[key]["text, perplexity"] for key in (("perplexity", "full", None), ("perplexity", "bare", "uniform")))
+    assert full["value"] < bare["value"]
+    assert full["per_word"][0] > full["value"]
+    assert "| full | all |" in capsys.readouterr().out
+
+
+def test_tables_refuse_what_cannot_be(tables, tmp_path, capsys):
+    assert tables("measure")[0] == 2
+    assert "inputs.json" in capsys.readouterr().err
+    (tmp_path / "inputs.json").write_text('{"about": {"length": 128}}')
+    assert tables("measure", "--parts", "perplexities")[0] == 2
+    assert "is for the part 'perplexities': choose some of perplexity" in capsys.readouterr().err
+    assert tables("measure", "--kernels", "none")[0] == 2
+    assert "say which with --kernels" in capsys.readouterr().err
+
+
+def test_a_figure_is_paired_and_its_shares_are_of_a_loss_that_is_one():
+    full, bare, plus, own = (
+        torch.tensor(x, dtype=torch.float64) for x in ([3, 4, 3.5], [5, 6.1, 5.4], [4.5, 5.5, 5], [4, 5, 4.5])
+    )
+    nats = real_model.figure("text, perplexity", own, full, bare, plus)
+    assert nats["value"] == pytest.approx(own.mean().exp().item())
+    assert nats["over_plus"] == (-0.5, 0)
+    assert nats["removed"][0] == pytest.approx(0.5 / 1.5)
+    assert nats["recovered"][0] == pytest.approx((bare.mean().exp() - own.mean().exp()) / (bare.mean().exp() - full.mean().exp()))
+    assert "recovered" not in real_model.figure("text, perplexity", own, full, full + torch.tensor([1, -1, 0]), None)
+    right = real_model.figure("boolq, acc", -own, -full, -bare, -plus)
+    assert right["recovered"][0] == pytest.approx(((bare - own).mean() / (bare - full).mean()).item())
+    assert real_model.per_word([[1.0, 2.0], [2.0, 1.0]], [3, 3]) == (pytest.approx(torch.e), pytest.approx(0, abs=1e-12))
+
+
+def test_a_prompt_by_the_chat_template_asks_within_its_room(here):
+    tokenizer = copy.copy(here.tokenizer)
+    article = "word " * 400 + "END"
+    assert tokenizer.decode(summarization.prompt(tokenizer, article, 60)).startswith("Article: word")
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<answer>"
+    asked = summarization.prompt(tokenizer, article, 100)
+    assert len(asked) <= 100
+    said = tokenizer.decode(asked)
+    assert said.startswith("<user>" + summarization.REQUEST.format("word"))
+    assert said.endswith("<answer>")
+    assert "END" not in said

@@ -21,6 +21,7 @@ from ..layer.policies import Policy
 from ..setting import Setting
 from .caches import held_bytes
 from .pictures import picture
+from .reading import body_and_head
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
@@ -174,26 +175,27 @@ def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels) 
     return Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform").baseline_plus(model.dtype)
 
 
-@torch.inference_mode()
 def window_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender) -> torch.Tensor:
     """Mean negative log-likelihood of each window's tokens after the first, streaming: (W,) float64."""
-    head, windows = model.get_output_embeddings(), windows.to(model.device)
-    token = {"input_ids": windows[:1, :1], "use_cache": False}
-    alone = torch.equal(head(model.base_model(**token).last_hidden_state), model(**token).logits)  # no softcap or scale after it
-    losses = []
-    for ids in windows.split(ROWS_AT_ONCE):
-        cache = None if contender.cache == "full" else contender.make(1)
-        inputs = {"input_ids": ids, "past_key_values": cache, "use_cache": cache is not None}
-        outputs = (
-            model.base_model(**inputs).last_hidden_state if alone else model(**inputs).logits
-        )  # (W, T, hidden or vocabulary)
-        for row, targets in zip(outputs, ids):  # one at a time, if they can be: logits are wide
-            logits = head(row[:-1]) if alone else row[:-1]  # (T - 1, vocabulary)
-            losses.append(cross_entropy(logits.float(), targets[1:]).item())
-    means = torch.tensor(losses, dtype=torch.float64)  # (W,)
+    means = token_losses(model, windows, contender).double().mean(1)  # (W,)
     if not means.isfinite().all():
         raise LessError(f"the model's output is not finite with the {contender.cache} cache: its weights may hold NaN")
     return means
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender, rows: int = ROWS_AT_ONCE) -> torch.Tensor:
+    """Negative log-likelihood of the tokens of windows (W, T) after the first, streaming: (W, T - 1) float32, on the CPU.
+
+    rows: windows in one forward pass.
+    """
+    (body, head), losses = body_and_head(model), []
+    for ids in windows.to(model.device).split(rows):
+        cache = None if contender.cache == "full" else contender.make(1)
+        outputs = body(input_ids=ids, past_key_values=cache, use_cache=cache is not None)  # (W, T, hidden or vocabulary)
+        for row, targets in zip(outputs, ids):  # one at a time: logits are wide
+            losses.append(cross_entropy(head(row[:-1]).float(), targets[1:], reduction="none").cpu())
+    return torch.stack(losses)  # (W, T - 1)
 
 
 @torch.inference_mode()

@@ -9,18 +9,17 @@ command is run through this file:
 and in Python `import less_fast.measuring.harness` comes before `lm_eval.simple_evaluate(model="less-kv", ...)`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..layer.checks import LessError, integer
 from ..layer.fastgen import token_kinds
 from ..loading import load_config, load_kernels, load_model
 from ..setting import policy_named
 from .compare import contenders
+from .reading import Reader
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -30,29 +29,13 @@ try:
 except ImportError as missing:
     raise ImportError(f"the model of lm-evaluation-harness needs lm_eval ({missing}): pip install 'less-kv[eval]'") from missing
 
-ROWS = 256  # requests in one forward pass
 
+class CachedLM(Reader, TemplateLM):
+    """A Reader as a model of the harness."""
 
-class CachedLM(TemplateLM):
-    """A model of the harness that reads and writes through the caches that `make` makes: make(chunk), an empty one.
-
-    chunk: how a text enters: 1 for streaming, through the decode path alone; None for prompts in one piece.
-    batch_size: requests in one forward pass, padded.
-    max_length: tokens of a request, as many as the model takes if 0; what is longer loses its beginning.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        make: Callable,
-        chunk: int | None = 1,
-        batch_size: int = ROWS,
-        max_length: int = 0,
-    ):
-        super().__init__()
-        self.model, self.tokenizer, self.make, self.chunk, self.batch_size = model, tokenizer, make, chunk, batch_size
-        self.max_length = max_length or model.config.get_text_config(decoder=True).max_position_embeddings
+    def __init__(self, model: PreTrainedModel, *args, **kwargs):
+        TemplateLM.__init__(self)
+        Reader.__init__(self, model, *args, **kwargs)
         self._device = model.device
 
     @property
@@ -66,55 +49,9 @@ class CachedLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = True, **kwargs: object) -> list[int]:
         return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence, disable_tqdm: bool = False, **kwargs: object) -> list[tuple[float, bool]]:
-        """For each request (texts, context, continuation): nats, and whether greedy decoding would say the continuation."""
-        scores = [(0.0, True)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda index: (len(requests[index][1]), requests[index][1]))
-        for indices in self._batches(order, "log-likelihoods", disable_tqdm):
-            pairs = [self._fitting(*requests[index][1:]) for index in indices]
-            for index, score in zip(indices, self._scores(pairs)):
-                scores[index] = score
-        return scores
-
-    def _fitting(self, context, continuation):
-        """The pair with as much of the context as there is room for; the last token need not be read."""
-        room = self.max_length + 1 - len(continuation)
-        if room < 1:
-            raise LessError(
-                f"a continuation of {len(continuation)} tokens does not fit into max_length={self.max_length}: make it larger"
-            )
-        return tuple(context[-room:]), continuation
-
-    def _scores(self, pairs: Sequence[tuple]) -> Iterator[tuple[float, bool]]:
-        """The same for one batch. Continuations (R, M) of one context share its pass: there are N <= R contexts."""
-        contexts = list(dict.fromkeys(context for context, _ in pairs))
-        rows = torch.tensor([contexts.index(context) for context, _ in pairs], device=self.device)  # (R,)
-        cache = self.make(self.chunk)
-        ids, mask = self._padded(contexts)  # (N, C)
-        logits = self._read(cache, ids, mask, logits_to_keep=1)[rows]  # (R, 1, vocabulary)
-        ids, new = self._padded([continuation for _, continuation in pairs], left=False)  # (R, M)
-        if ids.shape[1] > 1:
-            cache.reorder_cache(rows)
-            rest = self._read(cache, ids[:, :-1], torch.cat([mask[rows], new[:, :-1]], 1))
-            logits = torch.cat([logits, rest], 1)  # (R, M, vocabulary)
-        nats = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0] * new  # (R, M)
-        greedy = (logits.argmax(-1) == ids) | (new == 0)  # (R, M)
-        return zip(nats.double().sum(1).tolist(), greedy.all(1).tolist())
-
-    def _read(self, cache, ids, mask, **kwargs):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kwargs
-        ).logits
-
-    def _padded(self, rows, left=True):
-        """Token ids (N, T) of rows of tokens, and the mask that is 0 at pads."""
-        longest = max(map(len, rows))
-        pads = [[0] * (longest - len(row)) for row in rows]
-        ids = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
-        mask = [[*pad, *[1] * len(row)] if left else [*[1] * len(row), *pad] for row, pad in zip(rows, pads)]
-        return torch.tensor([ids, mask], device=self.device)
+        """The scores of requests (texts, context, continuation)."""
+        return self.scores([request[1:] for request in requests], disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts; what is longer than max_length goes in windows, each through a cache of its own."""
@@ -132,7 +69,7 @@ class CachedLM(TemplateLM):
         wishes = [repr(request.args[1]) for request in requests]
         order = sorted(range(len(requests)), key=lambda index: (wishes[index], len(requests[index].args[0])))
         for _, alike in groupby(order, key=wishes.__getitem__):
-            for indices in self._batches(list(alike), "texts", disable_tqdm):
+            for indices in self.batches(list(alike), "texts", disable_tqdm):
                 wish = normalize_gen_kwargs(requests[indices[0]].args[1], 256)
                 stop = handle_stop_sequences(wish.pop("until"), self.tokenizer.decode([self.eot_token_id]))
                 wish["max_new_tokens"] = wish.pop("max_gen_toks")
@@ -143,29 +80,6 @@ class CachedLM(TemplateLM):
                 for index, text in zip(indices, texts):
                     written[index] = postprocess_generated_text(text, stop, None)
         return written
-
-    @torch.inference_mode()
-    def generate(self, contexts: list[list[int]], max_new_tokens: int, **kwargs: object) -> list[str]:
-        """What the model writes after each context of tokens; kwargs go to `model.generate`."""
-        room = self.max_length - max_new_tokens
-        if room < 1:
-            raise LessError(
-                f"{max_new_tokens} new tokens leave no room for a context in max_length={self.max_length}: make it larger"
-            )
-        ids, mask = self._padded([context[-room:] for context in contexts])
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self.make(self.chunk),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=self.eot_token_id,
-            **kwargs,
-        )
-        return self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-
-    def _batches(self, indices, what, disable_tqdm):
-        for start in tqdm(range(0, len(indices), self.batch_size), what, disable=disable_tqdm):
-            yield indices[start : start + self.batch_size]
 
 
 @register_model("less-kv")

@@ -1,0 +1,373 @@
+"""The paper's tables on a real model: perplexity, classification, summaries and retrieval, through every cache.
+
+In three parts, so that the model can be measured where there are no data sets, no network, and little time:
+
+    python -m paper_checks.real_model prepare inputs.json --model smollm2 --text wiki=wiki.test.raw \\
+        --text pg19=emozilla/pg19-test,,test --long pg19=emozilla/pg19-test,,test \\
+        --tasks boolq,mutual,piqa,arc_challenge,lambada_openai --summaries xsum=EdinburghNLP/xsum,,test,document,summary \\
+        --summaries cnn=cnn_dailymail,3.0.0,test,article,highlights
+    python -m paper_checks.real_model measure inputs.json measured.json --model smollm2 --device cuda --seconds 200
+    python -m paper_checks.real_model report inputs.json measured.json paper_checks/results/real_model.json
+
+`prepare` and `report` need lm_eval, datasets and rouge_score; `measure` does not. Texts and data sets are files or
+NAME[,CONFIG[,SPLIT[,COLUMN]]], tasks are the harness's own or YAML files. `measure` writes after each cache, and goes on where it
+was stopped.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from less_fast import LessError
+from less_fast.files import aside
+from less_fast.layer.fastgen import token_kinds
+from less_fast.loading import load_kernels, load_model
+from less_fast.measuring import versions
+from less_fast.measuring.compare import Contender, contenders, share_recovered, token_losses
+from less_fast.measuring.reading import Reader
+from less_fast.setting import policy_named
+from less_fast.text import dataset_columns, windows
+
+from .__main__ import texts_of
+
+EIGHTHS = 8  # parts of a window whose loss is written down
+NEW = 64  # tokens of a summary
+ROWS = 1000  # of a data set, among which summaries are drawn
+NUMBERS = 64  # that are to be found, of each kind
+
+
+# --- prepare: what is read, as tokens
+
+
+def prepare(chosen) -> None:
+    _, tokenizer = load_model(chosen.model)
+    inputs: dict = {"about": {name: getattr(chosen, name) for name in ("model", "tasks", "questions", "length", "seed")}}
+    for part, length, count in (("text", chosen.length, chosen.windows), ("long", chosen.long_length, chosen.long_windows)):
+        texts = {}
+        for name, where in getattr(chosen, part):
+            texts.setdefault(name, []).extend(texts_of(where, length))
+        for name, own in texts.items():
+            ids = windows(tokenizer, own, length, count, chosen.seed).tolist()
+            words = [len(tokenizer.decode(row[1:]).split()) for row in ids]
+            inputs.setdefault(part, {})[name] = {"ids": ids, "words": words}
+    if chosen.tasks:
+        from .harness import Noted, load_tasks, metrics
+
+        noted, tasks = Noted(tokenizer, chosen.length), load_tasks(chosen.tasks.split(","))
+        metrics(noted, tasks, samples=drawn(tasks, inputs["about"]))
+        inputs["tasks"] = packed(list(dict.fromkeys(noted.asked)))
+    for name, where in chosen.summaries:
+        from .summarization import prompt
+
+        rows = list(islice(dataset_columns(*where.split(",")), ROWS))
+        rows = random.Random(chosen.seed).sample(rows, min(chosen.texts, len(rows)))
+        prompts = [prompt(tokenizer, article, chosen.length - NEW) for article, _ in rows]
+        inputs.setdefault("summaries", {})[name] = {"prompts": prompts, "references": [summary for _, summary in rows]}
+    if "text" in inputs:
+        inputs["retrieval"] = retrieval(tokenizer, next(reversed(inputs["text"].values()))["ids"], chosen.length, chosen.seed)
+    write(chosen.inputs, inputs)
+
+
+def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
+    """Numbers that are told once and asked for at the end, NUMBERS of each kind: one within a text, and one of many, by its key.
+
+    rows: windows of a text, of which the haystacks and the keys are.
+    """
+    from .summarization import answer_to
+
+    rng, texts = random.Random(seed), tokenizer.batch_decode(rows)
+    words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", " ".join(texts))))
+    asked, names, pairs = [], [], []
+    for tokens in (length // 8, length // 4, length // 2, 3 * length // 4):
+        for _ in range(NUMBERS):
+            number, sentences = f"555-{rng.randrange(1000, 10_000)}", tokenizer.decode(rng.choice(rows)[:tokens]).split(". ")
+            sentences.insert(rng.randrange(len(sentences)), f"My phone number is {number}")
+            question, begun = ". ".join(sentences) + "\n\nWhat is my phone number?", "Your phone number is"
+            asked.append((f"needle in {tokens} tokens", question, begun, number))
+    for count in (count for count in (5, 10, 20, 40) if count <= len(words)):
+        for _ in range(NUMBERS):
+            codes = {key: str(rng.randrange(1000, 10_000)) for key in rng.sample(words, count)}
+            told, key = [f"The code of the {key} is {code}." for key, code in codes.items()], rng.choice(list(codes))
+            question, begun = "\n".join([*told, f"\nWhat is the code of the {key}?"]), f"The code of the {key} is"
+            asked.append((f"one of {count} codes", question, begun, codes[key]))
+    for name, question, begun, answer in asked:
+        context = answer_to(tokenizer, question) + begun
+        ids, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, f"{context} {answer}"))
+        names.append(name)
+        pairs.append((tuple(ids), tuple(whole[len(ids) :])))
+    return {"names": names} | packed(pairs)
+
+
+def drawn(tasks: list, about: dict) -> dict[str, list[int]]:
+    """The documents of each task: so many, drawn once."""
+    sizes = {task.task_name: len(task.eval_docs) for task in tasks}
+    return {
+        name: sorted(random.Random(about["seed"]).sample(range(size), min(size, about["questions"])))
+        for name, size in sizes.items()
+    }
+
+
+def packed(pairs: list[tuple]) -> dict:
+    """Pairs (context, continuation), with each context once."""
+    contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
+    return {"contexts": list(contexts), "pairs": [[contexts[context], said] for context, said in pairs]}
+
+
+def unpacked(part: dict) -> list[tuple]:
+    return [(tuple(part["contexts"][row]), tuple(said)) for row, said in part["pairs"]]
+
+
+def write(file: Path, content: dict) -> None:
+    with aside(file) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
+
+
+# --- measure: every cache reads everything
+
+
+def perplexity(what: str) -> Callable:
+    """Nats of each eighth of each window, by text; all texts of a length go through together."""
+
+    def measured(reader: Reader, contender: Contender, inputs: dict) -> dict:
+        ids = torch.tensor([row for text in inputs[what].values() for row in text["ids"]])  # (W, T)
+        losses = token_losses(reader.model, ids, contender, reader.batch_size).double()  # (W, T - 1)
+        sums = torch.stack([part.sum(1) for part in losses.tensor_split(EIGHTHS, 1)], 1)  # (W, EIGHTHS)
+        counts = [len(text["ids"]) for text in inputs[what].values()]
+        return {name: rows.tolist() for name, rows in zip(inputs[what], sums.split(counts))}
+
+    return measured
+
+
+def scores(what: str) -> Callable:
+    """(nats, greedy) of each pair."""
+    return lambda reader, contender, inputs: reader.scores(unpacked(inputs[what]), disable_tqdm=True)
+
+
+def summaries(reader: Reader, contender: Contender, inputs: dict) -> dict[str, list[str]]:
+    """What is written after each prompt, by data set; all together, greedily."""
+    prompts = [prompt for texts in inputs["summaries"].values() for prompt in texts["prompts"]]
+    written = iter(reader.generate(prompts, NEW, do_sample=False, disable_compile=True))
+    return {name: list(islice(written, len(texts["prompts"]))) for name, texts in inputs["summaries"].items()}
+
+
+PARTS: dict[str, tuple[str, Callable, int | None, tuple[str, ...]]] = {
+    "perplexity": ("text", perplexity("text"), 1, ("5%", "2%", "10%")),
+    "tasks": ("tasks", scores("tasks"), None, ("5%", "2%")),
+    "summaries": ("summaries", summaries, None, ("5%", "2%")),
+    "retrieval": ("retrieval", scores("retrieval"), None, ("5%", "10%")),
+    "tasks streaming": ("tasks", scores("tasks"), 1, ("5%", "2%")),
+    "retrieval streaming": ("retrieval", scores("retrieval"), 1, ("5%", "10%")),
+    "long": ("long", perplexity("long"), 1, ("5%",)),
+}
+"""What is read of the inputs, by what, how a text enters (`chunk`), and the shares of a window that are kept."""
+
+
+def measure(chosen) -> None:
+    began = time.perf_counter()
+    inputs, done = json.loads(chosen.inputs.read_text()), {"results": []}
+    if chosen.results.exists():
+        done = json.loads(chosen.results.read_text())
+    model, tokenizer = load_model(chosen.model, chosen.device, chosen.dtype)
+    kernels = load_kernels(model, chosen.model, chosen.kernels)
+    if kernels is None:
+        raise LessError("the caches are about kernels: say which with --kernels")
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    kinds, length = token_kinds(tokenizer), inputs["about"]["length"]
+    parts = chosen.parts.split(",") if chosen.parts else [part for part, (what, *_) in PARTS.items() if what in inputs]
+    if absent := [part for part in parts if PARTS.get(part, [part])[0] not in inputs]:
+        raise LessError(f"nothing in {chosen.inputs} is for the part {absent[0]!r}: choose some of {', '.join(PARTS)}")
+    for part in parts:
+        _, measured, chunk, shares = PARTS[part]
+        rules = [policy_named(name, kept, length) for kept in chosen.budgets or shares for name in chosen.policies.split(",")]
+        for rule in rules:
+            for contender in contenders(model, [rule], {"": kernels}, kinds):
+                label = {"part": part, "dtype": chosen.dtype, "rule": None if contender.cache == "full" else repr(rule)}
+                label |= {"cache": contender.cache, "budgets": contender.budgets}
+                known = any(label.items() <= record.items() for record in done["results"])
+                if known or (chosen.caches and contender.cache not in chosen.caches.split(",")):
+                    continue
+                if time.perf_counter() - began > chosen.seconds:
+                    return
+                start = time.perf_counter()
+                reader = Reader(model, tokenizer, contender.make, chunk, chosen.batch, length)
+                label["values"] = measured(reader, contender, inputs)
+                label |= {"kept": contender.policy and contender.policy.budget, "seconds": round(time.perf_counter() - start, 1)}
+                done["results"].append(label | {"device": device, "versions": versions()})
+                write(chosen.results, done)
+                print(f"{part}: {contender.cache} {contender.budgets or ''} {rule}: {label['seconds']} s", flush=True)
+
+
+# --- report: figures with their errors
+
+
+def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, torch.Tensor]:
+    """By column the values of a record, for each window, document or text, (n,) float64: nats where the name says perplexity."""
+    what, values = PARTS[part][0], record["values"]
+    if what in ("text", "long"):
+        sums = {name: torch.tensor(rows, dtype=torch.float64).sum(1) for name, rows in values.items()}  # (W,)
+        return {f"{name}, perplexity": nats / (len(inputs[what][name]["ids"][0]) - 1) for name, nats in sums.items()}
+    if what == "summaries":
+        from .summarization import KINDS, rouge
+
+        found = {name: rouge(inputs[what][name]["references"], texts) for name, texts in values.items()}  # (texts, kinds)
+        return {f"{name}, {kind}": own[:, index] for name, own in found.items() for index, kind in enumerate(KINDS)}
+    if what == "retrieval":
+        right, names = torch.tensor([greedy for _, greedy in values], dtype=torch.float64), inputs[what]["names"]  # (pairs,)
+        return {name: right[[other == name for other in names]] for name in dict.fromkeys(names)}
+    from .harness import Noted, metrics
+
+    answers = {pair: tuple(score) for pair, score in zip(unpacked(inputs[what]), values)}
+    noted = Noted(load_model(inputs["about"]["model"])[1], inputs["about"]["length"], answers)
+    found = metrics(noted, tasks, samples=drawn(tasks, inputs["about"]))
+    signs = {"perplexity": -1}  # the harness counts log-likelihoods
+    return {f"{task}, {name}": signs.get(name, 1) * x for task, own in found.items() for name, x in own.items()}
+
+
+def mean(values: torch.Tensor) -> tuple[float, float]:
+    """The mean of values (n,) and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def figure(name: str, own: torch.Tensor, full, bare, plus) -> dict:
+    """The value of a column with its error; paired: what it has over Baseline+, and its share of what the bare policy loses.
+
+    own, full, bare, plus (n,), None where there is none. A loss of less than two standard errors has no shares.
+    """
+    nats = "perplexity" in name
+    value, stderr = mean(own)
+    found: dict = {"column": name, "n": len(own), "value": value, "stderr": stderr}
+    if nats:
+        found |= {"value": torch.tensor(value).exp().item()} | {"stderr": stderr * torch.tensor(value).exp().item()}
+    if plus is not None:
+        found["over_plus"] = mean(own - plus)
+    for share, lost, of in (("recovered", bare, torch.exp if nats else torch.clone), ("removed", plus, torch.clone)):
+        if full is not None and lost is not None:
+            loss, error = mean(lost - full if nats else full - lost)
+            if loss > 2 * error:
+                found[share] = share_recovered(full, lost, own, of=of)
+    return found
+
+
+def per_word(rows: list[list[float]], words: list[int]) -> tuple[float, float]:
+    """Perplexity per word, and its error by the jackknife over windows. rows: nats of each eighth (W, EIGHTHS); words (W,)."""
+    nats, count, W = torch.tensor(rows, dtype=torch.float64).sum(1), torch.tensor(words, dtype=torch.float64), len(words)
+    without_one = ((nats.sum() - nats) / (count.sum() - count)).exp()  # (W,)
+    stderr = ((without_one - without_one.mean()).square().sum() * (W - 1) / W).sqrt()
+    return (nats.sum() / count.sum()).exp().item(), stderr.item()
+
+
+def report(chosen) -> None:
+    inputs, measured = (json.loads(file.read_text()) for file in (chosen.inputs, chosen.results))
+    tasks: list = []
+    if any(PARTS[record["part"]][0] == "tasks" for record in measured["results"]):
+        from .harness import load_tasks
+
+        tasks = load_tasks(inputs["about"]["tasks"].split(","))
+    found: dict = {}
+    rows = []
+    for record in measured["results"]:
+        part, dtype, rule, cache, budgets = (record[name] for name in ("part", "dtype", "rule", "cache", "budgets"))
+        found[part, dtype, rule, cache, budgets] = values = columns(part, inputs, record, tasks)
+        row = {name: record[name] for name in ("part", "dtype", "cache", "budgets", "rule", "kept", "seconds")} | {"figures": []}
+        for name, own in values.items():
+            keys = (None, "full", None), (rule, "bare", "uniform"), (rule, "baseline+", budgets)
+            full, bare, plus = (found.get((part, dtype, *key), {}).get(name) for key in keys)
+            bare, plus = bare if cache in ("baseline+", "less") else None, plus if cache == "less" else None
+            row["figures"].append(figure(name, own, full, bare, plus))
+            if PARTS[part][0] in ("text", "long"):
+                text, what = name.removesuffix(", perplexity"), inputs[PARTS[part][0]]
+                row["figures"][-1]["per_word"] = per_word(record["values"][text], what[text]["words"])
+                row["figures"][-1]["eighths"] = torch.tensor(record["values"][text]).mean(0).tolist()
+        rows.append(row)
+    about = inputs["about"] | {name: measured["results"][0][name] for name in ("device", "versions")}
+    write(chosen.out, {"about": about, "rows": rows})
+    print(markdown(rows))
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table for each part: values with errors; in brackets the share of the bare policy's loss, or what is over Baseline+."""
+
+    def cell(one):
+        scale, places = (1, 2) if "perplexity" in one["column"] else (1, 3) if "rouge" in one["column"] else (100, 1)
+        text = f"{one['value'] * scale:.{places}f} ± {one['stderr'] * scale:.{places}f}"
+        if "per_word" in one:
+            text += " ({:.2f} per word)".format(one["per_word"][0])
+        if "recovered" in one and scale == 1:
+            text += " ({:.1%} ± {:.1%})".format(*one["recovered"])
+        elif "over_plus" in one and scale == 100:
+            text += " ({:+.1f} ± {:.1f})".format(*(100 * x for x in one["over_plus"]))
+        return text
+
+    lines = []
+    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
+        names = [f"{one['column']} (n = {one['n']})" for one in own[0]["figures"]]
+        lines += [f"\n{part}, {dtype}:\n", f"| cache | kept | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+        for row in own:
+            name = ", ".join(filter(None, (row["cache"], row["rule"], row["budgets"])))
+            lines.append(f"| {name} | {row['kept'] or 'all'} | {' | '.join(map(cell, row['figures']))} |")
+    return "\n".join(lines)
+
+
+def options(arguments):
+    parser = argparse.ArgumentParser(prog="python -m paper_checks.real_model", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("prepare", help="texts, questions and prompts, as tokens, into one file")
+    verb.add_argument("inputs", type=Path)
+    for option in ("--text", "--long", "--summaries"):
+        verb.add_argument(option, type=named, action="append", default=[], metavar="NAME=WHERE")
+    verb.add_argument("--tasks", default="", help="of lm-evaluation-harness, separated by commas")
+    for option, number in dict(
+        windows=64, length=1024, long_windows=8, long_length=8192, questions=400, texts=64, seed=0
+    ).items():
+        verb.add_argument(f"--{option.replace('_', '-')}", type=int, default=number)
+    verb = verbs.add_parser("measure", help="what every cache makes of them")
+    verb.add_argument("inputs", type=Path)
+    verb.add_argument("results", type=Path)
+    verb.add_argument("--kernels", default="", help="folder; those that come with the package for the model by default")
+    verb.add_argument("--device", default="cpu")
+    verb.add_argument("--dtype", default="float32")
+    verb.add_argument("--parts", default="", help=f"of {'; '.join(PARTS)}: separated by commas; all that the inputs have")
+    verb.add_argument("--policies", default="h2o", help="separated by commas")
+    verb.add_argument(
+        "--budgets", type=lambda text: text.split(","), help="tokens kept, or shares of a window, instead of each part's own"
+    )
+    verb.add_argument("--caches", default="", help="full, bare, baseline+ or less, separated by commas; all by default")
+    verb.add_argument("--batch", type=int, default=512, help="windows or questions in one forward pass")
+    verb.add_argument("--seconds", type=float, default=float("inf"), help="after which no further cache is begun")
+    for verb in verbs.choices.values():
+        verb.add_argument("--model", default="", help="folder, hub name or smollm2; the embedded model by default")
+    verb = verbs.add_parser("report", help="figures with their errors, as JSON and Markdown")
+    for name in ("inputs", "results", "out"):
+        verb.add_argument(name, type=Path)
+    return parser.parse_args(arguments)
+
+
+def named(text: str) -> list[str]:
+    """NAME=WHERE in two."""
+    name, equals, where = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"NAME=WHERE, not {text!r}")
+    return [name, where]
+
+
+def main(arguments=None) -> int:
+    chosen = options(arguments)
+    try:
+        {"prepare": prepare, "measure": measure, "report": report}[chosen.verb](chosen)
+    except (OSError, LessError, json.JSONDecodeError) as error:
+        print(f"paper_checks.real_model: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
