@@ -48,7 +48,11 @@ class LessKernels(nn.Module):
         super().__init__()
         sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
         self.sizes: dict[str, Any] = {name: integer(name, size, 1, MOST) for name, size in sizes.items()}
-        self.sizes |= dict(rank=_ranks(rank), hidden=integer("the hidden width of kernels", hidden, 0, MOST), family=family)
+        self.sizes |= dict(
+            rank=_ranks(rank, 0 if family == "none" else 1),
+            hidden=integer("the hidden width of kernels", hidden, 0, MOST),
+            family=family,
+        )
         self.sizes |= {} if rho is None else dict(rho=integer("the hidden width of rho", rho, 1, MOST))
         self.about, self.curves = {} if about is None else about, {} if curves is None else curves
         self._check_about()
@@ -204,6 +208,8 @@ def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
     return {name: weight.float() for name, weight in loaded.items()}
 
 
-def _ranks(rank):
+def _ranks(rank, least):
     """A rank, or a table of them, in int and list."""
-    return [_ranks(row) for row in rank] if isinstance(rank, list | tuple) else integer("the rank of kernels", rank, 0, MOST)
+    if isinstance(rank, list | tuple):
+        return [_ranks(row, least) for row in rank]
+    return integer("the rank of kernels", rank, least, MOST)

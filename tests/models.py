@@ -54,9 +54,13 @@ def make_encoder_decoder():
     return AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
-def make_kernels(model, rank=3, hidden=5, family="paper"):
+def make_kernels(model, rank=3, hidden=5, family="paper", rho=None):
     torch.manual_seed(1)
-    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, about={"fingerprint": fingerprint(model)})
+    about = {"fingerprint": fingerprint(model)}
+    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, about=about, rho=rho)
+    for layer in kernels.layers if rho else ():
+        torch.nn.init.normal_(layer.rho.r0, std=0.3)
+        torch.nn.init.normal_(layer.rho.r2, std=0.3)
     if family in ("paper", "exponential"):  # as trained: they start from the bare policy
         for layer in kernels.layers:
             torch.nn.init.normal_(layer.k3)
@@ -82,15 +86,15 @@ def make_kinds(seed=0, size=SIZES["vocab_size"]):
     return torch.multinomial(share, size, replacement=True, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_policy(policy, kinds=None):
-    """kinds (T,): of the tokens by position, for a policy that asks."""
-    more = dict(kinds=tuple(kinds)) if policy.kinds else {}
+def reference_policy(policy, kinds=None, rho=None):
+    """kinds (T,): of the tokens by position, and rho, for policies that ask."""
+    more = dict(kinds=tuple(kinds)) if policy.kinds else dict(rho=rho) if policy.learned else {}
     return getattr(less_ref, type(policy).__name__)(**vars(policy), **more)
 
 
 def reference_kernels(layer):
     """The kernels of one layer for the reference."""
-    weights = {name: weight.detach().double().numpy() for name, weight in layer.state_dict().items()}
+    weights = {name: weight.detach().double().numpy() for name, weight in layer.state_dict().items() if "." not in name}
     if isinstance(layer, Learned):
         family = less_ref.Kernels if isinstance(layer, LayerKernels) else less_ref.Exponential
         return family(**weights, ranks=tuple(layer.ranks))
@@ -111,3 +115,9 @@ def make_talking(template=TEMPLATE, **changes):
     model = make_model(vocab_size=len(tokenizer), **changes)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     return model, tokenizer
+
+
+def reference_rho(layer):
+    """The rho of one layer for the reference, or None."""
+    weights = layer.rho and {name: weight.detach().double().numpy() for name, weight in layer.rho.state_dict().items()}
+    return weights and less_ref.Rho(**weights)

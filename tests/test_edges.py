@@ -268,7 +268,9 @@ def test_features_of_exactly_zero_are_the_bare_policy_bit_for_bit(case, zero, dt
     case = replace(case, layer=replace(case.layer, ranks=None))  # bits depend on how many heads share tensors
     kernels = replace(case.kernels, **{zero: getattr(case.kernels, zero) * 0})
     assert np.array_equal(case.run(kernels=kernels).out, case.run(kernels=None).out)
-    less, bare = (allocate(case, dtype=dtype, kernels=fast_kernels(x, case.layer, wide(dtype), case.rho)) for x in (kernels, None))
+    less, bare = (
+        allocate(case, dtype=dtype, kernels=fast_kernels(x, case.layer, wide(dtype), case.rho)) for x in (kernels, None)
+    )
     qkv = batch(case, dtype=dtype)
     for now in slices(case.chunks):
         assert torch.equal(*(extend(case, state, qkv, now) for state in (less, bare)))

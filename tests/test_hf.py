@@ -5,11 +5,21 @@ import torch
 from both_paths import heads_of
 from caches import FASTGEN, KINDS, assert_same_states, feed, generate, left_padded
 from closeness import assert_close
-from models import FAMILIES, make_kernels, make_kinds, make_model, recorded, reference_kernels, reference_policy, tokens
+from models import (
+    FAMILIES,
+    make_kernels,
+    make_kinds,
+    make_model,
+    recorded,
+    reference_kernels,
+    reference_policy,
+    reference_rho,
+    tokens,
+)
 from transformers import set_seed
 
 import less_ref
-from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Scissorhands, SnapKV, Window
+from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Retention, Scissorhands, SnapKV, Window
 from less_fast.hf.architecture import attention_modules
 
 
@@ -46,21 +56,27 @@ def assert_the_first_layer_follows_the_reference(model, policy, kernels, chunk=N
     feed(model, ids, cache, prompt=17)
     q, k, v = (x[0].numpy() for x in recorded(model, ids, 0)[:3])
     policies = [policy] * 2 if budgets is None else [policy.with_budget(budget) for budget in budgets[0]]
+    rho = reference_rho(kernels.layers[0])
     prompt = [17] if chunk is None else [chunk] * (17 // chunk) + [17 % chunk] * (17 % chunk > 0)
     rest = reference_kernels(kernels.layers[0]), prompt + [1] * 4
-    trace = less_ref.run(q, k, v, [reference_policy(rule, KINDS[ids[0]].tolist()) for rule in policies], *rest)
+    trace = less_ref.run(q, k, v, [reference_policy(rule, KINDS[ids[0]].tolist(), rho) for rule in policies], *rest)
     for g, head in enumerate(heads_of(cache.layers[0].state, 0, with_kinds=False)):
         assert head.position.tolist() == trace.kept[-1][g].tolist()
         for name in ("score", "H", "z"):
             assert_close(getattr(head, name), getattr(trace, name)[-1][g])
 
 
+SCORED = [H2O(3, 2), TOVA(5), Scissorhands(5, 2, 4), SnapKV(5, 2, 1), Retention(5, 1), FASTGEN]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [None, 1, 4])
-@pytest.mark.parametrize("policy", [H2O(3, 2), TOVA(5), Scissorhands(5, 2, 4), SnapKV(5, 2, 1), FASTGEN], ids=named)
+@pytest.mark.parametrize(
+    "policy", [H2O(3, 2), TOVA(5), Scissorhands(5, 2, 4), SnapKV(5, 2, 1), Retention(5, 1), FASTGEN], ids=named
+)
 def test_the_first_layer_holds_what_the_reference_holds(family, chunk, policy):
     model = make_model(family)
-    assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model), chunk)
+    assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model, rho=3), chunk)
 
 
 @pytest.mark.parametrize("family", ["exponential", "performer", "fourier", "elu"])
@@ -68,10 +84,10 @@ def test_the_first_layer_folds_through_control_kernels_as_the_reference_does(mod
     assert_the_first_layer_follows_the_reference(model, H2O(3, 2), make_kernels(model, 4, family=family), chunk=4)
 
 
-@pytest.mark.parametrize("policy", [H2O(3, 2), FASTGEN], ids=named)
+@pytest.mark.parametrize("policy", [H2O(3, 2), Retention(5, 1), FASTGEN], ids=named)
 @pytest.mark.parametrize("budgets", [None, [[6, 9], [5, 5], [12, 1]]], ids=["one budget", "budget table"])
 def test_heads_with_ranks_and_budgets_of_their_own_follow_the_reference(model, policy, budgets):
-    kernels = make_kernels(model, rank=[[1, 3], [2, 2], [3, 1]])
+    kernels = make_kernels(model, rank=[[1, 3], [2, 2], [3, 1]], rho=3)
     assert_the_first_layer_follows_the_reference(model, policy, kernels, budgets=budgets)
 
 

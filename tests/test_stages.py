@@ -151,7 +151,7 @@ def test_a_training_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_
     with pytest.MonkeyPatch.context() as patch:
         done = kill_at(patch, None)
         whole = quick_training(tmp_path / "whole", disk=1, curves=True)
-    assert {"layer-002", "joint", "curves-7", "tables"} < {path.name for path in done}
+    assert {"layer-002", "joint", "curves-h2o-7", "tables"} < {path.name for path in done}
     assert_equal_weights(whole, quick_training(curves=True))
     for every in range(1, len(done), 4):
         folder, kills = tmp_path / str(every), 0

@@ -8,7 +8,7 @@ import torch
 from models import make_kernels, make_model, reference_kernels, reference_policy, tokens
 
 import less_ref
-from less_fast import H2O, Lambda, LessError
+from less_fast import H2O, Lambda, LessError, Retention
 from less_fast.hf.architecture import less_layers, sizes
 from less_fast.layer.parallel import eviction_times
 from less_fast.setting import Setting
@@ -66,18 +66,19 @@ def test_the_seed_of_the_labels_decides_and_nothing_else():
     assert not torch.equal(watch(model, ids, seed=4)[0].g, one)
 
 
-@pytest.mark.parametrize("policy", [POLICY, Lambda(1, 4)])
+@pytest.mark.parametrize("policy", [POLICY, Lambda(1, 4), Retention(6, 2)])
 def test_eviction_times_of_all_layers_at_once_are_those_of_each(policy):
-    layers = watch(make_model().float(), tokens(2, 30), seed=0)
-    for layer, e in zip(layers, eviction_times_of(layers, policy), strict=True):
-        assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale))
+    model = make_model().float()
+    layers, kernels = watch(model, tokens(2, 30), seed=0), make_kernels(model, rho=3).float()
+    for layer, features, e in zip(layers, kernels.layers, eviction_times_of(layers, policy, kernels), strict=True):
+        assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale, kernels=features))
 
 
 def test_the_share_that_is_left_is_that_of_the_references_outputs():
     model = make_model().float()
     kernels = make_kernels(model, family="exponential").float()
     layers = watch(model, tokens(2, 30), seed=0)
-    for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, POLICY))):
+    for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, POLICY, kernels))):
         costs = np.zeros(2)
         for row in range(2):
             qkv = [getattr(layer, name)[row].double().numpy() for name in "qkv"]

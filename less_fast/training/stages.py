@@ -152,14 +152,18 @@ def _retention(policy: Policy) -> Retention:
 def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
     wanted: dict[str, Any] = sizes(model) | dict(rank=recipe.rank, hidden=recipe.hidden, family=recipe.family)
-    kernels = LessKernels(**wanted, about=about, rho=recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho"))
+    hidden = recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho")
+    with torch.random.fork_rng(devices=[]):  # the same weights whenever it is begun
+        torch.manual_seed(recipe.seed)
+        kernels = LessKernels(**wanted, about=about, rho=hidden)
     if start is not None:
         if recipe.epochs:
             raise LessError("epochs train each layer anew: to go on with kernels give the recipe epochs=0 (leave --epochs out)")
         if not wanted.items() <= start.sizes.items():
             theirs = {name: start.sizes[name] for name in wanted}
             raise LessError(f"the kernels to go on with are {theirs}, and the recipe trains {wanted}: give it theirs")
-        kernels.load_state_dict(start.state_dict(), strict=False)  # a new rho may be missing
+        known = {name: weight for name, weight in start.state_dict().items() if not (recipe.rho_steps and ".rho." in name)}
+        kernels.load_state_dict(kernels.state_dict() | known)  # rho_steps train rho anew
         about["start"] = start.about
         kernels.curves.update(start.curves)
     if policy.learned and "rho" not in kernels.sizes:

@@ -1,0 +1,201 @@
+"""Learned retention: what the policy's score is, what rho is trained towards, and how it is trained, measured and refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from both_paths import allocate, batch, extend, heads_of
+from closeness import assert_close
+from hypothesis import given
+from models import make_kernels, make_model, recorded, tokens
+from short_training import POLICY, RECIPE, quick_training
+from strategies import cases, fast_kernels, policies, slices
+
+from less_fast import H2O, LayerState, LessError, LessKernels, Retention
+from less_fast.demo import KERNELS, corpus
+from less_fast.hf.architecture import sizes
+from less_fast.layer.features import Rho
+from less_fast.loading import load_model
+from less_fast.measuring.compare import contenders
+from less_fast.setting import Setting
+from less_fast.text import windows
+from less_fast.training import joint, retention, train
+from less_fast.training.joint import Stream, divergence, mean_divergence, times_in_stream
+
+RHO = replace(RECIPE, rho_steps=23, rho_hidden=3, rho_rate=0.05, together_windows=6, together_uses=3)
+
+
+@given(cases(policy=policies("Retention")))
+def test_a_score_is_what_rho_said_at_birth_and_the_attention_seen_since_fading_by_both_rates(case):
+    """By the attention of what was held at each step, from the fast path's own slots."""
+    state, qkv, seen = allocate(case), batch(case), {}
+    q, k, _ = (x[0].numpy() for x in qkv)
+    scale, G = case.layer.head_dim**-0.5 if case.scale is None else case.scale, case.layer.group
+    rho, held = fast_kernels(None, case.layer, rho=case.rho).rho, [[] for _ in range(case.layer.kv_heads)]
+    born = rho(qkv[0].unflatten(1, (case.layer.kv_heads, G)), *qkv[1:])[0].numpy()  # (Hkv, T, 4)
+    for now in slices(case.chunks):
+        for g in range(case.layer.kv_heads):
+            for i in range(now.start, now.stop):
+                visible = [*held[g], *range(now.start, i + 1)]
+                weight = np.exp(scale * q[g * G : (g + 1) * G, i] @ k[g, visible].T)  # (G, E)
+                attention = (weight / weight.sum(1, keepdims=True)).sum(0)
+                for j, share in zip(visible, attention):
+                    seen[g, j] = seen.get((g, j), np.zeros(2)) * [0.9, 0.99] + share
+        extend(case, state, qkv, now)
+        for g, head in enumerate(heads_of(state, 0)):
+            held[g] = head.position.astype(int).tolist()
+            assert_close(head.score[:, :4], born[g, held[g]])
+            assert_close(head.score[:, 4:], np.array([seen[g, j] for j in held[g]]).reshape(-1, 2))
+
+
+def test_rhos_of_some_heads_and_of_layers_together_say_what_each_says():
+    torch.manual_seed(0)
+    one, other = Rho(6, 3, 4, 5), Rho(6, 3, 4, 5)
+    for weight in (*one.parameters(), *other.parameters()):
+        torch.nn.init.normal_(weight)
+    q, k, v = torch.randn(2, 6, 2, 7, 4), torch.randn(2, 6, 7, 4), torch.randn(2, 6, 7, 4)
+    said = Rho.join([one, other])(q, k, v)
+    assert_close(said[:, :3], one(q[:, :3], k[:, :3], v[:, :3]), 1e-6)  # float32
+    assert_close(said[:, 3:], other(q[:, 3:], k[:, 3:], v[:, 3:]), 1e-6)
+    assert_close(one.of_heads([2, 0])(q[:, [2, 0]], k[:, [2, 0]], v[:, [2, 0]]), said[:, [2, 0]], 1e-6)
+
+
+def test_rho_is_trained_towards_the_largest_attention_that_each_token_is_still_to_get():
+    model, ids = make_model(), tokens(2, 9)
+    layers = retention.watch(model, ids, seed=3)
+    for index, layer in enumerate(layers):
+        q, k, _, scale = recorded(model, ids, index)
+        for n, g in np.ndindex(2, k.shape[1]):
+            logits = (q[n].unflatten(0, (k.shape[1], -1))[g] * (scale or q.shape[-1] ** -0.5) @ k[n, g].T).double()  # (G, T, T)
+            attention = logits.masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf).softmax(-1).sum(0).numpy()
+            for m, t in enumerate(layer.moments[n].tolist()):
+                assert 1 <= t <= 7
+                coming = np.array([attention[t + 1 :, j].max() if j <= t else 0 for j in range(9)])
+                assert_close(layer.share[n, g, m], coming / coming.sum(), 1e-6)
+                for which, decay in enumerate((0.9, 0.99)):
+                    seen = sum(decay ** (t - i) * attention[i] for i in range(t + 1))
+                    assert_close(layer.seen[n, g, m, :, which], seen, 1e-6)
+    assert sorted(layer.moments[0].tolist()) == [1, 2, 3, 4, 5, 6, 7]
+    rho = make_kernels(model, rho=3).layers[index].rho
+    worth = torch.full((2, k.shape[1], 7, 9), -torch.inf).double()
+    for n, g, m in np.ndindex(2, k.shape[1], 7):
+        t = int(layer.moments[n, m])
+        said = rho(layer.q, layer.k, layer.v)[n, g, : t + 1]  # (t + 1, 4)
+        age = torch.arange(t, -1, -1).double()
+        logs = (layer.seen[n, g, m, : t + 1] + 1e-4).log()
+        worth[n, g, m, : t + 1] = said[:, 0] - said[:, 1] * (1 + age).log() + (said[:, 2:] * logs).sum(1)
+    expected = -(layer.share * worth.log_softmax(-1).clamp(min=-1e9)).sum(-1).mean()
+    assert layer.cross_entropy(rho).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_training_brings_rho_nearer_to_its_aim_whether_it_was_killed_or_not(tmp_path, monkeypatch):
+    whole = quick_training(recipe=RHO)
+    figures = whole.about["rho"]
+    assert all(least <= after + 1e-6 for least, after in zip(figures["least"], figures["after"]))
+    assert sum(figures["after"]) < sum(figures["before"])
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*arguments):
+        raise Killed
+
+    steps, own = [], retention.Descent.take
+    with monkeypatch.context() as patch:
+        patch.setattr(retention.Descent, "take", lambda self: steps.append(0) or (own(self) if len(steps) < 14 else dies()))
+        with pytest.raises(Killed):
+            quick_training(tmp_path, RHO)
+    resumed = quick_training(tmp_path, RHO)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_with_rho_the_stages_train_for_the_policy_and_for_retention_in_turns():
+    kernels = quick_training(recipe=replace(RHO, joint_steps=2, table_steps=4), curves=True)
+    assert {*kernels.curves} == {"H2O", "Retention"}
+    assert kernels.about["joint"]["budgets"] == [2, 2, 6, 6, 12, 12]
+    assert kernels.about["tables"]["budgets"] == [6, 6, 12, 12]
+    assert kernels.budgets_for(Retention(6, 0)) is not None
+
+
+def test_kernels_go_on_where_others_ended_with_their_curves():
+    start = quick_training(curves=True)
+    rest = replace(RECIPE, epochs=0, joint_steps=0, table_steps=0, rho_steps=3, rho_hidden=3)
+    kernels = quick_training(recipe=rest, start=start, curves=True)
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, kernels.state_dict()[name]), name
+    assert kernels.curves["H2O"] == start.curves["H2O"]
+    assert kernels.curves["Retention"].policy.startswith("Retention")
+    anew = quick_training(recipe=replace(rest, rho_hidden=2), start=kernels)
+    assert anew.sizes["rho"] == 2
+    kept = quick_training(recipe=replace(rest, rho_steps=0, joint_steps=1), start=kernels)
+    assert torch.equal(kept.layers[0].rho.r1, kernels.layers[0].rho.r1)
+    with pytest.raises(LessError, match="epochs train each layer anew"):
+        quick_training(start=start)
+    with pytest.raises(LessError, match=r"the kernels to go on with are .* and the recipe trains"):
+        quick_training(recipe=replace(rest, rank=5), start=start)
+
+
+def test_rounds_of_the_joint_stage_use_each_window_so_often_and_what_was_evicted_once(monkeypatch):
+    model, ids = make_model().float(), tokens(5, 30)
+    kernels = make_kernels(model, family="exponential", rho=3).float()
+    shape = Setting.of(sizes(model), range(3), POLICY, kernels, "uniform")
+    settings = [shape, replace(shape, policy=Retention(4, 1))]
+    stream = Stream(model, ids, settings, replace(RECIPE, joint_uses=3, together_windows=4))
+    seen, own = [], joint.divergence
+    monkeypatch.setattr(joint, "divergence", lambda *rest: seen.append(rest) or own(*rest))
+    streamed = []
+    monkeypatch.setattr(joint, "times_in_stream", lambda *rest: streamed.append(rest) or times_in_stream(*rest))
+    losses = [stream.loss(step) for step in range(8)]
+    assert stream.of_round == 6
+    rows = [tuple(row) for _, some, _, _ in seen[:6] for row in some.tolist()]
+    assert len(rows) == 12
+    assert all(rows.count(row) == 3 for row in rows)
+    assert [setting for _, _, setting, _ in seen] == settings * 4
+    assert len(streamed) == 4  # both settings in both rounds
+    assert losses[0].item() == pytest.approx(divergence(model, seen[0][1], settings[0]).item(), rel=1e-4)
+    assert losses[7].item() == pytest.approx(divergence(model, seen[7][1], settings[1]).item(), rel=1e-4)
+
+
+def test_the_bare_policy_and_baseline_plus_choose_by_rho_and_fold_nothing():
+    model = make_model().float()
+    kernels = make_kernels(model, rho=3).float()
+    measured = list(contenders(model, [Retention(6, 2)], {"ours": kernels}))
+    assert [one.cache for one in measured] == ["full", "bare", "baseline+", "less"]
+    _, bare, plus, less = (one.make(1) for one in measured)
+    for cache in (bare, plus):
+        assert cache.setting.kernels.sizes["family"] == "none"
+        assert cache.setting.kernels.layers[0].rho is kernels.layers[0].rho
+    held = []
+    for cache in (bare, plus, less):
+        model(tokens(1, 40), past_key_values=cache)
+        held.append(cache.memory())
+    assert held[0]["low_rank"] == held[1]["low_rank"] == 0 < held[2]["low_rank"]
+    assert sum(held[0].values()) < sum(held[2].values()) <= sum(held[1].values())
+    assert held[0]["entries"] == held[2]["entries"]
+
+
+def test_retention_without_rho_is_refused(tmp_path):
+    model = make_model().float()
+    for kernels in (None, make_kernels(model).float()):
+        with pytest.raises(LessError, match="asks rho of the kernels, and there is none"):
+            Setting.of(sizes(model), range(3), Retention(6, 2), kernels)
+    with pytest.raises(LessError, match="asks rho of the kernels"):
+        LayerState.allocate(Retention(6, 2), 1, 2, 2, 4)
+    with pytest.raises(LessError, match="Retention needs recent within the budget"):
+        Retention(3, 4)
+    with pytest.raises(LessError, match="needs rho: give the recipe rho_steps"):
+        train(model, tokens(10, 30), tokens(4, 30, seed=1), Retention(6, 1), RECIPE)
+
+
+@torch.no_grad()
+def test_on_the_embedded_model_shipped_rho_keeps_what_is_worth_more_than_what_h2o_keeps():
+    model, tokenizer = load_model("")
+    kernels = LessKernels.from_pretrained(KERNELS)
+    held_out = windows(tokenizer, [text for _, text in corpus.documents("test")], 512, 2, 0)
+    shape = Setting.of(sizes(model), range(4), H2O(13, 12), kernels, "uniform")
+    h2o, learned = (
+        mean_divergence(model, held_out, replace(shape, policy=rule).without_state()) for rule in (H2O(13, 12), Retention(25, 3))
+    )
+    assert learned < 0.75 * h2o
