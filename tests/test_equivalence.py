@@ -88,6 +88,13 @@ def test_a_prompt_longer_than_every_block_equals_the_reference():
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
+@pytest.mark.parametrize("policy", [Policy("TOVA", (6,)), Policy("Scissorhands", (6, 1, 4)), Policy("SnapKV", (6, 3, 1))])
+def test_a_prompt_of_which_only_the_last_queries_are_scored_equals_the_reference(policy):
+    case = Case(Layer(2, 2, 4, 2, 3), (20, 1, 1), (policy,) * 2, 1.0, None, 3)
+    assert 0 < policy.fast.last_queries < 20
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
 @given(
     cases(k3=st.sampled_from([0.0, 1e-4, 1.0, "exponential", "performer", "fourier", "elu"])),
     st.sampled_from([1e-3, 1.0, 10.0]),

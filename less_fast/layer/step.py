@@ -14,7 +14,7 @@ from .checks import LessError
 from .policies import best_first
 from .state import Group, LayerState
 
-QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries: memory linear in its length
+QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries, of one head of four times as many: linear memory
 ENTRIES_AT_ONCE = 1024  # and folded in blocks of this many entries
 LARGEST = 1e12  # a token with larger numbers is broken: their products would leave float32
 
@@ -148,9 +148,8 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
     scores are updated in place."""
     m, (scale, *unusual) = q.shape[3], logits
     before = entries.position.shape[2] - m  # slots before the chunk
-    if before == 0 and m > 1 and unusual == [None, None] and not group.policy.scored and real.all():  # a first chunk, not scored
-        heads = q.flatten(1, 2), entries.k, entries.v
-        return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
+    if before == 0 and m > 1 and unusual == [None, None] and real.all():
+        return _attend_and_score_a_prompt(group.policy, entries, q, scale, group.z.dtype)
     blocks = []
     for start in range(0, m, QUERIES_AT_ONCE):
         now = slice(start, start + QUERIES_AT_ONCE)
@@ -175,6 +174,37 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
         if group.policy.scored:
             _score(group, entries.score[:, :, seen], p, visible)
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
+
+
+def _attend_and_score_a_prompt(policy, entries, q, scale, wide):
+    """The same for a first chunk that is all tokens, under plain softmax attention.
+
+    Queries that no score depends on are left to scaled_dot_product_attention. The others go in blocks that lie in the same
+    memory, on a CPU head by head, so that they stay in its cache.
+    """
+    (N, H, G, m, D), last = q.shape, policy.last_queries
+    q, k, v = (x if last == 0 else x.to(wide) for x in (q, entries.k, entries.v))
+    if last is not None:
+        out = scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
+    else:
+        out = torch.empty_like(q)
+    first = 0 if last is None else max(0, m - last)
+    heads, many = (1, 4 * QUERIES_AT_ONCE) if q.is_cpu and not policy.pooled else (H, QUERIES_AT_ONCE)  # at once
+    room = q.new_empty(N * heads * G * min(many, m - first) * m)
+    for now in (slice(start, min(start + many, m)) for start in range(first, m, many)):
+        visible = torch.ones(now.stop - now.start, now.stop, dtype=torch.bool, device=q.device).tril(now.start)  # (b, S)
+        for some in (slice(head, head + heads) for head in range(0, H, heads)):
+            queries = (q[:, some, :, now] * scale).reshape(N * heads, -1, D)  # (N h, G b, D)
+            p = room[: queries.shape[0] * queries.shape[1] * now.stop].view(*queries.shape[:2], now.stop)  # (N h, G b, S)
+            torch.bmm(queries, k[:, some, : now.stop].flatten(0, 1).mT, out=p)
+            each = p.view(N, heads, G, -1, now.stop)  # (N, h, G, b, S)
+            each[..., now].masked_fill_(~visible[:, now], -torch.inf)
+            torch.softmax(p, -1, out=p)
+            if last is None:
+                out[:, some, :, now] = (p @ v[:, some, : now.stop].flatten(0, 1)).view(N, heads, G, -1, D)
+            score = entries.score[:, some, : now.stop]  # (N, h, S)
+            score.copy_(policy.update(score, each, visible.expand(N, heads, -1, -1)))
+    return out
 
 
 def _score(group, score, p, visible):
