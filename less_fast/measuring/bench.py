@@ -103,7 +103,7 @@ def bench(
     """
     layer = {name: size for name, size in sizes(model).items() if name != "layers"}
     alone = {"bare": (policy, None), "LESS": (policy, kernels.layers[less_layers(model)[0]])}
-    contenders, rows = {"bare": None, "LESS": _without_tables(kernels)}, []
+    contenders, rows = {"bare": None, "LESS": without_tables(kernels)}, []
     if kernels.budgets_for(policy) is not None:
         contenders["LESS by head"] = kernels
     for batch in batches:
@@ -116,7 +116,7 @@ def bench(
     return [replace(row, limit=machine.limit(row, model, contenders.get(row.cache.partition(",")[0]))) for row in rows]
 
 
-def _without_tables(kernels):
+def without_tables(kernels: LessKernels) -> LessKernels:
     """The same kernels, weights shared, for uniform budgets."""
     twin = copy.copy(kernels)
     twin.curves = {}
