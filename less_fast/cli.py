@@ -85,6 +85,9 @@ ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the e
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
 WHICH_KERNELS = "Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those that come with the package by default.")]
+BenchKernelsOption = Annotated[
+    str, typer.Option("--kernels", help="Folder or hub name of kernels for the model, with their tables; random ones by default.")
+]
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
 BudgetOption = Annotated[str, typer.Option("--budget", help="What each KV head keeps: tokens, or a share of the length.")]
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library by default.")]
@@ -255,6 +258,7 @@ def chat(
 @app.command()
 def bench(
     model: ShapeOption = "",
+    kernels: BenchKernelsOption = "",
     policy: PolicyOption = PolicyName("h2o"),
     budget: BudgetOption = "5%",
     family: FamilyOption = FamilyName("exponential"),
@@ -289,16 +293,17 @@ def bench(
     torch.manual_seed(seed)
     network = load_shape(model, device, dtype.value)
     check_length(network, length + benchmark.steps_of(rounds))
-    learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value)
-    learned = learned.requires_grad_(False).to(network.device)
+    learned = load_kernels(network, model, kernels, seed) if kernels else None
+    if learned is None:
+        learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value).requires_grad_(False)
+    learned = learned.to(network.device)
     with errors.status("measuring, all caches in turns ...") as status:
         rows = benchmark.bench(network, rule, learned, batches, length, rounds, compile, status.update)
     record = {
         "rows": [asdict(row) for row in rows],
         "policy": repr(rule),
-        "family": family.value,
-        "rank": rank,
-        "hidden": hidden,
+        "kernels": kernels or "random",
+        **{name: learned.sizes[name] for name in ("family", "rank", "hidden")},
         "length": length,
         "device": torch.cuda.get_device_name(device) if network.device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
@@ -307,7 +312,10 @@ def bench(
     title = f"{model or 'embedded'} model, {length} tokens, {rule}"
     if picture:
         benchmark.plot(rows, picture, f"{title}, {record['device']}")
-    note = f"medians, on {record['device']}, {record['threads']} threads; speed: against the first line of each part"
+    note = (
+        f"medians, on {record['device']}, {record['threads']} threads; speed: against the first line of each part; of the limit: "
+        f"the least time that the bytes to be moved, or the operations, take here (more than 100 %: they lie in the cache)"
+    )
     _report(record, as_json, benchmark.table(rows, f"{title}, {dtype.value}"), note)
 
 

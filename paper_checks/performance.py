@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from less_fast import H2O, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast.demo import KERNELS
+from less_fast.demo import MODEL as DEMO
 from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.layer.step import compiled
 from less_fast.measuring import versions
-from less_fast.measuring.bench import attention_steps, decode, prefill
+from less_fast.measuring.bench import attention_steps, decode, prefill, without_tables
 from less_fast.measuring.caches import fill
 
 HERE = Path(__file__).parent
@@ -101,6 +103,22 @@ def end_to_end(length: int, rounds: int):
     yield rows
 
 
+def by_head(length: int, rounds: int):
+    """The embedded model with its kernels: budgets by head, from their table, against uniform ones."""
+    model, kernels = AutoModelForCausalLM.from_pretrained(DEMO).eval().requires_grad_(False), LessKernels.from_pretrained(KERNELS)
+    raw = []
+    for batch in (1, 8):
+        contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
+        rows = decode(model, half_and_half(51), contenders, batch, length, rounds, True)
+        took, held = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "bytes"))
+        for mode in ("", ", step compiled"):
+            ratio = took["LESS by head" + mode] / took["LESS" + mode]
+            yield Bar(f"decoding, batch {batch}, by head / uniform budgets{mode}", ratio, most=1.1)
+        raw += rows
+    yield Bar("bytes held, by head / uniform budgets", held["LESS by head"] / held["LESS"], most=1.01)
+    yield raw
+
+
 def prompts(length: int, rounds: int):
     """The same model reads a prompt, and one of four times the length."""
     model, kernels = model_and_kernels()
@@ -109,12 +127,15 @@ def prompts(length: int, rounds: int):
     longer = prefill(model, half_and_half(length // 5), contenders, 1, 4 * length, 1)
     took, peak = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "peak"))
     for name in ("bare", "LESS"):
-        yield Bar(f"prefill, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.4)
+        yield Bar(f"prefill, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.25)
     for row in longer:
         if peak[row.cache]:
             grows = row.peak / peak[row.cache]
             yield Bar(f"prefill, peak memory of {4 * length} / {length} tokens, {row.cache}", grows, most=4.5)
-    yield rows + longer
+    positional = prefill(model, Lambda(4, length // 20 - 4), {"bare": None}, 1, length, rounds)
+    took = {row.cache: row.seconds for row in positional}
+    yield Bar("prefill, bare Lambda / DynamicCache", took["bare"] / took["DynamicCache"], most=1.05)
+    yield rows + longer + positional
 
 
 def stream(tokens: int):
@@ -177,6 +198,7 @@ def main():
         attention_step(640 if quick else 8192, 2 if quick else 30),
         unequal_budgets(640 if quick else 8192, 2 if quick else 15),
         end_to_end(256 if quick else 4096, 1 if quick else 6),
+        by_head(256 if quick else 1000, 1 if quick else 15),
         prompts(256 if quick else 4096, 1 if quick else 7),
         stream(1_000 if quick else 1_000_000),
         recompiles(),

@@ -83,6 +83,22 @@ def test_an_attention_step_is_measured_with_the_bytes_that_each_sequence_holds()
     }
 
 
+@pytest.mark.parametrize(("moved", "computed"), [(1e6, 1e12), (1e12, 1e6)])
+def test_the_limit_is_the_slower_of_what_must_be_moved_and_what_must_be_multiplied(moved, computed):
+    model, machine = make_model(), bench.Machine(moved, computed)
+    kernels, table = make_kernels(model), model.get_input_embeddings().weight.numel()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    weights = sum(weight.numel() for weight in model.parameters()) - (0 if tied else table)
+    step, prompt = (bench.row(what, "LESS", 3, 40, [1.0], 1000) for what in ("decode", "prefill"))
+    if moved < computed:
+        assert machine.limit(step, model, kernels) == (weights * 8 + kernels.memory() + 3 * 1000) / moved
+        assert machine.limit(step, model, None) == (weights * 8 + 3 * 1000) / moved
+    else:
+        assert machine.limit(step, model, kernels) == weights * 3 / computed
+        pairs = 3 * 40 * 40 // 2 * 3 * 4 * 8  # of queries and keys, in 3 layers of 4 query heads of 8
+        assert machine.limit(prompt, model, None) == (weights * 3 * 40 + 2 * pairs) / computed
+
+
 def test_only_the_cache_asked_for_is_measured():
     rows = bench.decode(make_model(), H2O(3, 3), {"bare": None}, 1, 40, 1, False, only="bare")
     assert [row.cache for row in rows] == ["bare"]

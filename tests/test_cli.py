@@ -368,6 +368,17 @@ def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(c
     assert all(row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] for row in rows)
 
 
+def test_bench_measures_learned_kernels_by_head_beside_uniform_budgets(command):
+    small = ["--length", 128, "--budget", 16, "--rounds", 1, "--batch", 1, "--no-compile", "--json"]
+    code, out, _ = command("bench", *small, "--kernels", KERNELS)
+    record = json.loads(out)
+    assert (code, record["hidden"], record["kernels"]) == (0, 32, str(KERNELS))
+    for what in ("decode", "prefill"):
+        held = {row["cache"]: row["bytes"] for row in record["rows"] if row["what"] == what}
+        assert held["LESS by head"] == held["LESS"] > held["bare"]
+    assert all(row["limit"] > 0 for row in record["rows"])
+
+
 def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
     monkeypatch.setitem(cli.SHAPES, "llama-2-7b", make_model().config)
     code, out, _ = command("bench", "--model", "llama-2-7b", "--length", 32, "--rounds", 1, "--no-compile", "--json")

@@ -41,6 +41,7 @@ TABLES = {
     "tova": (Policy("TOVA", (4,)),) * 3,
     "scissorhands": (Policy("Scissorhands", (4, 1, 5)),) * 3,
     "snapkv": (Policy("SnapKV", (4, 2, 1)),) * 3,
+    "by head": (H2O_HERE, Policy("H2O", (1, 1)), H2O_HERE),
     "unequal": (H2O_HERE, Policy("Window", (2,)), H2O_HERE),
 }
 

@@ -88,6 +88,13 @@ def test_a_prompt_longer_than_every_block_equals_the_reference():
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
+@pytest.mark.parametrize("policy", [Policy("TOVA", (6,)), Policy("Scissorhands", (6, 1, 4)), Policy("SnapKV", (6, 3, 1))])
+def test_a_prompt_of_which_only_the_last_queries_are_scored_equals_the_reference(policy):
+    case = Case(Layer(2, 2, 4, 2, 3), (20, 1, 1), (policy,) * 2, 1.0, None, 3)
+    assert 0 < policy.fast.last_queries < 20
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
 @given(
     cases(k3=st.sampled_from([0.0, 1e-4, 1.0, "exponential", "performer", "fourier", "elu"])),
     st.sampled_from([1e-3, 1.0, 10.0]),
@@ -196,6 +203,23 @@ def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case
         assert torch.equal(tensor, copy), name
 
 
+def test_heads_that_differ_in_their_budgets_lie_together_if_they_are_few_and_files_hold_them_apart():
+    budgets = [4, 16, 4]
+    state = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets], 2, 6, 3, 8)
+    (part,) = state.parts
+    assert part.k.shape == (2, 1, sum(budgets) + 3, 8)
+    assert [x.shape for name, x in state.saved().items() if name.endswith(".k")] == [(2, 2, 5, 8), (2, 1, 17, 8)]
+    many = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets * 3], 2, 9, 9, 8)
+    assert [part.k.shape for part in many.parts] == [(2, 6, 5, 8), (2, 3, 17, 8)]
+
+
+BY_HEAD = Case(Layer(3, 2, 4, 2, 3), (6, 1, 1, 3, 1, 1, 1), (H2O, Policy("H2O", (4, 3)), H2O), 1.0, None, 5)
+
+
+def test_single_tokens_and_chunks_in_turn_through_heads_that_lie_together_equal_the_reference():
+    assert_extends_alike(BY_HEAD, allocate(BY_HEAD), empty(BY_HEAD), batch(BY_HEAD), slices(BY_HEAD.chunks))
+
+
 @given(cases(policy=ANY_POLICY))
 def test_a_reset_state_is_as_allocated_and_goes_on_so(case):
     state = allocate(case)
@@ -212,13 +236,13 @@ def test_later_steps_never_change_earlier_outputs_nor_the_inputs():
 
 
 def tensors_of(thing):
-    """Every tensor that an object holds in its attributes and lists, less its kernels and its tables of heads."""
+    """Every tensor that an object holds in its attributes and lists, less its kernels and the tables of its heads."""
     if isinstance(thing, torch.Tensor):
         return [thing]
     if isinstance(thing, list | tuple):
         return [tensor for part in thing for tensor in tensors_of(part)]
     if hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
-        apart = ("kv_heads", "query_heads", "policy", "place")
+        apart = ("kv_heads", "query_heads", "policy", "ragged")
         return [tensor for name, part in vars(thing).items() if name not in apart for tensor in tensors_of(part)]
     return []
 

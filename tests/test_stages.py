@@ -250,7 +250,7 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path):
 def test_an_order_names_everything_that_the_weights_depend_on(tmp_path):
     quick_training(tmp_path)
     order = json.loads((tmp_path / "order.json").read_text())
-    assert set(order) == {"identity", "policy", "window", "sequences", "recipe", "text", "curves", "dtype", "format"}
+    assert set(order) == {"identity", "policy", "window", "sequences", "recipe", "text", "curves", "dtype", "start", "format"}
     assert len(order["identity"]["layers"]) == SIZES["num_hidden_layers"]
     with pytest.raises(ValueError, match="with another text"):
         train(make_model().float(), tokens(10, 30, seed=5), tokens(4, 30, seed=1), POLICY, RECIPE, tmp_path)

@@ -207,7 +207,8 @@ class LessCache(WatchedCache):
     def __deepcopy__(self, memo: dict) -> "LessCache":
         twin = type(self)(layers=[])
         shared = [self.config, self.setting, *(layer.kernels for layer in self.less_layers)]
-        shared += [group.kernels for layer in self.less_layers if layer.state for group in layer.state.groups]
+        states = [layer.state for layer in self.less_layers if layer.state]
+        shared += [group.kernels for state in states for group in (*state.parts, *state.groups)]
         memo |= {id(part): part for part in shared} | {id(self): twin}
         with torch.inference_mode(False):
             for layer in self.layers:  # what a pass with gradients left in layers of transformers' own has a graph behind it

@@ -112,7 +112,7 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
         return {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
     if layer.state is None:
         return {}
-    return dict(layer.state.tensors()) | ({} if layer.fed is None else {"fed": layer.fed})
+    return layer.state.saved() | ({} if layer.fed is None else {"fed": layer.fed})
 
 
 def _fill(layer, held, heads, length, device):

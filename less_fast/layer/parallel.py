@@ -41,10 +41,9 @@ def eviction_times(
     def step():
         token = (x.index_select(2, at) for x in (q, k, v))
         extend(state, *token, scale=scale, kinds=None if kinds is None else kinds.index_select(1, at))
-        for group in state.groups:
-            slots = group.position.long().masked_fill(group.position < 0, T)  # (N, H, S)
-            held = last_held[:, group.kv_heads].scatter(2, slots, at.expand(slots.shape))
-            last_held[:, group.kv_heads] = held
+        for heads, position in state.positions():
+            slots = position.long().masked_fill(position < 0, T)  # (N, h, S)
+            last_held[:, heads] = last_held[:, heads].scatter(2, slots, at.expand(slots.shape))
         at.add_(1)
 
     if can_replay(state, T):

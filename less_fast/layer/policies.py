@@ -5,7 +5,8 @@ shape (N rows, H KV heads, G query heads for each, S slots):
 
     update(score (N, H, S), p (N, H, G, m, S), visible (N, H, m, S)) -> score
         p: what m new queries gave each slot, softmax over the visible ones; zero if not visible. A query that is a pad sees
-        nothing. A long chunk comes in several calls, in its order.
+        nothing. A long chunk comes in several calls, in its order; a first one head by head, perhaps, and of its queries only
+        the `last_queries`.
     rank(position (N, H, S), score (N, H, S), n (N, 1, 1)) -> (N, H, S)
         The lowest is evicted; ties evict the newer. n counts the tokens seen, these included. Slots without an entry have
         position -1; their rank is ignored. Called once at the end of a chunk; it may note something in the score, in place.
@@ -47,6 +48,11 @@ class Policy:
 
         @property
         def budget(self) -> int | None: ...
+
+    @property
+    def last_queries(self) -> int | None:
+        """How many of a chunk's last queries the scores depend on; None: on all."""
+        return None if self.scored else 0
 
     def update(self, score: torch.Tensor, p: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         return score
@@ -205,6 +211,7 @@ class TOVA(Policy):
 
     budget: int
     pooled: ClassVar[bool] = True
+    last_queries: ClassVar[int] = 1
 
     def __post_init__(self):
         self._check(budget=1)
@@ -237,6 +244,10 @@ class Scissorhands(Policy):
         self._check(budget=1, recent=0, history=1)
         if self.recent > self.budget or self.history > 52:
             raise LessError(f"Scissorhands needs recent within the budget and a history of at most 52, not {self}")
+
+    @property
+    def last_queries(self) -> int:
+        return self.history
 
     def update(self, score, p, visible):
         below = visible & (p.mean(2) * visible.sum(-1, keepdim=True) < 1 - 1e-6)  # (N, H, m, S)
@@ -276,6 +287,10 @@ class SnapKV(Policy):
     @property
     def score_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.window,)
+
+    @property
+    def last_queries(self) -> int:
+        return self.window
 
     def update(self, score, p, visible):
         real = visible.any(-1)[:, 0]  # (N, m)

@@ -1,7 +1,8 @@
 """LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
 
-The KV heads lie in groups of equal policy (hence equal budget) and equal rank: with a uniform budget there is one group, and
-with a budget table no head pays for another's budget. Only `step.py` changes what is in the tensors while tokens arrive.
+KV heads of equal policy (hence equal budget) and equal rank are a group: with a uniform budget there is one. With a budget table
+the groups of a layer lie together in one ragged tensor, and a single token goes through all of them at once: no head pays for
+another's budget, neither in memory nor in time. Only `step.py` changes what is in the tensors while tokens arrive.
 """
 
 import os
@@ -14,10 +15,43 @@ from .checks import LessError, integer
 from .features import Features
 from .policies import Policy
 
+HEADS_TOGETHER = 8  # a query is multiplied with the slots of all heads that lie together: with more heads it costs what it saves
+
+
+@dataclass
+class Ragged:
+    """Where each of H heads has its slots in a tensor that they share, S slots in all."""
+
+    groups: list["Group"]  # for no sequences, in the order of their slots
+    heads: list[list[int]]  # which of the H heads are each group's
+    owner: torch.Tensor  # (H, S) bool, which slots are a head's
+    first: torch.Tensor  # (H, 1) int64, its first slot
+    budget: torch.Tensor  # (H, 1) int64, its slots but the scratch slot
+    place: torch.Tensor  # (H,) int64, where it stands when the groups stand side by side
+
+    @classmethod
+    def of(cls, groups: list["Group"], heads: list[list[int]]) -> "Ragged":
+        slots = {head: group.k.shape[2] for group, some in zip(groups, heads) for head in some}  # of each head, as they lie
+        order = torch.tensor(list(slots))  # (H,)
+        owner = order.repeat_interleave(torch.tensor(list(slots.values()))) == order.sort().values[:, None]  # (H, S)
+        budget = owner.sum(1, keepdim=True) - 1  # (H, 1)
+        tables = owner, owner.int().argmax(1, keepdim=True), budget, order.argsort()
+        return cls(groups, heads, *(table.to(groups[0].z.device) for table in tables))
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x (N, 1, S, ...) -> for each group a view (N, h, budget + 1, ...)."""
+        shapes = [group.k.shape[1:3] for group in self.groups]
+        parts = x[:, 0].split([h * slots for h, slots in shapes], 1)
+        return [part.view(len(x), *shape, *x.shape[3:]) for part, shape in zip(parts, shapes)]
+
 
 @dataclass
 class Group:
-    """KV heads that share a policy and a rank. S = budget + 1 slots, one of them scratch; an empty slot has position -1."""
+    """KV heads that share a policy and a rank. S = budget + 1 slots, one of them scratch; an empty slot has position -1.
+
+    Or several groups in ragged tensors: k, v, position and score are (N, 1, S, ...) with S slots in all, and the policy is that
+    of the largest budget.
+    """
 
     policy: Policy
     kernels: Features | None  # of these heads alone
@@ -29,19 +63,61 @@ class Group:
     score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, perhaps (N, H, S, C)
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
-    scratch: torch.Tensor  # (N, H, 1) the empty slot that the next token takes
+    scratch: torch.Tensor  # (N, H, 1) the empty slot that the next token takes, counted from the head's first
+    ragged: Ragged | None = None
 
-    TENSORS = ("k", "v", "position", "score", "H", "z", "scratch")
+    SLOTS = ("k", "v", "position", "score")
+    TENSORS = (*SLOTS, "H", "z", "scratch")
+
+    @property
+    def policies(self) -> list[Policy]:
+        """That of each head."""
+        if self.ragged is None:
+            return [self.policy] * self.z.shape[1]
+        of = {head: group.policy for group, heads in zip(self.ragged.groups, self.ragged.heads) for head in heads}
+        return [of[head] for head in range(len(of))]
+
+    def split(self) -> list["Group"]:
+        """Of ragged tensors each group, in tensors of its own, which are copies; else the group itself."""
+        if self.ragged is None:
+            return [self]
+        slots = zip(*(self.ragged.split(getattr(self, name)) for name in self.SLOTS))
+        groups = []
+        for group, heads, held in zip(self.ragged.groups, self.ragged.heads, slots):
+            tensors = *(x.clone() for x in held), *(x[:, heads] for x in (self.H, self.z, self.scratch))
+            groups.append(Group(group.policy, group.kernels, group.kv_heads, group.query_heads, *tensors))
+        return groups
+
+    def join(self, groups: list["Group"]) -> None:
+        """Puts what `split` took apart back in its place."""
+        if self.ragged is None:
+            return
+        for name in self.SLOTS:
+            for part, group in zip(self.ragged.split(getattr(self, name)), groups):
+                part.copy_(getattr(group, name))
+        for group, heads in zip(groups, self.ragged.heads):
+            for name in ("H", "z", "scratch"):
+                getattr(self, name)[:, heads] = getattr(group, name)
 
 
 class LayerState:
-    """One layer's cache for a batch: `groups` of KV heads, and `n` (N,), the real tokens that each row has seen."""
+    """One layer's cache for a batch: `parts`, which are groups or several in ragged tensors; and `n` (N,), the real tokens that
+    each row has seen."""
 
-    def __init__(self, groups: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int):
-        self.groups, self.n = groups, n
+    def __init__(self, parts: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int):
+        self.parts, self.n = parts, n
         self.query_heads, self.kv_heads = query_heads, kv_heads
-        if len(groups) > 1:  # where each query head stands when the groups' outputs stand side by side
-            self.place = torch.cat([group.query_heads for group in groups]).argsort()  # type: ignore[misc]
+
+    def positions(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
+        """Some of the KV heads, and the positions (N, h, S) in their slots."""
+        for part in self.parts:
+            groups = [(part, part.position)] if part.ragged is None else zip(part.ragged.groups, part.ragged.split(part.position))
+            yield from ((group.kv_heads, position) for group, position in groups)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The KV heads by policy and rank, in order of first appearance; copies of what lies in ragged tensors."""
+        return _in_order([group for part in self.parts for group in part.split()])
 
     @classmethod
     def allocate(
@@ -80,34 +156,57 @@ class LayerState:
     @classmethod
     def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device):
         ranks = kernels.ranks if kernels else [0] * kv_heads
-        wide, both = torch.promote_types(dtype, torch.float32), list(zip(policies, ranks))
-        groups = []
-        for rule, rank in dict.fromkeys(both):  # in order of first appearance
-            heads = [g for g in range(kv_heads) if both[g] == (rule, rank)]
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def group(policy, heads, batch, ragged=None):
             readers = [g * (query_heads // kv_heads) + a for g in heads for a in range(query_heads // kv_heads)]
-            every = len(heads) == kv_heads
-            shape = (batch, len(heads), 0 if rule.budget is None else rule.budget + 1)
-            groups.append(
-                Group(
-                    policy=rule,
-                    kernels=kernels.select_heads(heads) if kernels else None,
-                    kv_heads=slice(None) if every else torch.tensor(heads, device=device),
-                    query_heads=slice(None) if every else torch.tensor(readers, device=device),
-                    k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-                    v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-                    position=torch.full(shape, -1, dtype=torch.int32, device=device),
-                    score=torch.zeros(*shape, *rule.score_shape, dtype=rule.score_dtype or wide, device=device),
-                    H=torch.zeros(batch, len(heads), rank, head_dim, dtype=wide, device=device),
-                    z=torch.zeros(batch, len(heads), rank, dtype=wide, device=device),
-                    scratch=torch.zeros(batch, len(heads), 1, dtype=torch.int64, device=device),
-                )
+            every, H, R = len(heads) == kv_heads, len(heads), ranks[heads[0]]
+            S = 0 if policy.budget is None else policy.budget + 1
+            shape = (batch, H, S) if ragged is None else (batch, 1, ragged.owner.shape[1])
+            return Group(
+                policy=policy,
+                kernels=kernels.select_heads(heads) if kernels else None,
+                kv_heads=slice(None) if every else torch.tensor(heads, device=device),
+                query_heads=slice(None) if every else torch.tensor(readers, device=device),
+                k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+                v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+                position=torch.full(shape, -1, dtype=torch.int32, device=device),
+                score=torch.zeros(*shape, *policy.score_shape, dtype=policy.score_dtype or wide, device=device),
+                H=torch.zeros(batch, H, R, head_dim, dtype=wide, device=device),
+                z=torch.zeros(batch, H, R, dtype=wide, device=device),
+                scratch=torch.zeros(batch, H, 1, dtype=torch.int64, device=device),
+                ragged=ragged,
             )
-        return cls(groups, torch.zeros(batch, dtype=torch.int64, device=device), query_heads, kv_heads)
+
+        together: dict = {}  # the heads that may lie in one tensor, by policy
+        for g, (policy, rank) in enumerate(zip(policies, ranks)):
+            fixed = kv_heads <= HEADS_TOGETHER and policy.one_leaves  # shapes, so that all that a token needs can be done at once
+            kind = type(policy), policy.score_shape, rank, None if fixed else policy
+            together.setdefault(kind, {}).setdefault(policy, []).append(g)
+        parts = []
+        for heads in together.values():
+            largest = max(heads, key=lambda policy: policy.budget or 0)
+            if len(heads) == 1:
+                parts.append(group(largest, heads[largest], batch))
+            else:
+                every = sorted(g for some in heads.values() for g in some)
+                groups = [group(policy, some, 0) for policy, some in heads.items()]
+                parts.append(
+                    group(largest, every, batch, Ragged.of(groups, [[every.index(g) for g in some] for some in heads.values()]))
+                )
+        return cls(parts, torch.zeros(batch, dtype=torch.int64, device=device), query_heads, kv_heads)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the state holds, by name."""
+        return self._named(self.parts)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What files hold, by name: the tensors, of ragged ones each group's."""
+        return dict(self._named(self.groups))
+
+    def _named(self, groups):
         yield "n", self.n
-        for index, group in enumerate(self.groups):
+        for index, group in enumerate(groups):
             for name in Group.TENSORS:
                 yield f"{index}.{name}", getattr(group, name)
 
@@ -125,7 +224,7 @@ class LayerState:
         """Forgets everything, in place: as allocated."""
         for name, tensor in self.tensors():
             tensor.fill_(-1 if name.endswith("position") else 0)
-        for group in self.groups:
+        for group in self.parts:
             if group.policy.budget is None:
                 for name in ("k", "v", "position", "score"):
                     setattr(group, name, getattr(group, name)[:, :, :0].clone())
@@ -135,7 +234,7 @@ class LayerState:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
         self.n = self.n.index_select(0, rows)
-        for group in self.groups:
+        for group in self.parts:
             for name in Group.TENSORS:
                 setattr(group, name, getattr(group, name).index_select(0, rows))
 
@@ -149,14 +248,14 @@ class LayerState:
         """
         if not states or any(state._kind() != states[0]._kind() for state in states):
             raise LessError("states are joined if they were allocated alike: with equal policies and sizes, and the same kernels")
-        groups = []
-        for parts in zip(*(state.groups for state in states)):
+        joined = []
+        for parts in zip(*(state.parts for state in states)):
             slots = max(part.k.shape[2] for part in parts)  # they differ under the policy full
             tensors = {name: [getattr(part, name) for part in parts] for name in Group.TENSORS}
             for name in ("k", "v", "position", "score"):
                 tensors[name] = [_with_slots(x, slots, -1 if name == "position" else 0) for x in tensors[name]]
-            groups.append(replace(parts[0], **{name: torch.cat(rows) for name, rows in tensors.items()}))
-        return cls(groups, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads)
+            joined.append(replace(parts[0], **{name: torch.cat(rows) for name, rows in tensors.items()}))
+        return cls(joined, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads)
 
     def _kind(self):
         heads = torch.arange(self.kv_heads, device=self.n.device)
@@ -169,7 +268,7 @@ class LayerState:
         """Writes the state as one safetensors file: written aside, then renamed. OSError if that fails."""
         from ..files import write  # this room needs torch alone; files need safetensors
 
-        write(path, dict(self.tensors()), self._identity())
+        write(path, self.saved(), self._identity())
 
     def load(self, path: str | os.PathLike) -> None:
         """Takes over a saved state. LessError, and nothing changed, if the file is broken, or was saved with other policies,
@@ -189,24 +288,26 @@ class LayerState:
 
     @torch.inference_mode(False)
     def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts other tensors, named as `tensors` names them, in the place of these."""
+        """Puts other tensors, named as `saved` names them, in the place of these."""
         self.n = tensors["n"].to(self.n.device)
-        for index, group in enumerate(self.groups):
+        apart = [part.split() for part in self.parts]
+        for index, group in enumerate(_in_order([group for groups in apart for group in groups])):
             for name in Group.TENSORS:
                 setattr(group, name, tensors[f"{index}.{name}"].to(self.n.device))
+        for part, groups in zip(self.parts, apart):
+            part.join(groups)
 
     def _identity(self):
         from ..files import digest
 
-        group, heads = self.groups[0], torch.arange(self.kv_heads, device=self.n.device)
-        kernels = [digest(group.kernels.state_dict()) for group in self.groups if group.kernels]
+        groups, heads = self.groups, torch.arange(self.kv_heads, device=self.n.device)
+        kernels = [digest(group.kernels.state_dict()) for group in groups if group.kernels]
         return {
             "groups": "; ".join(
-                f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}"
-                for group in self.groups
+                f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}" for group in groups
             ),
-            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {group.k.shape[-1]}",
-            "dtype": f"{group.k.dtype}, {group.H.dtype}",
+            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {groups[0].k.shape[-1]}",
+            "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
             "rows": f"{len(self.n)} rows",
             "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
         }
@@ -215,6 +316,11 @@ class LayerState:
 def _with_slots(x, slots, value):
     """x (N, H, S, ...) -> (N, H, slots, ...): the new ones, behind the others, hold the value."""
     return torch.cat([x, x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), value)], 2)
+
+
+def _in_order(groups):
+    """By their first KV heads."""
+    return groups if len(groups) == 1 else sorted(groups, key=lambda group: int(group.kv_heads[0]))
 
 
 def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list[Policy]:

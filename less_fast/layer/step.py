@@ -14,13 +14,13 @@ from .checks import LessError
 from .policies import best_first
 from .state import Group, LayerState
 
-QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries: memory linear in its length
+QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries, of one head of four times as many: linear memory
 ENTRIES_AT_ONCE = 1024  # and folded in blocks of this many entries
 LARGEST = 1e12  # a token with larger numbers is broken: their products would leave float32
 
 
 class Entries(NamedTuple):
-    """What the new queries can see of one group: the held entries and the chunk."""
+    """What the new queries can see of one group: the held entries and the chunk. In ragged tensors (N, 1, S, ...)."""
 
     k: torch.Tensor  # (N, H, S, D)
     v: torch.Tensor  # (N, H, S, D)
@@ -63,15 +63,21 @@ def extend(
     first_chunk = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
     state.n += real.sum(1)
     outs = []
-    for group in state.groups:
-        queries = q[:, group.query_heads].unflatten(1, (group.k.shape[1], -1))  # (N, H, G, m, D)
-        entries = _enter(group, queries, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
-        slots_full = no_pads and entries.k is group.k and _known_true(state.n >= group.k.shape[2])
-        logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
-        out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
-        outs.append(out.flatten(1, 2).to(q.dtype))
-        _evict(group, entries, real, state.n, slots_full)
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, 1).index_select(1, state.place)  # (N, Hq, m, D)
+    for part in state.parts:
+        groups = [part] if q.shape[2] == 1 else part.split()  # a longer chunk is attended group by group
+        for group in groups:
+            queries = q[:, group.query_heads].unflatten(1, (group.z.shape[1], -1))  # (N, H, G, m, D)
+            entries = _enter(group, queries, k[:, group.kv_heads], v[:, group.kv_heads], arrived, kinds, first_chunk)
+            slots_full = no_pads and entries.k is group.k and _known_true(state.n > group.policy.budget)
+            logits = scale, softcap, None if sinks is None else sinks[group.query_heads].view(queries.shape[1:3])
+            out = _attend_and_score(group, entries, queries, arrived, real, logits, no_pads, slots_full)  # (N, H, G, m, D)
+            outs.append((group.query_heads, out.flatten(1, 2).to(q.dtype)))
+            _evict(group, entries, real, state.n, slots_full)
+        if q.shape[2] > 1:
+            part.join(groups)
+    out = outs[0][1] if len(outs) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)  # (N, Hq, m, D)
+    for heads, some in outs if len(outs) > 1 else []:
+        out[:, heads] = some
     if no_pads:
         return out
     broken = ~finite if valid is None else ~finite & valid
@@ -84,8 +90,8 @@ def compiled(state: LayerState, like: torch.Tensor, softcap: float | None = None
     torch.compile holds few variants of one piece of code and then gives up, so each kind of state gets a copy of its own.
     What it returns raises LessError if nothing can be compiled, for want of a C++ compiler for example.
     """
-    groups = ((group.policy, type(group.kernels), tuple(group.z.shape), group.H.dtype) for group in state.groups)
-    return _compiled(tuple(groups), tuple(like.shape), state.kv_heads, like.dtype, like.device, softcap, sinks)
+    parts = ((*part.policies, type(part.kernels), tuple(part.z.shape), part.H.dtype) for part in state.parts)
+    return _compiled(tuple(parts), tuple(like.shape), state.kv_heads, like.dtype, like.device, softcap, sinks)
 
 
 @cache
@@ -130,13 +136,13 @@ def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
         score[..., :4] = group.kernels.rho(q, k, v)
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.one_leaves:
-        row = _rows(group.scratch, group.k.shape[2])
+        row = _rows(_slot(group, group.scratch), group.k)
         for name, token in new._asdict().items():
             getattr(group, name).flatten(0, 2).index_copy_(0, row, token.flatten(0, 2))
         return Entries(group.k, group.v, group.position, group.score)
-    if first_chunk:
-        if group.policy.budget is None:  # it keeps them, and the caller may change what is the caller's
-            return Entries(k.clone(), v.clone(), position, score)
+    if (
+        first_chunk and group.policy.budget is not None
+    ):  # the full policy keeps it, and the caller may change what is the caller's
         return Entries(k.contiguous(), v.contiguous(), position, score)
     return Entries(*(torch.cat([getattr(group, name), tokens], 2) for name, tokens in new._asdict().items()))
 
@@ -146,9 +152,8 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
     scores are updated in place."""
     m, (scale, *unusual) = q.shape[3], logits
     before = entries.position.shape[2] - m  # slots before the chunk
-    if before == 0 and m > 1 and unusual == [None, None] and not group.policy.scored and real.all():  # a first chunk, not scored
-        heads = q.flatten(1, 2), entries.k, entries.v
-        return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
+    if before == 0 and m > 1 and unusual == [None, None] and real.all():
+        return _attend_and_score_a_prompt(group.policy, entries, q, scale, group.z.dtype)
     blocks = []
     for start in range(0, m, QUERIES_AT_ONCE):
         now = slice(start, start + QUERIES_AT_ONCE)
@@ -159,17 +164,62 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
         else:
             visible = (position >= 0) & (position <= arrived[:, None, now, None])  # (N, H, m, S)
             clear = start if no_pads and before == 0 else 0
+        own = visible  # what a query sees: in ragged tensors its head's slots alone
+        if group.ragged is not None:
+            own, clear = group.ragged.owner[None, :, None], 0  # (1, H, 1, S)
+            own = own if slots_full else visible & own  # (N, H, m, S)
         low_rank = None
         if group.z.shape[2] and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
         k, v = entries.k[:, :, seen], entries.v[:, :, seen]
-        out, p = attend(q[:, :, :, now], k, v, visible, clear, None if no_pads else real[:, now], scale, low_rank, *unusual)
+        out, p = attend(q[:, :, :, now], k, v, own, clear, None if no_pads else real[:, now], scale, low_rank, *unusual)
         blocks.append(out)
         if group.policy.scored:
-            visible = visible.expand(-1, q.shape[1], -1, -1)
-            entries.score[:, :, seen] = group.policy.update(entries.score[:, :, seen], p, visible)
+            _score(group, entries.score[:, :, seen], p, visible)
     return torch.cat(blocks, 3) if len(blocks) > 1 else blocks[0]
+
+
+def _attend_and_score_a_prompt(policy, entries, q, scale, wide):
+    """The same for a first chunk that is all tokens, under plain softmax attention.
+
+    Queries that no score depends on are left to scaled_dot_product_attention. The others go in blocks that lie in the same
+    memory, on a CPU head by head, so that they stay in its cache.
+    """
+    (N, H, G, m, D), last = q.shape, policy.last_queries
+    q, k, v = (x if last == 0 else x.to(wide) for x in (q, entries.k, entries.v))
+    if last is not None:
+        out = scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
+    else:
+        out = torch.empty_like(q)
+    first = 0 if last is None else max(0, m - last)
+    heads, many = (1, 4 * QUERIES_AT_ONCE) if q.is_cpu and not policy.pooled else (H, QUERIES_AT_ONCE)  # at once
+    room = q.new_empty(N * heads * G * min(many, m - first) * m)
+    for now in (slice(start, min(start + many, m)) for start in range(first, m, many)):
+        visible = torch.ones(now.stop - now.start, now.stop, dtype=torch.bool, device=q.device).tril(now.start)  # (b, S)
+        for some in (slice(head, head + heads) for head in range(0, H, heads)):
+            queries = (q[:, some, :, now] * scale).reshape(N * heads, -1, D)  # (N h, G b, D)
+            p = room[: queries.shape[0] * queries.shape[1] * now.stop].view(*queries.shape[:2], now.stop)  # (N h, G b, S)
+            torch.bmm(queries, k[:, some, : now.stop].flatten(0, 1).mT, out=p)
+            each = p.view(N, heads, G, -1, now.stop)  # (N, h, G, b, S)
+            each[..., now].masked_fill_(~visible[:, now], -torch.inf)
+            torch.softmax(p, -1, out=p)
+            if last is None:
+                out[:, some, :, now] = (p @ v[:, some, : now.stop].flatten(0, 1)).view(N, heads, G, -1, D)
+            score = entries.score[:, some, : now.stop]  # (N, h, S)
+            score.copy_(policy.update(score, each, visible.expand(N, heads, -1, -1)))
+    return out
+
+
+def _score(group, score, p, visible):
+    """The policy's update, in place. score (N, H, S), p (N, H, G, m, S), visible (N, 1 or H, m, S)."""
+    if group.ragged is None:
+        score.copy_(group.policy.update(score, p, visible.expand(-1, p.shape[1], -1, -1)))
+        return
+    p = p.sum(1, keepdim=True)[:, :, :, 0].mT  # (N, 1, S, G): the queries of all other heads gave a slot nothing
+    parts = (group.ragged.split(x) for x in (score, p, visible[:, :, 0]))
+    for one, score, p, visible in zip(group.ragged.groups, *parts):
+        score.copy_(one.policy.update(score, p.mT[:, :, :, None], visible[:, :, None]))
 
 
 def _evict(group, entries, real, n, slots_full):
@@ -179,25 +229,42 @@ def _evict(group, entries, real, n, slots_full):
             group.k, group.v, group.position, group.score = (x.clone() if x.is_inference() else x for x in entries)
         return
     seen = n[:, None, None].int()  # (N, 1, 1)
-    rank = group.policy.rank(entries.position, entries.score, seen)
     if entries.k is group.k:
-        _evict_in_place(group, entries, rank, real[:, None], seen, slots_full)
+        _evict_in_place(group, real[:, None], seen, slots_full)
     else:
-        _keep_the_best(group, entries, rank)
+        _keep_the_best(group, entries, group.policy.rank(entries.position, entries.score, seen))
         group.scratch.copy_(seen.clamp(max=group.policy.budget).expand(group.scratch.shape))
 
 
-def _evict_in_place(group, entries, rank, real, n, slots_full):
+def _evict_in_place(group, real, n, slots_full):
     """One token came into the scratch slot: if there are more than the budget, the lowest goes, and its slot is the next
-    scratch slot. rank (N, H, S), real and n (N, 1, 1)."""
-    if not slots_full:
-        rank = torch.where(entries.position >= 0, rank, _highest(rank))
-    lowest = torch.where(rank == rank.amin(-1, keepdim=True), entries.position, -1)
-    position, victim = lowest.max(-1, keepdim=True)  # (N, H, 1), of those that tie the newest
-    goes = real & (n > group.policy.budget)
-    _fold(group, entries, victim, goes.expand(victim.shape))
-    group.position.scatter_(2, victim, torch.where(goes, -1, position))
+    scratch slot. real and n (N, 1, 1)."""
+    ragged = group.ragged
+    if ragged is None:
+        budget, (position, victim) = group.policy.budget, _lowest(group.policy, group.position, group.score, n, slots_full)
+    else:
+        parts = zip(ragged.groups, ragged.split(group.position), ragged.split(group.score))
+        lowest = zip(*(_lowest(one.policy, position, score, n, slots_full) for one, position, score in parts))
+        budget, (position, victim) = ragged.budget, (torch.cat(x, 1).index_select(1, ragged.place) for x in lowest)
+    goes = real & (n > budget)
+    slot = _slot(group, victim)
+    _fold(group, group, slot, goes.expand(slot.shape))
+    position = torch.where(goes, -1, position)
+    group.position.scatter_(2, _as_they_lie(slot, group.k), _as_they_lie(position, group.k))
     group.scratch.copy_(torch.where(goes, victim, torch.where(real, n, group.scratch)))
+
+
+def _lowest(policy, position, score, n, slots_full):
+    """Position and slot (N, H, 1) of what ranks lowest, of those that tie the newest."""
+    rank = policy.rank(position, score, n)  # (N, H, S)
+    if not slots_full:
+        rank = torch.where(position >= 0, rank, _highest(rank))
+    return torch.where(rank == rank.amin(-1, keepdim=True), position, -1).max(-1, keepdim=True)
+
+
+def _slot(group, slot):
+    """Where in the group's tensors these slots (N, H, 1) are, each counted from its head's first."""
+    return slot if group.ragged is None else slot + group.ragged.first
 
 
 def _keep_the_best(group, entries, rank):
@@ -232,16 +299,21 @@ def _fold(group, entries, slots, goes):
 
 
 def _take(tensors, slots):
-    """Of each of the tensors (N, H, S, ...) what is at the slots (N, H, s): (N, H, s, ...)."""
-    rows = _rows(slots, tensors[0].shape[2])
+    """Of each of the tensors (N, H, S, ...), or ragged ones (N, 1, S, ...), what is at the slots (N, H, s): (N, H, s, ...)."""
+    rows = _rows(slots, tensors[0])
     return [x.flatten(0, 2).index_select(0, rows).view(*slots.shape, *x.shape[3:]) for x in tensors]
 
 
-def _rows(slots, S):
-    """slots (N, H, s) -> (N H s,): the same in tensors (N, H, S, ...) that are flattened to (N H S, ...). Whole rows are
-    copied at once that way; gather and scatter_ copy number by number."""
-    N, H, _ = slots.shape
-    return (torch.arange(0, N * H * S, S, device=slots.device)[:, None] + slots.flatten(0, 1)).flatten()
+def _rows(slots, held):
+    """slots (N, H, s) -> (N H s,): the same in tensors (N, H, S, ...), or ragged ones (N, 1, S, ...), that are flattened to
+    (N H S, ...). Whole rows are copied at once that way; gather and scatter_ copy number by number."""
+    N, H, S = held.shape[:3]
+    return (torch.arange(0, N * H * S, S, device=slots.device)[:, None] + _as_they_lie(slots, held).flatten(0, 1)).flatten()
+
+
+def _as_they_lie(slots, held):
+    """Something of slots (N, H, s), in ragged tensors (N, 1, H s)."""
+    return slots.reshape(*held.shape[:2], -1)
 
 
 def _highest(rank):
@@ -249,7 +321,7 @@ def _highest(rank):
 
 
 def _check(state, q, k, v, valid, kinds, sinks):
-    kept = state.groups[0].k
+    kept = state.parts[0].k
     N, D = kept.shape[0], kept.shape[-1]
     m = q.shape[2] if q.ndim == 4 else 0
     wanted = {
@@ -270,6 +342,6 @@ def _check(state, q, k, v, valid, kinds, sinks):
         )
     if valid is not None and valid.dtype != torch.bool:
         raise LessError(f"valid must be bool (True for tokens, False for pads), not {valid.dtype}")
-    asks = [group.policy for group in state.groups if group.policy.kinds]
+    asks = [group.policy for group in state.parts if group.policy.kinds]
     if asks and kinds is None:
         raise LessError(f"{asks[0]} needs the kinds of the tokens: give extend kinds, or LessCache.for_model token_kinds")

@@ -47,7 +47,7 @@ def stream(
 
 def can_replay(state: LayerState, steps: int) -> bool:
     """Whether so many steps are worth a graph, and one can be captured: shapes stay what they are, on a GPU."""
-    return steps > FEW and state.n.is_cuda and all(group.policy.one_leaves for group in state.groups)
+    return steps > FEW and state.n.is_cuda and all(group.policy.one_leaves for group in state.parts)
 
 
 def replay(step: Callable[[], None], times: int, changed: Sequence[torch.Tensor]) -> None:

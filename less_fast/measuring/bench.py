@@ -8,7 +8,7 @@ import ctypes
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,8 @@ BURST = 8  # steps in one turn: a caller's next step finds the caches of the pro
 @dataclass
 class Row:
     """One line of a benchmark. seconds: median of one step or prompt, with the quartiles; bytes: held for each sequence;
-    peak: bytes allocated above what was there before, None if that was not measured."""
+    peak: bytes allocated above what was there before, None if that was not measured; limit: seconds that it cannot go below on
+    this machine, see `Machine`, None if that was not asked."""
 
     what: str  # attention step, decode or prefill
     cache: str
@@ -47,6 +48,41 @@ class Row:
     tokens_per_second: float
     bytes: int
     peak: int | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine can do at most: bytes moved and multiplications with additions, in a second."""
+
+    moved: float
+    computed: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype, size: int = 4096, rounds: int = 5) -> "Machine":
+        """By a copy and by a product of matrices (size x size), the best of so many rounds."""
+        one, other, out = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))  # (size, size)
+        steps = {"copy": partial(out.copy_, one), "product": partial(torch.mm, one, other, out=out)}
+        best = {name: min(seconds) for name, seconds in in_turns(steps, rounds, device, burst=1).items()}
+        return cls(2 * one.nbytes / best["copy"], size**3 / best["product"])
+
+    def limit(self, row: Row, model: PreTrainedModel, kernels: LessKernels | None) -> float:
+        """Seconds of a row at least: the weights and what is held move once, each weight is multiplied once for every token, and
+        in a prompt each query with every key and value before it."""
+        shape = sizes(model)
+        if row.what == "attention step":
+            weights, read, tokens = 0, 0 if kernels is None else kernels.layers[0].memory(), row.batch  # type: ignore[operator]
+        else:
+            tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+            looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
+            weights = sum(weight.numel() for weight in model.parameters()) - looked_up
+            read, tokens = kernels.memory() if kernels is not None else 0, row.batch
+        computed = weights * tokens
+        if row.what == "prefill":
+            pairs = row.batch * row.length**2 // 2
+            computed = weights * row.batch * row.length + 2 * pairs * shape["layers"] * shape["query_heads"] * shape["head_dim"]
+        moved = weights * model.dtype.itemsize + read + row.batch * row.bytes
+        return max(moved / self.moved, computed / self.computed)
 
 
 def bench(
@@ -59,20 +95,32 @@ def bench(
     compile: bool,
     progress: Callable[[str], object] = lambda stage: None,
 ) -> list[Row]:
-    """Attention steps and decoding for each of the batches, then prefill: full caches, the bare policy and LESS.
+    """Attention steps and decoding for each of the batches, then prefill: full caches, the bare policy and LESS, with uniform
+    budgets and, if the kernels have a table for the policy, by head.
 
     length: tokens of each sequence before the measured ones, and of the prompt; rounds: turns of each cache; compile: measure
     compiled code as well. Raises LessError if LESS cannot serve the model.
     """
     layer = {name: size for name, size in sizes(model).items() if name != "layers"}
     alone = {"bare": (policy, None), "LESS": (policy, kernels.layers[less_layers(model)[0]])}
-    contenders, rows = {"bare": None, "LESS": kernels}, []
+    contenders, rows = {"bare": None, "LESS": without_tables(kernels)}, []
+    if kernels.budgets_for(policy) is not None:
+        contenders["LESS by head"] = kernels
     for batch in batches:
         progress(f"attention steps and decoding, batch {batch} ...")
         rows += attention_steps(layer, alone, batch, length, rounds, model.dtype, model.device, compile)
         rows += decode(model, policy, contenders, batch, length, rounds, compile)
     progress("prefill ...")
-    return rows + prefill(model, policy, contenders, 1, length, rounds)
+    rows += prefill(model, policy, contenders, 1, length, rounds)
+    machine = Machine.measure(model.device, model.dtype)
+    return [replace(row, limit=machine.limit(row, model, contenders.get(row.cache.partition(",")[0]))) for row in rows]
+
+
+def without_tables(kernels: LessKernels) -> LessKernels:
+    """The same kernels, weights shared, for uniform budgets."""
+    twin = copy.copy(kernels)
+    twin.curves = {}
+    return twin
 
 
 def steps_of(rounds: int) -> int:
@@ -287,7 +335,7 @@ class Peak:
 
 def table(rows: list[Row], title: str) -> Table:
     """The rows to print, each part's speeds relative to its first line."""
-    right = ("batch", "ms", "quartiles", "tokens/s", "speed", "bytes/sequence", "peak")
+    right = ("batch", "ms", "quartiles", "tokens/s", "speed", "of the limit", "bytes/sequence", "peak")
     lines = Table("", "cache", *(Column(heading, justify="right") for heading in right), title=title)
     first = None
     for row in rows:
@@ -302,6 +350,7 @@ def table(rows: list[Row], title: str) -> Table:
             " to ".join(f"{seconds * 1e3:,.2f}" for seconds in row.quartiles),
             f"{row.tokens_per_second:,.0f}",
             f"{first.seconds / row.seconds:.2f}x",
+            "" if row.limit is None else f"{row.limit / row.seconds:.0%}",
             f"{row.bytes:,}",
             "" if row.peak is None else spell_bytes(row.peak),
         )
@@ -314,7 +363,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
     decoding = [row for row in rows if row.what == "decode"]
     batches = sorted({row.batch for row in decoding})
-    colours = {"DynamicCache": "gray", "StaticCache": "black", "bare": "tab:red", "LESS": "tab:blue"}
+    colours = {"DynamicCache": "gray", "StaticCache": "black", "bare": "tab:red", "LESS": "tab:blue", "LESS by head": "tab:green"}
     dashes = {"": ":", "step compiled": "--", "compiled": "-"}
     with picture(path, (8, 4.2)) as (figure, axes):
         for cache in dict.fromkeys(row.cache for row in decoding):

@@ -85,8 +85,8 @@ def grow(layer: DynamicLayer, k: torch.Tensor, v: torch.Tensor, tokens: int) -> 
 
 def fill(state: LayerState, length: int) -> None:
     """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
-    group = state.groups[0]
-    most = max(group.policy.budget for group in state.groups) + 1
+    group = state.parts[0]
+    most = max(part.policy.budget for part in state.parts) + 1
     N, D = group.k.shape[0], group.k.shape[-1]
     q, k, v = (
         torch.randn(N, heads, min(length, most), D, device=group.k.device).to(group.k.dtype)
@@ -99,5 +99,5 @@ def fill(state: LayerState, length: int) -> None:
 def age(state: LayerState, tokens: int) -> None:
     """Makes a state believe that so many more tokens came before those that it holds."""
     state.n += tokens
-    for group in state.groups:
+    for group in state.parts:
         group.position += tokens * (group.position >= 0)
