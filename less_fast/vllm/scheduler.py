@@ -1,0 +1,50 @@
+"""A scheduler of vLLM's that preempts nothing: a preempted request would come back with what it has generated as part of its
+prompt, in one piece, which is another computation and another text.
+
+No more requests run than have room for the longest text, so vLLM has no reason to preempt. What would nevertheless is refused.
+"""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ..layer.checks import LessError
+
+logger = init_logger(__name__)
+
+
+class _PreemptsNothing:
+    running: list
+    max_num_running_reqs: int
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any):
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        pages = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs)
+        room = (kv_cache_config.num_blocks - 1) // pages  # vLLM keeps one page for itself
+        if room < 1:
+            raise LessError(
+                "there is no room for one text of the longest length: give vLLM more memory or a shorter --max-model-len"
+            )
+        if room < self.max_num_running_reqs:
+            logger.info("LESS: %d requests run at once, as many as have room to their end; more wait", room)
+            self.max_num_running_reqs = room
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        """LessError if requests that run would have to begin again."""
+        if reset_running_requests and self.running:
+            raise LessError(f"{len(self.running)} requests run, and would become others: wait until they are done, then reset")
+        return super().reset_prefix_cache(False, *args, **kwargs)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        raise LessError(f"request {request.request_id} would be preempted, and its text change: start with less --max-num-seqs")
+
+
+class LessScheduler(_PreemptsNothing, Scheduler):
+    """vLLM's own otherwise."""
+
+
+class AsyncLessScheduler(_PreemptsNothing, AsyncScheduler):
+    """The same, for engines that schedule a step before the last one is done."""
