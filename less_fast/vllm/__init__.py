@@ -15,10 +15,11 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
-    from .asked import LessConfig
+    from .asked import LessConfig, PlainConfig
 
     register_backend(MambaAttentionBackendEnum.CUSTOM, f"{__name__}.step.LessBackend", is_mamba=True)
     for name in list(ModelRegistry.get_supported_archs()):
         if name.endswith(("ForCausalLM", "LMHeadModel")) and not name.startswith(PREFIX):
             ModelRegistry.register_model(PREFIX + name, f"{__name__}.models:{PREFIX}{name}")
             MODELS_CONFIG_MAP[PREFIX + name] = LessConfig
+            MODELS_CONFIG_MAP.setdefault(name, PlainConfig)

@@ -12,8 +12,10 @@ from ..kernels import SHIPPED, LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import Policy
 from ..setting import POLICIES, Setting, policy_named
+from . import PREFIX
 
 WORDS = {"policy", "budget", "kernels", "budgets", "chunk"}
+SCHEDULER = f"{__package__}.scheduler.scheduler"
 EXAMPLE = '--additional-config \'{"less": {"policy": "h2o", "budget": 64}}\''
 
 
@@ -26,14 +28,24 @@ class LessConfig:
         attention."""
         setting = setting_of(vllm_config)
         check(vllm_config, setting)
-        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        scheduler.scheduler_cls = f"{__package__}.scheduler.{'Async' if scheduler.async_scheduling else ''}LessScheduler"
+        compilation, vllm_config.scheduler_config.scheduler_cls = vllm_config.compilation_config, SCHEDULER
         if compilation.splitting_ops is None:
             compilation.splitting_ops = [*compilation._attention_ops, "vllm::less_attention"]
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
         """Nothing: vLLM asks this of an architecture as well."""
+
+
+class PlainConfig(LessConfig):
+    """The same of vLLM's own architectures."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """LessError if the engine is asked for LESS, which its architecture would not know of."""
+        if "less" in (vllm_config.additional_config or {}):
+            name = vllm_config.model_config.architecture
+            raise LessError(f'vLLM\'s {name} has no LESS: add --hf-overrides \'{{"architectures": ["{PREFIX}{name}"]}}\'')
 
 
 def setting_of(vllm_config: VllmConfig) -> Setting:
@@ -60,6 +72,8 @@ def _policy(words: dict[str, Any]) -> Policy:
         raise LessError(f"no policy is called {name!r}: choose one of {', '.join(POLICIES)}")
     own = {field.name for field in dataclasses.fields(POLICIES[name])} & set(words)  # type: ignore[arg-type]
     if own - {"budget"}:
+        if "budget" in words and "budget" not in own:
+            raise LessError(f"the budget of {name} follows from its fields ({', '.join(sorted(own))}): leave it out, or them")
         try:
             return type(POLICIES[name])(**{field: words[field] for field in own})
         except TypeError as error:
@@ -137,7 +151,7 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
         "requests with priority preempt others, whose text would change: leave --scheduling-policy at fcfs",
     )
     refuse(
-        scheduler.scheduler_cls is not None and "less_fast" not in str(scheduler.scheduler_cls),
+        scheduler.scheduler_cls not in (None, SCHEDULER),
         "LESS brings a scheduler that preempts nothing: leave --scheduler-cls out",
     )
     refuse(

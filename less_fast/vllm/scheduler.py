@@ -19,8 +19,8 @@ class _PreemptsNothing:
     running: list
     max_num_running_reqs: int
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any):
-        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, **others: Any):
+        super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **others)  # type: ignore[call-arg]
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         pages = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs)
         room = (kv_cache_config.num_blocks - 1) // pages  # vLLM keeps one page for itself
@@ -42,9 +42,14 @@ class _PreemptsNothing:
         raise LessError(f"request {request.request_id} would be preempted, and its text change: start with less --max-num-seqs")
 
 
-class LessScheduler(_PreemptsNothing, Scheduler):
-    """vLLM's own otherwise."""
+class _Scheduler(_PreemptsNothing, Scheduler):
+    pass
 
 
-class AsyncLessScheduler(_PreemptsNothing, AsyncScheduler):
-    """The same, for engines that schedule a step before the last one is done."""
+class _AsyncScheduler(_PreemptsNothing, AsyncScheduler):
+    pass
+
+
+def scheduler(vllm_config: Any, **others: Any) -> Scheduler:
+    """vLLM's own otherwise, for engines that schedule a step before the last one is done or after; vLLM calls it by its name."""
+    return (_AsyncScheduler if vllm_config.scheduler_config.async_scheduling else _Scheduler)(vllm_config=vllm_config, **others)
