@@ -1,4 +1,4 @@
-"""Whatever requests come, whenever they come, go or are aborted: each gets the text and the log-probabilities of its own LessCache.
+"""Whatever requests come, whenever they come, go or are aborted: each gets the text and log-probabilities of its own LessCache.
 One engine serves all of it, with kernels, budgets by head and a chunk."""
 
 import itertools

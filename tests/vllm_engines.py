@@ -3,6 +3,8 @@
 import os
 
 import torch
+import transformers
+from models import SIZES
 from transformers import AutoModelForCausalLM
 
 from less_fast import LessCache, LessError
@@ -19,6 +21,19 @@ ENVIRONMENT = dict(
 )
 PLAIN = dict(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8)
 LESS = PLAIN | dict(enable_prefix_caching=False, enable_chunked_prefill=False, distributed_executor_backend="uni")
+WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False)  # vLLM knows no narrower heads
+
+
+def make_folder(where, config, changes):
+    """A small random model of that class of config, in the folder; returns its architecture."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | WIDE | changes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(8)
+    model.save_pretrained(where)
+    return model.config.architectures[0]
 
 
 def arguments(folder=MODEL, architecture="LlamaForCausalLM", less=None, **changes):
