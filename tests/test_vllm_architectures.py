@@ -9,7 +9,7 @@ import random
 
 import torch
 from transformers import AutoModelForCausalLM
-from vllm_engines import Reference, difference, engine, generate, make_folder
+from vllm_engines import Reference, close, difference, engine, generate, make_folder
 
 from less_fast import LessKernels
 from less_fast.demo import KERNELS, MODEL
@@ -43,11 +43,8 @@ def closing():
     """Engines are closed before the next one starts in this process."""
     engines = []
     yield engines.append
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+        close(llm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

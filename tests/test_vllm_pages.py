@@ -8,9 +8,9 @@ import torch
 from closeness import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fast_kernels, layers, policies, policy_tables, reference_kernels
+from strategies import Layer, fast_kernels, layers, policies, policy_tables, reference_kernels
 
-from less_fast import H2O, LayerState, extend
+from less_fast import H2O, Lambda, LayerState, SnapKV, extend
 from less_fast.vllm.pages import PagedLayer, runs_of_parts, span_of
 
 FIXED = policies("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Lambda", "Window")
@@ -100,6 +100,34 @@ def test_pads_of_a_graph_change_nothing():
     paged.decode(q, k, v, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool))
     for name, page in paged.pages.items():
         assert torch.equal(page, before[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("policy", [H2O(5, 4), Lambda(2, 7), SnapKV(9, 4, 1)], ids=repr)
+def test_a_decoding_step_in_a_cuda_graph_computes_what_it_computes_outside(policy):
+    torch.use_deterministic_algorithms(False)  # its checks wait for the GPU, which a graph does not
+    layer = Layer(2, 2, 8, 3, 4)
+    kernels = fast_kernels(reference_kernels(layer, 0), layer, torch.float32)
+    layers = [PagedLayer(policy, kernels, (4, 2, 8), torch.float32) for _ in range(2)]
+    rows, real = torch.tensor([3, 1, 6, 0, 0], device="cuda"), torch.tensor([1, 1, 1, 0, 0], device="cuda").bool()
+    for paged in layers:
+        paged.bind({name: page.cuda() for name, page in pages_of(paged, False).items()})
+        paged.reset(torch.arange(PAGES, device="cuda"))
+    tokens = [torch.randn(5, heads, 8, device="cuda") for heads in (4, 2, 2)]
+    captured, outside = layers
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        captured.decode(*tokens, rows, real)
+    torch.cuda.synchronize()
+    captured.reset(torch.arange(PAGES, device="cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = captured.decode(*tokens, rows, real)
+    for _ in range(40):
+        for x in tokens:
+            x.normal_()
+        graph.replay()
+        assert_close(out[:3].cpu(), outside.decode(*tokens, rows, real)[:3].cpu(), 1e-5)
 
 
 def test_rows_lie_side_by_side_with_few_between_them():

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm has an environment with it")
 
-from vllm_engines import arguments, refusal
+from vllm_engines import refusal
 
-from less_fast.demo import KERNELS, MODEL
+from less_fast.demo import KERNELS
 
 H2O = {"policy": "h2o", "budget": 51}
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -15,6 +15,7 @@ ENGINES = [
     (dict(speculative_config=SPECULATION), "leave --speculative-config out"),
     (dict(enable_chunked_prefill=True), "add --no-enable-chunked-prefill"),
     (dict(enable_chunked_prefill=None), "add --no-enable-chunked-prefill"),
+    (dict(enable_chunked_prefill=True, max_num_batched_tokens=64, less={**H2O, "chunk": 64}), "add --max-num-batched-tokens 72"),
     (dict(enable_prefix_caching=True), "add --no-enable-prefix-caching"),
     (dict(long_prefill_token_threshold=100), "leave --long-prefill-token-threshold out"),
     (dict(kv_cache_dtype="fp8_e5m2"), "leave --kv-cache-dtype fp8_e5m2 out"),
@@ -62,15 +63,11 @@ def test_a_setting_that_is_none_is_refused(less, sentence):
 def test_what_can_run_is_not_refused():
     assert refusal(less=H2O) is None
     assert refusal(less={**H2O, "kernels": str(KERNELS)}) is None
-    assert (
-        refusal(less={"policy": "lambda", "sinks": 4, "recent": 28, "kernels": "shipped", "budgets": "uniform", "chunk": 64})
-        is None
-    )
+    every_word = {"sinks": 4, "recent": 28, "kernels": "shipped", "budgets": "uniform", "chunk": 64}
+    assert refusal(less={"policy": "lambda", **every_word}) is None
+    assert refusal(less={**H2O, "chunk": 64}, enable_chunked_prefill=True, max_num_batched_tokens=72) is None
 
 
 def test_less_asked_of_an_architecture_that_does_not_know_it_is_refused():
     """It would run with the full cache."""
-    asked = arguments(MODEL, less=H2O)
-    assert 'add --hf-overrides \'{"architectures": ["LessLlamaForCausalLM"]}\'' in refusal(
-        hf_overrides={}, less=asked["additional_config"]["less"]
-    )
+    assert 'add --hf-overrides \'{"architectures": ["LessLlamaForCausalLM"]}\'' in refusal(hf_overrides={}, less=H2O)

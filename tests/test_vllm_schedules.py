@@ -1,5 +1,5 @@
 """Whatever requests come, whenever they come, go or are aborted: each gets the text and log-probabilities of its own LessCache.
-One engine serves all of it, with kernels, budgets by head and a chunk."""
+One engine serves all of it, with kernels and budgets by head: prompts enter whole, or vLLM cuts them at multiples of a chunk."""
 
 import itertools
 import os
@@ -13,14 +13,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import make_kernels, make_model
-from vllm_engines import Reference, difference, engine, generate
+from vllm_engines import Reference, close, difference, engine, generate
 
 from less_fast.hf.identity import identity
 from less_fast.kernels import LessKernels
 
 SCHEDULES = int(os.environ.get("VLLM_SCHEDULES", "20"))
 BUDGETS = [[8, 30], [19, 19], [25, 13]]
-LESS = {"policy": "h2o", "budget": 19, "budgets": BUDGETS, "chunk": 24}
+LESS = {"policy": "h2o", "budget": 19, "budgets": BUDGETS}
+ENGINES = {
+    "whole prompts": ({}, {}),
+    "prompts in pieces": ({"chunk": 24}, dict(enable_chunked_prefill=True, max_num_batched_tokens=40)),
+}
 SAME = 2e-5  # float32: five times the largest difference of log-probabilities of 300 schedules; margins of ties as well
 PROMPTS = [random.Random(seed).choices(range(1, 97), k=1 + seed * seed % 90) for seed in range(40)]
 
@@ -36,15 +40,24 @@ def folders(tmp_path_factory):
     return where / "model", where / "kernels"
 
 
-@pytest.fixture(scope="module")
-def reference(folders):
-    return Reference(folders[0], LESS, LessKernels.from_pretrained(folders[1]))
+@pytest.fixture(scope="module", params=ENGINES)
+def both(folders, request):
+    """An engine, and what it must say."""
+    more, changes = ENGINES[request.param]
+    kernels, less = LessKernels.from_pretrained(folders[1]), LESS | more | {"kernels": str(folders[1])}
+    llm = engine(folders[0], less=less, max_model_len=512, max_num_seqs=6, skip_tokenizer_init=True, **changes)
+    yield llm, Reference(folders[0], LESS | more, kernels)
+    close(llm)
 
 
 @pytest.fixture(scope="module")
-def llm(folders, reference):
-    less = {**LESS, "kernels": str(folders[1])}
-    return engine(folders[0], less=less, max_model_len=512, max_num_seqs=6, skip_tokenizer_init=True)
+def llm(both):
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def reference(both):
+    return both[1]
 
 
 def test_prompts_of_all_lengths_get_the_text_of_a_less_cache(llm, reference):
@@ -52,7 +65,7 @@ def test_prompts_of_all_lengths_get_the_text_of_a_less_cache(llm, reference):
     assert difference(reference, PROMPTS, answers, SAME) < SAME
 
 
-def test_the_kernels_matter(llm, folders, reference):
+def test_the_kernels_matter(folders, reference):
     bare = Reference(folders[0], LESS)
     assert bare.generate(PROMPTS[9], 30)[0] != reference.generate(PROMPTS[9], 30)[0]
 

@@ -49,6 +49,14 @@ def engine(*args, **changes):
     return LLM(**arguments(*args, **changes))
 
 
+def close(llm):
+    """So that another engine may start in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
 def generate(llm, prompts, lengths):
     """For each prompt (token ids) the tokens generated, and their log-probabilities."""
     from vllm import SamplingParams

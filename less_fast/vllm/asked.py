@@ -134,13 +134,18 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
         "speculation takes tokens back, and what LESS has folded does not return: leave --speculative-config out",
     )
     refuse(
-        scheduler.enable_chunked_prefill,
-        "vLLM would cut prompts anywhere, and LESS defines what a cut computes: add --no-enable-chunked-prefill "
-        '(and "chunk" to the setting for pieces)',
+        scheduler.enable_chunked_prefill and setting.chunk is None,
+        "vLLM would cut prompts anywhere, and LESS defines what a cut computes: add --no-enable-chunked-prefill, "
+        'or "chunk" to the setting',
+    )
+    refuse(
+        scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < (setting.chunk or 0) + scheduler.max_num_seqs,
+        f"a step has no room for {setting.chunk} tokens of a prompt beside {scheduler.max_num_seqs} others: add "
+        f"--max-num-batched-tokens {(setting.chunk or 0) + scheduler.max_num_seqs}",
     )
     refuse(
         cache.enable_prefix_caching,
-        "cached prefixes would be cut anywhere, and LESS defines what a cut computes: add --no-enable-prefix-caching",
+        "cached texts would be cut anywhere, and go on from what was generated as from a prompt: add --no-enable-prefix-caching",
     )
     refuse(
         getattr(scheduler, "long_prefill_token_threshold", 0),

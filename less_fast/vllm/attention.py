@@ -31,7 +31,7 @@ class LessAttention(nn.Module):
         super().__init__()
         impl, self.layer_name, self.index = attention.impl, attention.layer_name, extract_layer_index(attention.layer_name)
         _check(attention, impl)
-        self.limits = config.model_config.max_model_len, config.scheduler_config.max_num_seqs
+        self.most = config.scheduler_config.max_num_seqs  # requests at once
         self.query_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_size
         heads, dtype = (self.query_heads, self.kv_heads, self.head_dim), config.model_config.dtype
         asked = setting.chunk, impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None)
@@ -98,18 +98,15 @@ class LessAttention(nn.Module):
         return y[0].transpose(0, 1)  # (T, Hq, D)
 
     def _measure(self, q, k, v, out):
-        """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most are the
-        longest prompts, and a copy of all requests' states; one layer stands for all, because each frees it before the next."""
+        """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most is a prompt
+        of them all, and a copy of all requests' states; one layer stands for all, because each frees it before the next."""
         out.copy_(q)
         if not self.first:
             return
-        length, requests = self.limits
-        copied = self.paged.allocate(requests, q.device)
-        del copied
-        for start in range(0, len(q), length):
-            piece = [x[start : start + length].transpose(0, 1)[None] for x in (q, k, v)]  # (1, H, m, D)
-            y = self.paged.pieces(self.paged.allocate(1, q.device), *piece)  # (1, Hq, m, D)
-            out[start : start + length] = y[0].transpose(0, 1)
+        states = self.paged.allocate(self.most, q.device)
+        prompt = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
+        out.copy_(self.paged.pieces(self.paged.allocate(1, q.device), *prompt)[0].transpose(0, 1))
+        del states
 
 
 def _check(attention: Attention, impl: Any) -> None:

@@ -16,7 +16,7 @@ from ..layer.state import LayerState
 from ..layer.step import extend
 from ..layer.stream import stream
 
-ROOM = 1.25  # what rows side by side may hold, in rows of this step: beyond it they are read as copies
+ROOM = 1.25  # as much may be computed, as pads, of what is there: beyond it rows are copied, and prompts enter apart
 Part = tuple[str, tuple[int, ...], torch.dtype]  # a tensor of a state: its name, the shape of one row, its dtype
 
 

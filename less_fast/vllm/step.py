@@ -1,7 +1,7 @@
 """What a step of vLLM's engine holds for LESS: whose tokens these are, and in which page each request's state lies."""
 
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -9,7 +9,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
 
 from ..layer.checks import LessError
-from .pages import span_of
+from .pages import ROOM, span_of
+
+SHORT = 256  # tokens of a prompt: longer ones gain nothing by entering together
 
 
 @dataclass
@@ -62,6 +64,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
         self.memories = [layers[name] for name in layer_names]
+        self.chunk = self.memories[0].layers[0][0].paged.chunk
         most = vllm_config.scheduler_config.max_num_seqs
         self.rows = torch.zeros(most, dtype=torch.int64, device=device)  # (requests,)
         self.real = torch.zeros(most, dtype=torch.bool, device=device)  # (requests,)
@@ -94,13 +97,20 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         return Step(decodes, order, rows, real, span, prompts)
 
     def _prompts(self, requests, starts, lengths, computed, table) -> list[Prompts]:
-        """Prompts of equal lengths enter together."""
-        if cut := [i for i in requests if computed[i]]:
-            raise LessError(f"vLLM has cut a prompt behind {computed[cut[0]]} tokens, which LESS would compute as another text")
-        prompts = []
-        for length, group in groupby(sorted(requests, key=lengths.__getitem__), key=lengths.__getitem__):
-            members = list(group)
-            first = torch.tensor([starts[i] for i in members], device=table.device)  # (n,)
-            tokens = first[:, None] + torch.arange(length, device=table.device)  # (n, m)
-            prompts.append(Prompts(tokens, None, table[members, 0].long(), 0))
-        return prompts
+        """Short prompts of nearly equal lengths enter together."""
+        if cut := [computed[i] for i in requests if computed[i] % (self.chunk or computed[i] + 1)]:
+            raise LessError(f"vLLM has cut a prompt behind {cut[0]} tokens, and LESS would compute another text from there")
+        groups: list[list[int]] = []
+        for i in sorted(requests, key=lambda i: (computed[i], lengths[i])):
+            group = [*groups[-1], i] if groups else [i]
+            tokens, padded = sum(lengths[j] for j in group), len(group) * lengths[i]
+            together = computed[group[0]] == computed[i] and lengths[i] <= SHORT and padded <= ROOM * tokens
+            groups = [*groups[:-1], group] if together and groups else [*groups, [i]]
+        return [self._together(group, starts, lengths, computed[group[0]], table) for group in groups]
+
+    def _together(self, group, starts, lengths, computed, table) -> Prompts:
+        first, length = (torch.tensor([of[i] for i in group], device=table.device) for of in (starts, lengths))  # (n,) each
+        place = torch.arange(max(lengths[i] for i in group), device=table.device)  # (m,)
+        tokens = first[:, None] + place.minimum(length[:, None] - 1)  # (n, m)
+        valid = None if lengths[group[0]] == lengths[group[-1]] else place < length[:, None]  # (n, m)
+        return Prompts(tokens, valid, table[group, 0].long(), computed)
