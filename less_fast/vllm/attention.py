@@ -101,7 +101,7 @@ class LessAttention(nn.Module):
         """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most is a prompt
         of them all, and a copy of all requests' states; one layer stands for all, because each frees it before the next."""
         out.copy_(q)
-        if not self.first:
+        if not self.first or self.paged.pages:  # where there are pages, memory has been measured
             return
         states = self.paged.allocate(self.most, q.device)
         prompt = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)

@@ -2,8 +2,9 @@
 
     python -m less_fast.vllm.measure --out FILE [--model FOLDER] [--budget 51] [--lengths 1024,4096] [--sequences 1,8,32,128]
 
-Prompts are random tokens. Speed: a step of the engine in which all sequences decode, the median of the steps. Time to the first
-token: one prompt alone. Sequences per GiB: of that length, by the engine's own count of its pages.
+Prompts are random tokens. Speed: a step of the engine in which all sequences decode, the median of the steps, by the clock and by
+the time that the process computes (which is the clock's on a quiet machine, with one thread). Time to the first token: of the first
+prompts that enter. Sequences per GiB: of that length, by the engine's own count of its pages.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from typing import Any
 
 STEPS = 32  # decoding steps in a turn
+FIGURES = ("tokens_per_second", "tokens_per_second_computing", "first_token", "first_token_computing")
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,24 +44,34 @@ def serve(options: dict[str, Any]) -> None:
         params = SamplingParams(temperature=0, max_tokens=STEPS + 2 + sequences, ignore_eos=True)
         seen: set[str] = set()
         waiting: set[str] = set()
-        started, first = time.perf_counter(), None
+        started, first = _now(), None
         for index in range(sequences):
             prompt = torch.randint(100, 1000, (length,), generator=generator).tolist()
             waiting.add(str(index))
             engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
         while seen < waiting:
             seen |= {out.request_id for out in engine.step()}
-            first = time.perf_counter() - started if first is None else first
+            first = _since(started) if first is None else first
         steps = []
         for _ in range(STEPS):
-            before = time.perf_counter()
+            before = _now()
             decoded = len(engine.step())
-            steps.append((time.perf_counter() - before) / max(1, decoded))
+            steps.append([spent / decoded for spent in _since(before)])
         engine.abort_request(list(waiting))
         while engine.has_unfinished_requests():
             engine.step()
-        answer = {"tokens_per_second": 1 / statistics.median(steps), "first_token": first, "decoded": decoded}
+        speeds = [1 / statistics.median(spent) for spent in zip(*steps)]
+        answer = dict(zip(FIGURES, [*speeds, *(first or ())]))
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(before: tuple[float, float]) -> list[float]:
+    """Seconds by the clock, and of this process's computing."""
+    return [now - then for now, then in zip(_now(), before)]
 
 
 class Engine:
@@ -129,10 +141,8 @@ def main() -> None:
                     if room >= sequences:
                         turns[name].append(engine.measure(sequences, length))
             for name, said in turns.items():
-                speeds, firsts = ([turn[key] for turn in said] for key in ("tokens_per_second", "first_token"))
                 row: dict[str, Any] = {"cache": name, "length": length, "sequences": sequences, "turns": said}
-                row["tokens_per_second"] = round(statistics.median(speeds), 1) if speeds else None
-                row["first_token"] = round(statistics.median(firsts), 3) if firsts else None
+                row |= {key: round(statistics.median(turn[key] for turn in said), 3) if said else None for key in FIGURES}
                 row["sequences_per_gib"] = _room(engines[name], name, length) // arguments.gigabytes
                 rows.append(row)
                 print({key: value for key, value in row.items() if key != "turns"}, flush=True)

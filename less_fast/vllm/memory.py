@@ -51,10 +51,14 @@ class LessMemory(nn.Module, MambaBase):
         return (*(dtype for _, (_, _, dtype) in self.parts), torch.uint8)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
+        cache, layer = vllm_config.cache_config, self.layers[0][0]
+        own = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(self.get_state_shape(), self.get_state_dtype()))
+        theirs = 2 * layer.kv_heads * layer.head_dim * layer.paged.dtype.itemsize * cache.block_size  # a page of keys and values
         return MambaSpec(
             shapes=self.get_state_shape(),
             dtypes=self.get_state_dtype(),
             block_size=vllm_config.model_config.max_model_len,
+            page_size_padded=None if self.alone or own < theirs else -(-own // theirs) * theirs,  # else vLLM pads its own pages
             mamba_type=self.mamba_type,
             mamba_cache_mode=vllm_config.cache_config.mamba_cache_mode,
         )
