@@ -34,7 +34,8 @@ CASES = {
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 """Of log-probabilities, of 60 tokens behind each of these prompts."""
-TIE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+TIE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+"""In bfloat16 a rounding may already decide which token is evicted."""
 PROMPTS = [random.Random(n).choices(range(1, 97), k=n) for n in (1, 2, 7, 33, 60, 100, 250, 33, 180)]
 
 
@@ -72,11 +73,13 @@ def test_kernels_of_another_model_of_the_same_shape_are_refused_when_the_engine_
         engine(tmp_path, "LlamaForCausalLM", less, skip_tokenizer_init=True)
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_embedded_model_with_its_kernels_and_their_table(dtype, closing):
+def test_the_embedded_model_with_its_kernels_and_their_table(dtype, eager, closing):
     less = {"policy": "h2o", "heavy": 26, "recent": 25, "kernels": str(KERNELS)}
     reference = Reference(MODEL, less, LessKernels.from_pretrained(KERNELS), dtype)
-    llm = engine(MODEL, "LlamaForCausalLM", less, dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True)
+    changes = dict(dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True, enforce_eager=eager)
+    llm = engine(MODEL, "LlamaForCausalLM", less, **changes)
     closing(llm)
     answers = generate(llm, PROMPTS, [60] * len(PROMPTS))
     assert difference(reference, PROMPTS, answers, TIE[dtype]) < TOLERANCE[dtype]

@@ -21,7 +21,9 @@ ENVIRONMENT = dict(
 )
 PLAIN = dict(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8)
 LESS = PLAIN | dict(enable_prefix_caching=False, enable_chunked_prefill=False, distributed_executor_backend="uni")
-WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False)  # vLLM knows no narrower heads
+WIDE = dict(
+    hidden_size=128, head_dim=32, intermediate_size=96, max_position_embeddings=1024, tie_word_embeddings=False
+)  # vLLM knows no narrower heads
 
 
 def make_folder(where, config, changes):

@@ -28,7 +28,7 @@ def check_identity(model: nn.Module, layers: Sequence[LessAttention], setting: S
         layer.probed = ()
     try:
         with torch.inference_mode(), set_forward_context(None, vllm_config, num_tokens=len(ids)):
-            model(ids, positions)
+            model(ids.int(), positions)  # of vLLM's own dtypes: compiled code does not look
         rank, add = get_tensor_model_parallel_rank(), _add(device, vllm_config)
         lines = [line(q, k, v, rank, add) for q, k, v in (layer.probed for layer in layers)]
     finally:

@@ -3,7 +3,7 @@
     python -m less_fast.vllm.measure --out FILE [--model FOLDER] [--budget 51] [--lengths 1024,4096] [--sequences 1,8,32,128]
 
 Prompts are random tokens. Speed: a step of the engine in which all sequences decode, the median of the steps, by the clock and by
-the time that the process computes (which is the clock's on a quiet machine, with one thread). Time to the first token: of the first
+the time that the process computes (the clock's on a quiet machine, with one thread). Time to the first token: of the first
 prompts that enter. Sequences per GiB: of that length, by the engine's own count of its pages.
 """
 
