@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from closeness import assert_close
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import Layer, fast_kernels, layers, policies, policy_tables, reference_kernels
 
 from less_fast import H2O, Lambda, LayerState, SnapKV, extend
-from less_fast.vllm.pages import PagedLayer, runs_of_parts, span_of
+from less_fast.vllm.pages import PagedLayer, laid_out, span_of
 
 FIXED = policies("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Lambda", "Window")
 PAGES = 7
@@ -21,15 +20,7 @@ def pages_of(paged, gap):
     """The pages of a layer without gaps, or with other bytes between them, as beside layers of vLLM's own."""
     parts = sorted(paged.parts, key=lambda part: -part[2].itemsize)
     size = -(-paged.page_bytes // 8) * 8 + 8
-    storage = torch.randint(0, 255, (PAGES, size), dtype=torch.uint8)
-    if not gap:
-        tensors = runs_of_parts(parts, storage.flatten(), PAGES)
-    else:
-        tensors, at = [], 0
-        for _, shape, dtype in parts:
-            width = int(np.prod(shape, dtype=int)) * dtype.itemsize
-            tensors.append(storage[:, at : at + width].view(dtype).view(PAGES, *shape))
-            at += width
+    tensors = laid_out(parts, torch.randint(0, 255, (PAGES, size), dtype=torch.uint8), not gap)
     return {name: tensor for (name, _, _), tensor in zip(parts, tensors)}
 
 

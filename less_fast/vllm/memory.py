@@ -1,7 +1,6 @@
 """LESS's pages among vLLM's caches: to vLLM a request's state is that of a recurrent (Mamba) layer, one page for its life."""
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from .pages import Part, runs_of_parts
+from .pages import Part, laid_out
 
 if TYPE_CHECKING:
     from .attention import LessAttention
@@ -34,8 +33,7 @@ class LessMemory(nn.Module, MambaBase):
         parts = [(layer, part) for layer in layers for part in layer.paged.parts]
         self.parts: list[tuple[LessAttention, Part]] = sorted(parts, key=lambda item: -item[1][2].itemsize)  # so all are aligned
         size = max(sum(layer.sizes[rank] for layer in layers) for rank in range(config.parallel_config.tensor_parallel_size))
-        own = sum(prod(shape) * dtype.itemsize for _, (_, shape, dtype) in self.parts)
-        self.filling = -(-size // ALIGNED) * ALIGNED - own  # every process has to ask vLLM for pages of one size
+        self.page_bytes = -(-size // ALIGNED) * ALIGNED  # every process has to ask vLLM for the same pages
         self._tensors: Any = ()
         self.when_bound: Callable[[], None] = lambda: None
         config.compilation_config.static_forward_context[name] = self
@@ -45,27 +43,27 @@ class LessMemory(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.CUSTOM
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return (*(shape for _, (_, shape, _) in self.parts), (self.filling,))
+        return ((self.page_bytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return (*(dtype for _, (_, _, dtype) in self.parts), torch.uint8)
+        return (torch.uint8,)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
         cache, layer = vllm_config.cache_config, self.layers[0][0]
-        own = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(self.get_state_shape(), self.get_state_dtype()))
         theirs = 2 * layer.kv_heads * layer.head_dim * layer.paged.dtype.itemsize * cache.block_size  # a page of keys and values
+        larger = not self.alone and self.page_bytes > theirs  # then vLLM enlarges its own, and pads what is no multiple
         return MambaSpec(
             shapes=self.get_state_shape(),
             dtypes=self.get_state_dtype(),
             block_size=vllm_config.model_config.max_model_len,
-            page_size_padded=None if self.alone or own < theirs else -(-own // theirs) * theirs,  # else vLLM pads its own pages
+            page_size_padded=-(-self.page_bytes // theirs) * theirs if larger else None,
             mamba_type=self.mamba_type,
             mamba_cache_mode=vllm_config.cache_config.mamba_cache_mode,
         )
 
     @property
     def kv_cache(self) -> tuple[torch.Tensor, ...]:
-        """For each state of get_state_shape a tensor (pages, *shape); vLLM sets it."""
+        """The pages (pages, page_bytes) uint8; vLLM sets it."""
         return self._tensors
 
     @kv_cache.setter
@@ -73,12 +71,8 @@ class LessMemory(nn.Module, MambaBase):
         self._tensors = tuple(tensors)
         if not self._tensors:
             return
-        pages, parts = self._tensors[0], [part for _, part in self.parts]
-        page = pages.stride(0) * pages.element_size()
-        if self.alone and page == sum(prod(shape) * dtype.itemsize for _, shape, dtype in parts) + self.filling:
-            storage = torch.empty(0, dtype=torch.uint8, device=pages.device)
-            storage.set_(pages.untyped_storage(), pages.storage_offset() * pages.element_size(), (len(pages) * page,), (1,))
-            tensors = runs_of_parts(parts, storage, len(pages))
+        (pages,) = self._tensors
+        tensors = laid_out([part for _, part in self.parts], pages, self.alone and pages.is_contiguous())
         held: dict[LessAttention, dict[str, torch.Tensor]] = {}
         for (layer, (name, _, _)), tensor in zip(self.parts, tensors):
             held.setdefault(layer, {})[name] = tensor

@@ -165,12 +165,13 @@ def span_of(rows: list[int]) -> tuple[int, int] | None:
     return (first, last) if last - first <= ROOM * len(rows) else None
 
 
-def runs_of_parts(parts: list[Part], storage: torch.Tensor, rows: int) -> list[torch.Tensor]:
-    """Tensors (rows, *shape) for the parts, each without gaps, one behind the other in the bytes of `storage` (uint8). Parts of
-    larger numbers come first, so that all are aligned."""
-    tensors, at = [], 0
+def laid_out(parts: list[Part], pages: torch.Tensor, side_by_side: bool) -> list[torch.Tensor]:
+    """Tensors (rows, *shape) for the parts, in the bytes of the pages (rows, bytes of one) uint8: each row's in its own page or,
+    side by side, each tensor without gaps. Parts of larger numbers come first, so that all are aligned."""
+    tensors, at, rows = [], 0, len(pages)
     for _, shape, dtype in parts:
-        size = rows * prod(shape) * dtype.itemsize
-        tensors.append(storage[at : at + size].view(dtype).view(rows, *shape))
+        size = prod(shape) * dtype.itemsize
+        part = pages.view(-1)[rows * at : rows * (at + size)] if side_by_side else pages[:, at : at + size]
+        tensors.append(part.view(dtype).view(rows, *shape))
         at += size
     return tensors
