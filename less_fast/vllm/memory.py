@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .attention import LessAttention
 
 ALIGNED = 64  # bytes: a page is a multiple of them
+LEAST = 32  # tokens in a page of keys and values, if vLLM chooses the smallest
 
 
 class LessMemory(nn.Module, MambaBase):
@@ -50,13 +51,13 @@ class LessMemory(nn.Module, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
         cache, layer = vllm_config.cache_config, self.layers[0][0]
-        theirs = 2 * layer.kv_heads * layer.head_dim * layer.paged.dtype.itemsize * cache.block_size  # a page of keys and values
-        larger = not self.alone and self.page_bytes > theirs  # then vLLM enlarges its own, and pads what is no multiple
+        token = 2 * layer.kv_heads * layer.head_dim * layer.paged.dtype.itemsize  # bytes of its key and value
+        theirs = token * (cache.block_size if self.page_bytes > token * cache.block_size else LEAST)
         return MambaSpec(
             shapes=self.get_state_shape(),
             dtypes=self.get_state_dtype(),
             block_size=vllm_config.model_config.max_model_len,
-            page_size_padded=-(-self.page_bytes // theirs) * theirs if larger else None,
+            page_size_padded=None if self.alone else -(-self.page_bytes // theirs) * theirs,  # vLLM's own pages divide it
             mamba_type=self.mamba_type,
             mamba_cache_mode=vllm_config.cache_config.mamba_cache_mode,
         )
