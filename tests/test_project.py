@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAST = ROOT / "less_fast"
 ROOMS = ["layer", "files", "budgets", "hub", "official", "kernels", "setting", "hf", "text", "gguf", "demo", "loading"]
-ROOMS += ["chat", "training", "measuring", "cli"]
+ROOMS += ["chat", "training", "measuring", "cli", "vllm"]
 LATER = {("layer", "files"), ("kernels", "hf")}
 """What is imported within a function alone: saving a state needs safetensors, finding a model's kernels transformers."""
 
@@ -48,6 +48,12 @@ def test_a_file_imports_only_its_own_room_and_those_that_stand_above_it(file):
     above = set(ROOMS[: ROOMS.index(own) + 1])
     assert others <= above | {later for this, later in LATER if this == own}
     assert {name.split(".")[0] for name in imported(file, everywhere=False)} & set(ROOMS) <= above
+
+
+def test_vllm_is_imported_in_its_own_room_alone():
+    for file in [*ROOT.glob("*.py"), *FAST.rglob("*.py"), *(ROOT / "paper_checks").glob("*.py")]:
+        if file.relative_to(ROOT).parts[:2] != ("less_fast", "vllm"):
+            assert not [name for name in imported(file) if name.split(".")[0] == "vllm"], file
 
 
 def test_no_file_of_a_room_imports_one_that_imports_it():

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -50,6 +50,9 @@ SAME_DTYPE = {torch.float64: 0.005, torch.float32: 0.005, torch.bfloat16: 0.03, 
 ANY_DTYPE_NORMS = 0.035
 
 
+OF_ANOTHER_MODEL = "these kernels are for another model of the same shape: {}; train kernels for this one with `less-kv train`"
+
+
 def _any_dtype(layer: int) -> float:
     """For kernels, whose model may have another dtype or be quantised: directions. What that does adds up from layer to layer.
     Tokens far from the beginning are left out, because `model.bfloat16()` rounds the frequencies of a RoPE."""
@@ -81,8 +84,12 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
                 f"a forward pass over {NEAR + FAR} tokens fails, so {type(model).__name__} cannot be identified: make it run "
                 f"before it is given kernels or saved caches ({type(error).__name__}: {error})"
             ) from error
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    return {"rope": dict(_flat(rope)), "layers": lines}
+    return {"rope": rope_of(model.config), "layers": lines}
+
+
+def rope_of(config: PreTrainedConfig) -> dict[str, str]:
+    """config.rope_parameters as an identity holds them."""
+    return dict(_flat(getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}))
 
 
 class _Recorder(TaggingLayer):
@@ -100,19 +107,34 @@ class _Recorder(TaggingLayer):
         return 0
 
     def numbers(self, mesh) -> str:
-        """For each token: log |x| and the projections of x / |x|, for x = q, k and v over all heads."""
-        parts = []
-        for x in self.qkv:
-            heads = x[0].transpose(0, 1).double().cpu()  # (T, H, D)
-            first = 0 if mesh is None else mesh.get_local_rank() * heads.shape[1]
-            directions = _directions(first, *heads.shape[1:])  # (DIRECTIONS, H, D)
-            sums = torch.cat([heads.square().sum((1, 2))[:, None], torch.einsum("thd,rhd->tr", heads, directions)], 1)
-            if mesh is not None:
-                sums = sums.to(x.device)
-                torch.distributed.all_reduce(sums, group=mesh.get_group())
-            norm = sums[:, :1].sqrt().clamp(min=1e-30)  # (T, 1)
-            parts.append(torch.cat([norm.log(), sums[:, 1:] / norm], 1))
-        return " ".join(f"{number:.4f}" for number in torch.cat(parts, 1).flatten().tolist())
+        first = 0 if mesh is None else mesh.get_local_rank()
+
+        def add(sums):
+            sums = sums.to(self.qkv[0].device)
+            torch.distributed.all_reduce(sums, group=mesh.get_group())
+            return sums
+
+        q, k, v = (x[0].transpose(0, 1) for x in self.qkv)  # (T, H, D)
+        return line(q, k, v, first, None if mesh is None else add)
+
+
+def line(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int = 0, add: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> str:
+    """What one layer computed of the probe, in numbers: for each token log |x| and the projections of x / |x|, for x = q, k and v
+    over all heads.
+
+    q (T, Hq, D), k, v (T, Hkv, D): the heads of process `rank`; `add` adds a tensor (float64) over all processes that share them.
+    """
+    parts = []
+    for x in (q, k, v):
+        heads = x.double().cpu()  # (T, H, D)
+        directions = _directions(rank * heads.shape[1], *heads.shape[1:])  # (DIRECTIONS, H, D)
+        sums = torch.cat([heads.square().sum((1, 2))[:, None], torch.einsum("thd,rhd->tr", heads, directions)], 1)
+        sums = sums if add is None else add(sums).cpu()  # (T, 1 + DIRECTIONS)
+        norm = sums[:, :1].sqrt().clamp(min=1e-30)  # (T, 1)
+        parts.append(torch.cat([norm.log(), sums[:, 1:] / norm], 1))
+    return " ".join(f"{number:.4f}" for number in torch.cat(parts, 1).flatten().tolist())
 
 
 def _directions(first: int, heads: int, head_dim: int) -> torch.Tensor:
@@ -123,15 +145,21 @@ def _directions(first: int, heads: int, head_dim: int) -> torch.Tensor:
     return (wave - wave.floor() - 0.5) * math.sqrt(12)
 
 
-def _tokens(model) -> dict[str, torch.Tensor]:
-    """The probe's tokens (1, NEAR + FAR), some of the first of the vocabulary, and their positions."""
-    decoder, config = decoder_of(model), model.config.get_text_config(decoder=True)
+def probe(config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probe's tokens (NEAR + FAR,), some of the first of the vocabulary, and their positions. config: the text config."""
     i, near, far = torch.arange(NEAR + FAR), torch.arange(NEAR), torch.arange(FAR)
-    inputs = {"input_ids": (7919 * i * i + 131 * i + 17) % min(config.vocab_size, 1000)}
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
-        last = (getattr(config, "max_position_embeddings", None) or 2048) - 2  # where a dynamic RoPE is not yet stretched
-        reach = min(REACH, last)
-        inputs["position_ids"] = torch.cat([near * (reach - 1) // (NEAR - 1), reach + far * (last - reach) // (FAR - 1)])
+    last = (getattr(config, "max_position_embeddings", None) or 2048) - 2  # where a dynamic RoPE is not yet stretched
+    reach = min(REACH, last)
+    positions = torch.cat([near * (reach - 1) // (NEAR - 1), reach + far * (last - reach) // (FAR - 1)])  # (NEAR + FAR,)
+    return (7919 * i * i + 131 * i + 17) % min(config.vocab_size, 1000), positions
+
+
+def _tokens(model) -> dict[str, torch.Tensor]:
+    """The probe as the decoder takes it: (1, NEAR + FAR) each."""
+    decoder = decoder_of(model)
+    ids, positions = probe(model.config.get_text_config(decoder=True))
+    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+    inputs = {"input_ids": ids} | ({"position_ids": positions} if takes_positions else {})
     return {name: row[None].to(device_of(model)) for name, row in inputs.items()}
 
 
@@ -176,15 +204,17 @@ def check_kernels(model: PreTrainedModel, kernels: LessKernels) -> None:
             )
     difference = None
     if "identity" in kernels.about:
-        tolerances = [(_any_dtype(layer), ANY_DTYPE_NORMS) for layer in less_layers(model)]
-        difference = _difference(kernels.about["identity"], identity(model), NEAR_ALONE, tolerances)
+        difference = difference_from(kernels, identity(model), less_layers(model))
     elif norms := kernels.about.get("fingerprint"):
         difference = _difference_of_norms(norms, model)
     if difference:
-        raise LessError(
-            f"these kernels are for another model of the same shape: {difference}; train kernels for this one with "
-            f"`less-kv train`"
-        )
+        raise LessError(OF_ANOTHER_MODEL.format(difference))
+
+
+def difference_from(kernels: LessKernels, identity: dict[str, Any], layers: Sequence[int]) -> str | None:
+    """What tells the model of this identity, which LESS serves in these layers, from the one in the kernels' own, or None."""
+    tolerances = [(_any_dtype(layer), ANY_DTYPE_NORMS) for layer in layers]
+    return _difference(kernels.about["identity"], identity, NEAR_ALONE, tolerances)
 
 
 def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:

@@ -136,7 +136,7 @@ def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
         score[..., :4] = group.kernels.rho(q, k, v)
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.one_leaves:
-        row = _rows(_slot(group, group.scratch), group.k)
+        row = _rows(slot_of(group, group.scratch), group.k)
         for name, token in new._asdict().items():
             getattr(group, name).flatten(0, 2).index_copy_(0, row, token.flatten(0, 2))
         return Entries(group.k, group.v, group.position, group.score)
@@ -247,7 +247,7 @@ def _evict_in_place(group, real, n, slots_full):
         lowest = zip(*(_lowest(one.policy, position, score, n, slots_full) for one, position, score in parts))
         budget, (position, victim) = ragged.budget, (torch.cat(x, 1).index_select(1, ragged.place) for x in lowest)
     goes = real & (n > budget)
-    slot = _slot(group, victim)
+    slot = slot_of(group, victim)
     _fold(group, group, slot, goes.expand(slot.shape))
     position = torch.where(goes, -1, position)
     group.position.scatter_(2, _as_they_lie(slot, group.k), _as_they_lie(position, group.k))
@@ -262,7 +262,7 @@ def _lowest(policy, position, score, n, slots_full):
     return torch.where(rank == rank.amin(-1, keepdim=True), position, -1).max(-1, keepdim=True)
 
 
-def _slot(group, slot):
+def slot_of(group: Group, slot: torch.Tensor) -> torch.Tensor:
     """Where in the group's tensors these slots (N, H, 1) are, each counted from its head's first."""
     return slot if group.ragged is None else slot + group.ragged.first
 

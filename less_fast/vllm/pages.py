@@ -1,0 +1,180 @@
+"""The states of one attention layer for many requests, each in a page of its own. Needs torch alone.
+
+A page is one row of tensors that somebody else owns (vLLM); rows may lie any stride apart. A decoding step changes them in place:
+if the rows of the requests lie side by side, in tensors without gaps, `extend` works on the very pages; otherwise it reads a copy
+of them, and only what a token changes is written back, not the keys and values that stay where they are.
+"""
+
+from copy import copy
+from math import prod
+
+import torch
+
+from ..layer.features import Features
+from ..layer.policies import Policy
+from ..layer.state import Group, LayerState
+from ..layer.step import extend, slot_of
+from ..layer.stream import stream
+
+ROOM = 1.25  # as much may be computed, as pads, of what is there: beyond it rows are copied, and prompts enter apart
+Part = tuple[str, tuple[int, ...], torch.dtype]  # a tensor of a state: its name, the shape of one row, its dtype
+
+
+class PagedLayer:
+    """What one layer remembers of all requests; `bind` gives it its pages.
+
+    rule, features: the policy, or one for each KV head, and the kernels or None. heads: query heads, KV heads and head_dim.
+    chunk, scale, softcap, sinks: as `LessCache.for_model` and `extend` take them.
+    """
+
+    def __init__(
+        self,
+        rule: Policy | list[Policy],
+        features: Features | None,
+        heads: tuple[int, int, int],
+        dtype: torch.dtype,
+        chunk: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ):
+        self.rule, self.features, self.heads, self.dtype = rule, features, heads, dtype
+        self.chunk, self.scale, self.softcap, self.sinks = chunk, scale, softcap, sinks
+        tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors()]
+        self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy H and z hold nothing
+        self.pages: dict[str, torch.Tensor] = {}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one request's state."""
+        return sum(prod(shape) * dtype.itemsize for _, shape, dtype in self.parts)
+
+    def allocate(self, rows: int, device: torch.device | str) -> LayerState:
+        """An empty state outside the pages."""
+        return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device)
+
+    def bind(self, pages: dict[str, torch.Tensor]) -> None:
+        """pages: for each name in `parts` a tensor (rows, *shape). The kernels go to their device."""
+        self.pages, device = pages, pages["n"].device
+        if self.features is not None:
+            self.features = self.features.on(device, torch.promote_types(self.dtype, torch.float32))
+        self.template = self.allocate(1, device)
+        self.side_by_side = all(page.is_contiguous() for page in pages.values())
+        if self.side_by_side:  # a page between others takes part in a step before it ever held anything
+            for name, page in pages.items():
+                if name.endswith("scratch"):
+                    page.zero_()
+
+    def reset(self, rows: torch.Tensor) -> None:
+        """Requests begin in these rows (int64)."""
+        for name, page in self.pages.items():
+            page.index_fill_(0, rows, -1 if name.endswith("position") else 0)
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        real: torch.Tensor | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """One token of each of d requests enters; returns what it attends to (d, Hq, D).
+
+        q (d, Hq, D), k, v (d, Hkv, D); rows (d,) int64: no two the same, but for those of pads; real (d,) bool: False for pads,
+        which change nothing; None if there are none. span: the first row and the one behind the last, if rows are sorted and lie
+        side by side, with few between them.
+        """
+        q, k, v = (x[:, :, None] for x in (q, k, v))  # (d, H, 1, D)
+        if span is None or not self.side_by_side:
+            state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
+            taken = [slot_of(part, part.scratch).clone() for part in state.parts]  # (d, H, 1) the slot that the token goes to
+            out = self._extend(state, (q, k, v), None if real is None else real[:, None])
+            self._write_step(state, rows, taken)
+            return out[:, :, 0]
+        state = self._state({name: page[slice(*span)] for name, page in self.pages.items()})
+        size, valid = span[1] - span[0], None
+        if size > len(rows):  # the rows between are as pads, which leave no trace
+            at = rows - span[0]
+            valid = torch.zeros(size, 1, dtype=torch.bool, device=q.device).index_fill_(0, at, True)  # (size, 1)
+            q, k, v = (x.new_zeros(size, *x.shape[1:]).index_copy_(0, at, x) for x in (q, k, v))  # (size, H, 1, D)
+            return self._extend(state, (q, k, v), valid).index_select(0, at)[:, :, 0]
+        return self._extend(state, (q, k, v), None)[:, :, 0]
+
+    def prompts(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        computed: int = 0,
+    ) -> torch.Tensor:
+        """m tokens of each of N requests enter, `computed` tokens of which are there already; returns (N, Hq, m, D).
+
+        q (N, Hq, m, D), k, v (N, Hkv, m, D); rows (N,) int64; valid (N, m) bool: False for pads behind a shorter prompt.
+        """
+        if computed:
+            state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
+        else:
+            state = self.allocate(len(rows), q.device)
+        out = self.pieces(state, q, k, v, valid, computed)
+        for name, tensor in state.tensors():
+            if name in self.pages:
+                self.pages[name].index_copy_(0, rows, tensor)
+        return out
+
+    def pieces(self, state: LayerState, q, k, v, valid=None, computed: int = 0) -> torch.Tensor:
+        """The same for a state outside the pages: pieces end at multiples of `chunk` tokens of the whole text."""
+        m = q.shape[2]
+        if self.chunk == 1 and m > 1:
+            return stream(state, q, k, v, valid, self.scale, None, self.softcap, self.sinks)
+        ends = [*range(self.chunk - computed % self.chunk, m, self.chunk), m] if self.chunk else [m]
+        outs = []
+        for start, end in zip([0, *ends], ends):
+            new = [x[:, :, start:end] for x in (q, k, v)]
+            outs.append(self._extend(state, new, None if valid is None else valid[:, start:end]))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)  # (N, Hq, m, D)
+
+    def _extend(self, state, qkv, valid):
+        return extend(state, *qkv, valid, self.scale, None, self.softcap, self.sinks)
+
+    def _state(self, tensors: dict[str, torch.Tensor]) -> LayerState:
+        """A LayerState of these tensors themselves."""
+        state, rows = copy(self.template), len(tensors["n"])
+        state.n, state.parts = tensors["n"], [copy(part) for part in state.parts]
+        for index, part in enumerate(state.parts):
+            for name in Group.TENSORS:
+                empty = getattr(part, name)
+                setattr(part, name, tensors.get(f"{index}.{name}", empty.new_empty(rows, *empty.shape[1:])))
+        return state
+
+    def _write_step(self, state, rows, taken):
+        """Into the pages what one token has changed: of keys and values the slot it took, (d, H, 1)."""
+        own = torch.arange(len(rows), device=rows.device)
+        for index, (part, slot) in enumerate(zip(state.parts, taken)):
+            head = torch.arange(slot.shape[1], device=rows.device) * (part.ragged is None)  # (H,): ragged tensors have one
+            for name in ("k", "v"):
+                token = getattr(part, name)[own[:, None], head, slot[:, :, 0]]  # (d, H, D)
+                self.pages[f"{index}.{name}"][rows[:, None], head, slot[:, :, 0]] = token
+        for name, tensor in state.tensors():
+            if name in self.pages and not name.endswith((".k", ".v")):
+                self.pages[name].index_copy_(0, rows, tensor)
+
+
+def span_of(rows: list[int]) -> tuple[int, int] | None:
+    """The first of the sorted rows and the one behind the last, if nearly all between them are there, else None."""
+    first, last = rows[0], rows[-1] + 1
+    return (first, last) if last - first <= ROOM * len(rows) else None
+
+
+def laid_out(parts: list[Part], pages: torch.Tensor, side_by_side: bool) -> list[torch.Tensor]:
+    """Tensors (rows, *shape) for the parts, in the bytes of the pages (rows, bytes of one) uint8: each row's in its own page or,
+    side by side, each tensor without gaps. Parts of larger numbers come first, so that all are aligned."""
+    tensors, at, rows = [], 0, len(pages)
+    for _, shape, dtype in parts:
+        size = prod(shape) * dtype.itemsize
+        part = pages.view(-1)[rows * at : rows * (at + size)] if side_by_side else pages[:, at : at + size]
+        tensors.append(part.view(dtype).view(rows, *shape))
+        at += size
+    return tensors

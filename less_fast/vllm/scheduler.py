@@ -1,0 +1,64 @@
+"""A scheduler of vLLM's that preempts nothing: a preempted request would come back with what it has generated as part of its
+prompt, in one piece, which is another computation and another text. For the same reason prompts are cut at multiples of the
+setting's chunk alone.
+
+No more requests run than have room for the longest text, so vLLM has no reason to preempt. What would nevertheless is refused.
+"""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ..layer.checks import LessError
+
+logger = init_logger(__name__)
+
+
+class _PreemptsNothing:
+    running: list
+    max_num_running_reqs: int
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, **others: Any):
+        super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **others)  # type: ignore[call-arg]
+        self.chunk = vllm_config.additional_config["less"].get("chunk")
+        self.need_mamba_block_aligned_split = self.chunk is not None  # vLLM asks `_mamba_block_aligned_split` then
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        pages = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs)
+        room = (kv_cache_config.num_blocks - 1) // pages  # vLLM keeps one page for itself
+        if room < 1:
+            raise LessError(
+                "there is no room for one text of the longest length: give vLLM more memory or a shorter --max-model-len"
+            )
+        if room < self.max_num_running_reqs:
+            logger.info("LESS: %d requests run at once, as many as have room to their end; more wait", room)
+            self.max_num_running_reqs = room
+
+    def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, *cached: int) -> int:
+        """How many of these tokens enter in the next step: a prompt is cut at multiples of the chunk alone."""
+        start = request.num_computed_tokens + sum(cached)
+        end = start + num_new_tokens
+        return num_new_tokens if end >= request.num_prompt_tokens else max(0, end // self.chunk * self.chunk - start)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        """LessError if requests that run would have to begin again."""
+        if reset_running_requests and self.running:
+            raise LessError(f"{len(self.running)} requests run, and would become others: wait until they are done, then reset")
+        return super().reset_prefix_cache(False, *args, **kwargs)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        raise LessError(f"request {request.request_id} would be preempted, and its text change: start with less --max-num-seqs")
+
+
+class _Scheduler(_PreemptsNothing, Scheduler):
+    pass
+
+
+class _AsyncScheduler(_PreemptsNothing, AsyncScheduler):
+    pass
+
+
+def scheduler(vllm_config: Any, **others: Any) -> Scheduler:
+    """vLLM's own otherwise, for engines that schedule a step before the last one is done or after; vLLM calls it by its name."""
+    return (_AsyncScheduler if vllm_config.scheduler_config.async_scheduling else _Scheduler)(vllm_config=vllm_config, **others)

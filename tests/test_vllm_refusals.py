@@ -1,0 +1,73 @@
+"""What an engine of vLLM would compute wrong is refused when it starts, in a sentence. No engine is started here."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm has an environment with it")
+
+from vllm_engines import refusal
+
+from less_fast.demo import KERNELS
+
+H2O = {"policy": "h2o", "budget": 51}
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+PROCESSES = dict(distributed_executor_backend="mp")
+ENGINES = [
+    (dict(speculative_config=SPECULATION), "leave --speculative-config out"),
+    (dict(enable_chunked_prefill=True), "add --no-enable-chunked-prefill"),
+    (dict(enable_chunked_prefill=None), "add --no-enable-chunked-prefill"),
+    (dict(enable_chunked_prefill=True, max_num_batched_tokens=64, less={**H2O, "chunk": 64}), "add --max-num-batched-tokens 72"),
+    (dict(enable_prefix_caching=True), "add --no-enable-prefix-caching"),
+    (dict(long_prefill_token_threshold=100), "leave --long-prefill-token-threshold out"),
+    (dict(kv_cache_dtype="fp8_e5m2"), "leave --kv-cache-dtype fp8_e5m2 out"),
+    (dict(dtype="float16"), "add --dtype bfloat16"),
+    (dict(scheduling_policy="priority"), "leave --scheduling-policy at fcfs"),
+    (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "leave --scheduler-cls out"),
+    (dict(enable_lora=True), "leave --enable-lora out"),
+    (dict(pipeline_parallel_size=2, **PROCESSES), "leave --pipeline-parallel-size out"),
+    (dict(tensor_parallel_size=3, **PROCESSES), "4 KV heads cannot be shared out among 3"),
+    (
+        dict(tensor_parallel_size=2, distributed_executor_backend="mp", less={"policy": "tova", "budget": 51}),
+        "tensor parallelism takes them apart",
+    ),
+    (dict(runner="pooling"), "leave --runner pooling out"),
+]
+SETTINGS = [
+    (None, "add --additional-config"),
+    ({}, "add --additional-config"),
+    ({"policy": "h2o"}, "needs a budget"),
+    ({"policy": "oldest", "budget": 5}, "no policy is called 'oldest'"),
+    ({"policy": "h2o", "budget": 0}, "at least 1"),
+    ({"policy": "h2o", "budget": "5%"}, "say it in tokens"),
+    ({"policy": "h2o", "heavy": 3}, "takes all of its fields"),
+    ({"policy": "h2o", "heavy": 3, "recent": 3, "budget": 6}, "leave it out, or them"),
+    ({**H2O, "chnk": 64}, "no word of the setting is 'chnk'"),
+    ({**H2O, "chunk": 0}, "chunk must be an integer"),
+    ({**H2O, "budgets": [[51]]}, "4 layers x 4 KV heads"),
+    ({**H2O, "kernels": "/nowhere"}, "no kernels at /nowhere"),
+    ({**H2O, "kernels": 8}, "kernels are a folder"),
+    ({"policy": "full"}, "pages are of one size"),
+    ({"policy": "fastgen", "budget": 51}, "pages are of one size"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), ENGINES, ids=[sentence for _, sentence in ENGINES])
+def test_an_engine_that_would_compute_something_else_is_refused(changes, sentence):
+    assert sentence in refusal(**{"less": H2O} | changes)
+
+
+@pytest.mark.parametrize(("less", "sentence"), SETTINGS, ids=[sentence for _, sentence in SETTINGS])
+def test_a_setting_that_is_none_is_refused(less, sentence):
+    assert sentence in refusal(less=less)
+
+
+def test_what_can_run_is_not_refused():
+    assert refusal(less=H2O) is None
+    assert refusal(less={**H2O, "kernels": str(KERNELS)}) is None
+    every_word = {"sinks": 4, "recent": 28, "kernels": "shipped", "budgets": "uniform", "chunk": 64}
+    assert refusal(less={"policy": "lambda", **every_word}) is None
+    assert refusal(less={**H2O, "chunk": 64}, enable_chunked_prefill=True, max_num_batched_tokens=72) is None
+
+
+def test_less_asked_of_an_architecture_that_does_not_know_it_is_refused():
+    """It would run with the full cache."""
+    assert 'add --hf-overrides \'{"architectures": ["LessLlamaForCausalLM"]}\'' in refusal(hf_overrides={}, less=H2O)
