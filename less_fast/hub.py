@@ -40,6 +40,7 @@ def card(kernels) -> str:
     """What the hub shows of LessKernels: what they are for, how they came about, how to use them."""
     about, sizes = kernels.about, kernels.sizes
     features = sum(sum(layer.ranks) for layer in kernels.layers) / (sizes["layers"] * sizes["kv_heads"])
+    rule = "Retention(budget=51, recent=6)" if "rho" in sizes else "H2O(heavy=26, recent=25)"
     lines = [
         CARD_BEGINS + "tags: [less, kv-cache, long-context]\n---\n",
         f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
@@ -49,15 +50,17 @@ def card(kernels) -> str:
         f"text is generated in constant memory: what the policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
         "",
         "```python",
-        "from less_fast import H2O, LessCache, LessKernels",
+        f"from less_fast import {rule.partition('(')[0]}, LessCache, LessKernels",
         "",
-        "cache = LessCache.for_model(model, policy=H2O(heavy=26, recent=25), kernels=LessKernels.from_pretrained(WHERE))",
+        f"cache = LessCache.for_model(model, policy={rule}, kernels=LessKernels.from_pretrained(WHERE))",
         "model.generate(**inputs, past_key_values=cache)",
         "```",
         "",
     ]
     if {"policy", "sequences", "window"} <= about.keys():
         lines.append(f"Trained for {about['policy']} on {about['sequences']} windows of {about['window']} tokens.")
+    if "rho" in sizes:
+        lines.append("They come with rho, a learned function that says what is worth keeping: for the policy Retention.")
     if "validation" in about:
         shares = ", ".join(f"{errors['less'] / errors['bare']:.2f}" for errors in about["validation"])
         lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")

@@ -140,7 +140,7 @@ def contenders(
     kernels: dict[str, LessKernels],
     token_kinds: torch.Tensor | None = None,
 ) -> Iterator[Contender]:
-    """The caches that `compare` measures, in its order."""
+    """The caches that `compare` measures, in its order. Kernels without rho sit a learned policy out."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     rho = next((learned.without_state() for learned in kernels.values() if "rho" in learned.sizes), None)
@@ -154,13 +154,14 @@ def contenders(
         return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 
     for policy in policies:
+        able = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or not policy.learned}
         yield contender("bare", policy)
-        plus = {name: baseline_plus(model, policy, learned) for name, learned in kernels.items()}
+        plus = {name: baseline_plus(model, policy, learned) for name, learned in able.items()}
         for rule in dict.fromkeys(plus.values()):
             yield contender("baseline+", rule)
-        for name in kernels:
+        for name in able:
             yield contender("less", policy, name, plus=plus[name])
-        for name, learned in kernels.items():
+        for name, learned in able.items():
             table, bare_table = learned.budgets_for(policy), learned.budgets_for(plus[name], less=False)
             if table and bare_table:
                 yield contender("baseline+", plus[name], table=bare_table)

@@ -86,8 +86,8 @@ def measure(
         raise LessError(f"the budgets of curves must ascend, one or more, not {budgets}")
     for budget in budgets:
         policy.with_budget(budget)
-    less = Setting.of(None, (), policy, kernels, "uniform")
-    settings = [less.without_state()] + ([] if kernels is None else [less])
+    with_state = Setting.of(None, (), policy, kernels, "uniform")
+    settings = [with_state.without_state()] + ([] if kernels is None else [with_state])
     check_setting(model, settings[-1])
     if kernels is not None:
         check_kernels(model, kernels)

@@ -101,7 +101,8 @@ def train_rho(
     the least there can be, the entropy of what they aim at. Raises LessError if a loss is not finite. Unfinished work is saved.
     """
     saved, first = work.load("rho") if work.has("rho") else None, 0
-    rhos: Any = torch.nn.ModuleList(layer.rho for layer in kernels.layers)
+    layers: Any = kernels.layers
+    rhos: Any = torch.nn.ModuleList(layer.rho for layer in layers)
     if saved is not None and "figures" in saved:
         rhos.load_state_dict(saved["rho"])
         return saved["figures"]

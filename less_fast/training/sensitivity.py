@@ -99,7 +99,7 @@ def eviction_times_of(layers: Sequence[Watched], policy: Policy, kernels: LessKe
     if policy.learned:
         q, k, v = (torch.cat([getattr(layer, name) for layer in layers], 1) for name in "qkv")
         rhos = NoState(q.shape[1], k.shape[1], k.shape[3])
-        rhos.rho = Rho.join([layer.rho for layer in kernels.layers])  # type: ignore[union-attr, misc]
+        rhos.rho = Rho.join([layer.rho for layer in kernels.layers])  # type: ignore[misc]
         return eviction_times(q, k, v, policy, layers[0].scale, kernels=rhos).split(layers[0].k.shape[1], 1)
     q, k, v = (torch.cat([getattr(layer, name) for layer in layers]) for name in "qkv")
     return eviction_times(q, k, v, policy, layers[0].scale).split(len(layers[0].q))
