@@ -32,7 +32,7 @@ from .hub import CONFIG
 from .kernels import LessKernels, make_folder
 from .layer.checks import LessError
 from .layer.fastgen import token_kinds
-from .layer.features import MOST
+from .layer.features import MOST, RHO_HIDDEN
 from .layer.policies import Policy
 from .loading import DTYPES, SHAPES, check_length, first_line, load_config, load_kernels, load_model, load_shape, load_texts
 from .measuring import bench as benchmark
@@ -295,7 +295,8 @@ def bench(
     check_length(network, length + benchmark.steps_of(rounds))
     learned = load_kernels(network, model, kernels, seed) if kernels else None
     if learned is None:
-        learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value).requires_grad_(False)
+        rho = RHO_HIDDEN if rule.learned else None
+        learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value, rho=rho).requires_grad_(False)
     learned = learned.to(network.device)
     with errors.status("measuring, all caches in turns ...") as status:
         rows = benchmark.bench(network, rule, learned, batches, length, rounds, compile, status.update)

@@ -109,10 +109,10 @@ def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of
 def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(policy, budget, ranks, dtype):
     model, rule = make_model().to(dtype), POLICIES[policy].with_budget(budget)
     table = [[30, 30], [4, 4], [21, 21]] if rule.pooled else [[20, 40], [7, 1], [33, 8]]
-    kernels = make_kernels(model, 4 if ranks == "one rank" else table)  # with 4, Baseline+ of float32 is equal to the byte
-    plus = baseline_plus(model, rule, kernels)
+    kernels = make_kernels(model, 4 if ranks == "one rank" else table, rho=3)  # with 4, Baseline+ of float32 is equal to the byte
+    plus, bare = baseline_plus(model, rule, kernels), kernels.without_state() if rule.learned else None
 
-    def held(rule, kernels=None):
+    def held(rule, kernels=bare):
         cache = LessCache.for_model(model, rule, kernels, token_kinds=make_kinds())
         model(tokens(1, 40), past_key_values=cache)
         return held_bytes(cache)

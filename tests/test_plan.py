@@ -93,11 +93,12 @@ def test_batches_and_lengths_that_cannot_be_are_refused(wrong):
 def test_every_policys_cache_is_planned_with_its_scores(name):
     model = make_model().float()
     kinds = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    cache = LessCache.for_model(model, POLICIES[name], token_kinds=kinds)
+    rho = make_kernels(model, rho=3).float().without_state() if POLICIES[name].learned else None
+    cache = LessCache.for_model(model, POLICIES[name], rho, token_kinds=kinds)
     with torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)
     shape = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)
-    assert Setting.of(shape, range(3), POLICIES[name]).memory(torch.float32) == sum(cache.memory().values())
+    assert Setting.of(shape, range(3), POLICIES[name], rho).memory(torch.float32) == sum(cache.memory().values())
 
 
 @given(
@@ -142,7 +143,7 @@ def test_the_embedded_model_is_planned_where_no_model_is_named_and_rank_0_is_the
     assert (record["model"], record["kernels"]) == ("embedded", 0)
 
 
-@pytest.mark.parametrize(("family", "folder"), [([], KERNELS), (["--family", "paper"], PAPER_KERNELS)])
+@pytest.mark.parametrize(("family", "folder"), [(["--policy", "retention"], KERNELS), (["--family", "paper"], PAPER_KERNELS)])
 def test_the_embedded_models_own_kernels_are_as_large_as_planned(family, folder):
     record = json.loads(CliRunner().invoke(app, ["plan", *family, "--json"]).stdout)
     assert record["kernels"] == LessKernels.from_pretrained(folder).memory()

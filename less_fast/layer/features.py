@@ -11,6 +11,7 @@ from torch.nn.functional import elu, gelu
 
 from .checks import LessError, integer
 
+RHO_HIDDEN = 32  # the hidden width of rho, unless said otherwise
 MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, or a broken file
 
 
@@ -234,7 +235,7 @@ class Rho(nn.Module):
 
     START = (0.0, 0.5, 0.4, 0.4)
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, hidden: int = 32):
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, hidden: int = RHO_HIDDEN):
         super().__init__()
         width = (query_heads // kv_heads + 2) * head_dim
         self.r0 = nn.Parameter(torch.zeros(kv_heads, width, 4))  # (Hkv, (G + 2) D, 4)

@@ -102,8 +102,9 @@ def bench(
     compiled code as well. Raises LessError if LESS cannot serve the model.
     """
     layer = {name: size for name, size in sizes(model).items() if name != "layers"}
-    alone = {"bare": (policy, None), "LESS": (policy, kernels.layers[less_layers(model)[0]])}
-    contenders, rows = {"bare": None, "LESS": without_tables(kernels)}, []
+    bare, first = kernels.without_state() if policy.learned else None, less_layers(model)[0]
+    alone = {"bare": (policy, bare and bare.layers[first]), "LESS": (policy, kernels.layers[first])}
+    contenders, rows = {"bare": bare, "LESS": without_tables(kernels)}, []
     if kernels.budgets_for(policy) is not None:
         contenders["LESS by head"] = kernels
     for batch in batches:
@@ -192,6 +193,8 @@ def decode(
     contenders: by name LessKernels or None, beside the full caches; only: the name of the one cache to measure, if several
     would not fit into the memory side by side.
     """
+    if compile:  # torch holds few variants of a model's code, and those of earlier measurements count
+        torch._dynamo.reset()
     makers = dict(_full_caches(model, batch, length, steps_of(rounds) + 1, compile))
     makers |= dict(_less_caches(model, policy, contenders, batch, length, compile))
     caches, steps = {}, {}

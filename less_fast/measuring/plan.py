@@ -15,6 +15,7 @@ from ..hf.architecture import check_model, layers_of, less_layers, sizes
 from ..hf.cache import bytes_of
 from ..kernels import LessKernels
 from ..layer.checks import LessError, integer
+from ..layer.features import RHO_HIDDEN
 from ..layer.policies import Policy
 from ..setting import Setting
 from .caches import grow, spell_bytes
@@ -65,7 +66,10 @@ def plan(
             shape = sizes(model)
         except LessError as error:
             raise LessError("the layers of this model differ in their heads, and plans are for those that do not") from error
-        kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family) if rank else None
+        rho = RHO_HIDDEN if policy.learned else None
+        kernels: LessKernels | None = LessKernels(**shape, rank=rank or 1, hidden=hidden, family=family, rho=rho)
+        if not rank:
+            kernels = kernels.without_state() if rho else None
         held = [_held(layer, shape, length, dtype) for layer in layers_of(model)]
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     shared = kernels.memory() if kernels else 0

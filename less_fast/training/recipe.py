@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..layer.checks import LessError, integer
-from ..layer.features import FAMILIES, MOST, Learned
+from ..layer.features import FAMILIES, MOST, RHO_HIDDEN, Learned
 from .checks import number
 
 STEPS = ("rho_steps", "together_steps", "joint_steps", "table_steps")
@@ -42,7 +42,7 @@ class Recipe:
     windows: int | None = None
     rho_steps: int = 0
     rho_rate: float = 1e-2
-    rho_hidden: int = 32
+    rho_hidden: int = RHO_HIDDEN
     together_steps: int = 0
     together_windows: int = 32
     together_uses: int = 8
