@@ -409,6 +409,21 @@ def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family)
     assert "--overwrite" in err
 
 
+def test_train_gives_rho_to_kernels_that_are_there_and_compare_ranks_by_it(command, story, tmp_path):
+    out, small = tmp_path / "kernels", ["--sequences", 6, "--validation", 2, "--length", 64, "--batch", 3, "--budget", 16]
+    rest = ["--start", KERNELS, "--rho-steps", 4, "--round", 6]
+    code, printed, _ = command("train", "--text", story, "--out", out, *small, *rest, "--no-curves")
+    assert code == 0
+    assert "rho: cross-entropy" in printed
+    start, learned = LessKernels.from_pretrained(KERNELS), LessKernels.from_pretrained(out)
+    assert learned.sizes == start.sizes
+    assert torch.equal(learned.layers[0].q0, start.layers[0].q0)
+    assert not torch.equal(learned.layers[0].rho.r0, start.layers[0].rho.r0)
+    code, printed, _ = command("compare", "--kernels", out, "--text", story, *SMALLEST, "--policy", "retention")
+    assert code == 0
+    assert [row["cache"] for row in json.loads(printed)["rows"]][:4] == ["full", "bare", "baseline+", "less"]
+
+
 def test_allocate_adds_curves_for_another_policy_and_keeps_the_rest(command, story, tmp_path):
     where = tmp_path / "kernels"
     shutil.copytree(PAPER_KERNELS, where)
@@ -508,6 +523,8 @@ def spoiled(tmp_path):
         (["bench", "--model", "llama-2-7b", "--device", "tpu"], "no device 'tpu' here"),
         (["bench", "--plot", "/no/such/folder/x.png"], "a picture is a .png file in a folder that can be written"),
         (["train", "--budget", "1023"], "evicts nothing"),
+        (["train", "--start", "x", "--epochs", "1"], "--at-once and --start are instead of --epochs: leave it out"),
+        (["train", "--policy", "retention"], "the policy Retention needs rho: give the recipe rho_steps (--rho-steps)"),
         (["train", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
         (["bench", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
         (["plan", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
