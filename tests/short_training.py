@@ -11,5 +11,5 @@ RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, epochs=2, windows=6, 
 POLICY = H2O(3, 3)
 
 
-def quick_training(folder=None, recipe=RECIPE, **more):
-    return train(make_model().float(), tokens(10, 30), tokens(4, 30, seed=1), POLICY, recipe, folder, **more)
+def quick_training(folder=None, recipe=RECIPE, policy=POLICY, **more):
+    return train(make_model().float(), tokens(10, 30), tokens(4, 30, seed=1), policy, recipe, folder, **more)

@@ -13,7 +13,7 @@ from short_training import POLICY, RECIPE, quick_training
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from less_fast import H2O, Lambda, LessCache, LessError, LessKernels
+from less_fast import H2O, Lambda, LessCache, LessError, LessKernels, Retention
 from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.setting import Setting
@@ -230,7 +230,10 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 from pathlib import Path
 from short_training import quick_training
-kernels = quick_training(Path({folder!r}), disk=1.5e5)
+from dataclasses import replace
+from short_training import RECIPE
+from less_fast import H2O, Retention
+kernels = quick_training(Path({folder!r}), replace(RECIPE, rho_steps={rho}), {policy}, disk=1.5e5)
 assert (kernels is None) == (torch.distributed.get_rank() > 0)
 if kernels:
     kernels.save_pretrained({folder!r} + "/kernels")
@@ -238,13 +241,15 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path):
+@pytest.mark.parametrize(("policy", "rho"), [(POLICY, 0), (Retention(6, 1), 12)], ids=["h2o", "retention"])
+def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path, policy, rho):
     program = tmp_path / "program.py"
-    program.write_text(PROCESS.format(paths=sys.path, folder=str(tmp_path)))
+    program.write_text(PROCESS.format(paths=sys.path, folder=str(tmp_path), policy=policy, rho=rho))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), quick_training())
+    alone = quick_training(recipe=replace(RECIPE, rho_steps=rho), policy=policy)
+    assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
 
 
 def test_an_order_names_everything_that_the_weights_depend_on(tmp_path):

@@ -28,7 +28,7 @@ from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.parallel import dense
-from ..layer.policies import Policy, Retention
+from ..layer.policies import Policy
 from ..setting import POLICIES, Setting
 from .checks import check_streamed, check_windows, number
 from .head_costs import check_policy, grid, measure
@@ -37,7 +37,7 @@ from .layers import train_layers
 from .recipe import Recipe
 from .retention import train_rho
 from .together import train_together
-from .work import Work, process, processes
+from .work import Work, process, processes, wait_for_all
 
 CURVE_WINDOWS = 8  # windows on which costs are measured
 JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
@@ -69,7 +69,6 @@ def train(
     check_model(model)
     model.eval()
     settings = _settings(model, windows, validation, policy, recipe, disk, curves)
-    rules = [policy] if policy.learned or not recipe.rho_steps else [policy, _retention(policy)]
     if folder is None and processes() > 1:
         raise LessError("several processes train together in one folder: give a `folder` that all of them see")
     about = {
@@ -88,8 +87,12 @@ def train(
         work, started = Work(Path(place), order), time.perf_counter()
         if work.resumed:
             check_saved(place, work.order, model)
-        if recipe.rho_steps and process() == 0:
+        if recipe.rho_steps:
+            if process() > 0:
+                wait_for_all()  # then what process 0 has saved is read: a learned policy records by it
             about["rho"] = train_rho(model, windows, validation, kernels, recipe, work)
+            if process() == 0:
+                wait_for_all()
         if recipe.epochs:
             about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
         if process() != 0:
@@ -102,7 +105,7 @@ def train(
             steps = recipe.joint_steps
             about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
         if curves:
-            for rule in (rule for rule in rules if type(rule).__name__ not in kernels.curves):
+            for rule in (rule for rule in _rules(policy, recipe) if type(rule).__name__ not in kernels.curves):
                 kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], rule, recipe, work)
         uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.table_steps:
@@ -137,16 +140,17 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
     if multiples and not budgets:
         raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
-    rules = [policy] if policy.learned or not recipe.rho_steps else [policy, _retention(policy)]
     setting = Setting(sizes(model), tuple(less_layers(model)), policy)
-    settings = [replace(setting, policy=rule.with_budget(budget)) for budget in budgets for rule in rules]
+    settings = [replace(setting, policy=rule.with_budget(budget)) for budget in budgets for rule in _rules(policy, recipe)]
     predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses models whose layers attend in another way
     return settings
 
 
-def _retention(policy: Policy) -> Retention:
-    """The learned policy beside this one: of the same budget."""
-    return POLICIES["retention"].with_budget(policy.budget)  # type: ignore[return-value]
+def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
+    """What is trained for: the policy, and with rho the learned one of the same budget beside it."""
+    if policy.learned or not recipe.rho_steps:
+        return [policy]
+    return [policy, POLICIES["retention"].with_budget(policy.budget)]
 
 
 def _begin(model, recipe, policy, about, start):
