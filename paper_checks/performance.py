@@ -1,6 +1,6 @@
-"""How fast LESS is against what it has to beat, in one run on a CPU: `python paper_checks/performance.py`, some ten minutes.
+"""How fast LESS is against what it has to beat, in one run on a CPU: `python paper_checks/performance.py`, some twenty minutes.
 
-Prints each ratio of medians beside its bar and writes the raw figures to paper_checks/results/performance.json; PERFORMANCE.md
+Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json; PERFORMANCE.md
 says what they mean and what was tried. `--quick` runs everything at a small size, to see that it runs.
 """
 
@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels
@@ -48,6 +46,10 @@ class Bar:
     @property
     def holds(self) -> bool:
         return (self.least is None or self.measured >= self.least) and (self.most is None or self.measured <= self.most)
+
+    def __str__(self) -> str:
+        limit = f"at least {self.least:g}" if self.most is None else f"at most {self.most:g}"
+        return f"| {self.what} | {self.measured:.2f}{'' if self.holds else ' (does not hold)'} | {limit} |"
 
 
 def layer_of(heads: int, hidden: int | None = None):
@@ -105,8 +107,8 @@ def end_to_end(length: int, rounds: int):
 
 def by_head(length: int, rounds: int):
     """The embedded model with its kernels: budgets by head, from their table, against uniform ones."""
-    model, kernels = AutoModelForCausalLM.from_pretrained(DEMO).eval().requires_grad_(False), LessKernels.from_pretrained(KERNELS)
-    raw = []
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().requires_grad_(False)
+    kernels, raw = LessKernels.from_pretrained(KERNELS), []
     for batch in (1, 8):
         contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
         rows = decode(model, half_and_half(51), contenders, batch, length, rounds, True)
@@ -204,17 +206,12 @@ def main():
         recompiles(),
     ]
     bars, rows = [], []
+    print("| | measured | bar |\n|---|---|---|")
     for part in parts:
         *measured, raw = part
+        print(*measured, sep="\n", flush=True)
         bars += measured
         rows += [row if isinstance(row, dict) else asdict(row) for row in raw]
-    table = Table()
-    for heading in ("", "measured", "bar", ""):
-        table.add_column(heading)
-    for bar in bars:
-        limit = f"at least {bar.least:g}" if bar.most is None else f"at most {bar.most:g}"
-        table.add_row(bar.what, f"{bar.measured:.2f}", limit, "holds" if bar.holds else "does not hold")
-    Console(width=140).print(table)
     if quick:
         return
     record = {

@@ -247,7 +247,8 @@ class Rho(nn.Module):
         """q (N, H, G, m, D), rotated and not scaled, k, v (N, H, m, D), k rotated -> (N, H, m, 4), in float32 or wider."""
         x = torch.cat([*q.unbind(2), k, v], -1)  # (N, H, m, (G + 2) D)
         x, row = _by_head(x).to(self.r0.dtype), x  # (H, N m, (G + 2) D)
-        return _by_row(x @ self.r0 + gelu(x @ self.r1) @ self.r2 + self.r3[:, None], row)
+        linear = torch.baddbmm(self.r3[:, None], x, self.r0)  # (H, N m, 4)
+        return _by_row(torch.baddbmm(linear, gelu(x @ self.r1), self.r2), row)
 
     @classmethod
     def join(cls, parts: Sequence["Rho"]) -> "Rho":

@@ -341,14 +341,11 @@ class Retention(Policy):
             raise LessError(f"Retention needs recent within the budget, not {self}")
 
     def update(self, score, p, visible):
-        attention, real = ordered_sum(p), visible.any(-1)  # (N, H, m, S), (N, H, m)
-        later = _later(real)[..., None].to(score.dtype)  # (N, H, m, 1)
-        queries = real.sum(-1, keepdim=True).to(score.dtype)  # (N, H, 1)
-        seen = [
-            score[..., 4 + index] * decay**queries + ordered_sum(attention * decay**later)
-            for index, decay in enumerate(self.FADING)
-        ]
-        return torch.cat([score[..., :4], torch.stack(seen, -1).to(score.dtype)], -1)
+        real, fading = visible.any(-1), score.new_tensor(self.FADING)  # (N, H, m), (2,)
+        later = _later(real)[..., None]  # (N, H, m, 1)
+        queries = real.sum(-1)[..., None, None]  # (N, H, 1, 1)
+        seen = ordered_sum(p).mT.to(score.dtype) @ fading**later  # (N, H, S, 2)
+        return torch.cat([score[..., :4], torch.addcmul(seen, score[..., 4:], fading**queries)], -1)
 
     def rank(self, position, score, n):
         logs = (score[..., 4:] + self.LEAST).log()  # (N, H, S, 2)
@@ -385,11 +382,12 @@ def best_first(rank, position):
 def ordered_sum(x):
     """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
     others, and would decide ties by the slots of the entries."""
+    own = False  # whether x lies in memory of this function
     while x.shape[2] > 1:
         half = x.shape[2] // 2
-        rest = x[:, :, 2 * half :]
-        x = x[:, :, :half] + x[:, :, half : 2 * half]
-        x = torch.cat([x, rest], 2) if rest.shape[2] else x
+        first, second, rest = x[:, :, :half], x[:, :, half : 2 * half], x[:, :, 2 * half :]
+        x = first.add_(second) if own else first + second
+        x, own = torch.cat([x, rest], 2) if rest.shape[2] else x, True
     return x.squeeze(2)
 
 

@@ -118,7 +118,7 @@ def _known_true(condition):
 def _finite(*qkv):
     """q, k, v (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
     wide = torch.promote_types(qkv[0].dtype, torch.float32)
-    q, k, v = (x.abs().amax((1, 3)) for x in qkv)
+    q, k, v = (x.amax((1, 3)).maximum(-x.amin((1, 3))) for x in qkv)
     return q.maximum(k).maximum(v).to(wide) <= LARGEST
 
 
@@ -196,13 +196,15 @@ def _attend_and_score_a_prompt(policy, entries, q, scale, wide):
     heads, many = (1, 4 * QUERIES_AT_ONCE) if q.is_cpu and not policy.pooled else (H, QUERIES_AT_ONCE)  # at once
     room = q.new_empty(N * heads * G * min(many, m - first) * m)
     for now in (slice(start, min(start + many, m)) for start in range(first, m, many)):
-        visible = torch.ones(now.stop - now.start, now.stop, dtype=torch.bool, device=q.device).tril(now.start)  # (b, S)
+        slots = torch.arange(now.stop, device=q.device)
+        visible = slots <= slots[now, None]  # (b, S)
+        later = ~visible[:, now]  # (b, b)
         for some in (slice(head, head + heads) for head in range(0, H, heads)):
             queries = (q[:, some, :, now] * scale).reshape(N * heads, -1, D)  # (N h, G b, D)
             p = room[: queries.shape[0] * queries.shape[1] * now.stop].view(*queries.shape[:2], now.stop)  # (N h, G b, S)
             torch.bmm(queries, k[:, some, : now.stop].flatten(0, 1).mT, out=p)
             each = p.view(N, heads, G, -1, now.stop)  # (N, h, G, b, S)
-            each[..., now].masked_fill_(~visible[:, now], -torch.inf)
+            each[..., now].masked_fill_(later, -torch.inf)
             torch.softmax(p, -1, out=p)
             if last is None:
                 out[:, some, :, now] = (p @ v[:, some, : now.stop].flatten(0, 1)).view(N, heads, G, -1, D)
