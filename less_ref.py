@@ -116,10 +116,11 @@ class Head:
 
 @dataclass(frozen=True)
 class State:
-    """One layer: its KV heads and the number of tokens seen."""
+    """One layer: its KV heads and the number of tokens seen; `moved` is for streams (see `Context`)."""
 
     heads: tuple
     n: int = 0
+    moved: int = 0
 
 
 def empty_state(kv_heads, head_dim, kernels=None):
@@ -186,7 +187,7 @@ def extend(state, q, k, v, policy, kernels=None, logits=None):
         scored = replace(entries[g], score=score)
         kept = choose(scored, rule, n)  # 3. evict
         heads.append(fold(scored, kept, kernels, g))  # 4. fold
-    return out, State(tuple(heads), n)
+    return out, State(tuple(heads), n, state.moved)
 
 
 def choose(entries, policy, n):
@@ -217,11 +218,11 @@ class Trace:
     z: list = field(default_factory=list)  # [c][g] -> (R,)
 
 
-def run(q, k, v, policy, kernels=None, chunks=None, scale=None, softcap=None, sinks=None):
+def run(q, k, v, policy, kernels=None, chunks=None, scale=None, softcap=None, sinks=None, context=None):
     """`extend` over a whole sequence, chunk by chunk; broken tokens are passed over. Returns a Trace.
 
-    q (Hq, T, D); k, v (Hkv, T, D); policy and kernels as in `extend`; scale, softcap and sinks as in `Logits`; chunks: lengths
-    that sum to T, one token at a time (streaming) unless given. Different chunkings are different computations.
+    q (Hq, T, D); k, v (Hkv, T, D); policy and kernels as in `extend`; scale, softcap and sinks as in `Logits`; context: a
+    `Context`; chunks: lengths that sum to T, one token at a time (streaming) unless given. Others are other computations.
     """
     T, chunks = q.shape[1], [1] * q.shape[1] if chunks is None else list(chunks)
     if sum(chunks) != T or min(chunks, default=1) < 1:
@@ -229,8 +230,8 @@ def run(q, k, v, policy, kernels=None, chunks=None, scale=None, softcap=None, si
     state, trace = empty_state(len(k), k.shape[2], kernels), Trace(np.zeros((T, len(q), q.shape[2])))
     for end, m in zip(np.cumsum(chunks), chunks):
         now = slice(end - m, end)
-        rest = policy, kernels, Logits(scale, softcap, sinks)
-        trace.out[now], state = extend_past_broken_tokens(state, q[:, now], k[:, now], v[:, now], *rest)
+        rest, step = (policy, kernels, Logits(scale, softcap, sinks)), context.extend if context else extend_past_broken_tokens
+        trace.out[now], state = step(state, q[:, now], k[:, now], v[:, now], *rest)
         trace.kept.append([head.position for head in state.heads])
         trace.score.append([head.score for head in state.heads])
         trace.H.append([head.H for head in state.heads])
@@ -595,6 +596,50 @@ def extend_past_broken_tokens(state, q, k, v, *rest):
     if sound.any():
         out[sound], state = extend(state, q[:, sound], k[:, sound], v[:, sound], *rest)
     return out, state
+
+
+# Streams beyond the context that a model was trained for. A departure from the paper.
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021): one position later, pair f of the numbers of a query or key is turned by frequencies[f].
+    The pairs are (f, f + F), or, interleaved, (2f, 2f + 1); numbers beyond 2F are not turned."""
+
+    frequencies: np.ndarray  # (F,)
+    interleaved: bool = False
+
+    def turn(self, x, by):
+        """x (..., E, D) as if it stood `by` (E,) positions later."""
+        F, out, angle = len(self.frequencies), x.copy(), np.outer(by, self.frequencies)  # angle (E, F)
+        one, other = (slice(0, 2 * F, 2), slice(1, 2 * F, 2)) if self.interleaved else (slice(F), slice(F, 2 * F))
+        out[..., one] = x[..., one] * np.cos(angle) - x[..., other] * np.sin(angle)
+        out[..., other] = x[..., other] * np.cos(angle) + x[..., one] * np.sin(angle)
+        return out
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stream without end looks as if it never left the first `length` positions: a token stands `moved` positions before its
+    true one, but not below 0. Where a chunk finds no room, all that is held moves back by half the length, and the low-rank
+    state begins anew: what is in it cannot be moved. Policies know true positions."""
+
+    length: int
+    rotary: Rotary
+
+    def extend(self, state, q, k, v, *rest):
+        """`extend_past_broken_tokens` within the context. ValueError for a chunk that cannot find room."""
+        m, by = q.shape[1], self.length // 2
+        if state.n - state.moved + m > self.length:
+            if m > by:
+                raise ValueError(f"{m} tokens at once find no room in a context of {self.length}: give at most {by}")
+            moved, heads = state.moved + by, []
+            for head in state.heads:
+                before, after = (np.maximum(head.position - moved, 0) for moved in (state.moved, state.moved + by))
+                heads.append(replace(head, k=self.rotary.turn(head.k, after - before), H=0 * head.H, z=0 * head.z))
+            state = State(tuple(heads), state.n, moved)
+        q, k = (self.rotary.turn(x, np.full(m, -state.moved)) for x in (q, k))
+        return extend_past_broken_tokens(state, q, k, v, *rest)
 
 
 # Training.

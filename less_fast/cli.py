@@ -28,6 +28,7 @@ from .chat import Conversation
 from .demo import KERNELS, PAPER_KERNELS
 from .hf import LessCache
 from .hf.architecture import sizes
+from .hf.positions import movable_length
 from .hub import CONFIG
 from .kernels import LessKernels, make_folder
 from .layer.checks import LessError
@@ -205,16 +206,19 @@ def generate(
     prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
     if not prompt:
         raise LessError("the prompt is empty: give some text")
-    network, tokenizer, cache = _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed)
+    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, device, dtype, seed)
     options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     if chat:
+        cache = cache_for(math.inf)
         conversation = Conversation(network, tokenizer, cache)
         with _settings_of_the_model():
             conversation.answer(prompt, streamer=_answers(tokenizer), **options)
         errors.print(f"{conversation.ids.shape[1]} tokens, {describe(cache)}")
         return
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
-    check_length(network, inputs["input_ids"].shape[1] + max_new_tokens)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    check_length(network, length)
+    cache = cache_for(length)
     print(prompt, end="", flush=True)
     with _settings_of_the_model():
         out = network.generate(
@@ -246,7 +250,8 @@ def chat(
     Ctrl-C cuts an answer off; Ctrl-D, or /quit, ends. Lines may come through a pipe.
     """
     system = _utf8(lambda: system)
-    network, tokenizer, cache = _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed)
+    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, device, dtype, seed)
+    cache = cache_for(math.inf)
     conversation = Conversation(network, tokenizer, cache, system)
     options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     for line in _lines():
@@ -507,13 +512,20 @@ def import_official(
     print(f"{len(learned.layers)} layers of {learned.sizes['query_heads']} query heads saved to {out}")
 
 
-def _empty_cache(model, kernels, policy, budget, compile, device, dtype, seed):
-    """The model, its tokenizer, and a cache for it."""
+def _loaded(model, kernels, policy, budget, compile, device, dtype, seed):
+    """The model, its tokenizer, and a function that makes a cache for texts of so many tokens: beyond what the model was trained
+    for it stays within that, if the model's positions allow it."""
     rule = policy_named(policy.value, budget, None)
     network, tokenizer = load_model(model, device, dtype.value)
     learned = load_kernels(network, model, kernels, seed)
     kinds = token_kinds(tokenizer) if rule.kinds else None
-    return network, tokenizer, LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile)
+
+    def cache_for(length):
+        trained = movable_length(network)
+        context = trained if trained and length > trained >= (rule.budget or math.inf) else None
+        return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context)
+
+    return network, tokenizer, cache_for
 
 
 def _sampling(temperature, seed):

@@ -62,6 +62,7 @@ class Setting:
 
     sizes: layers, query_heads, kv_heads and head_dim of the model; None for a bare policy with uniform budgets, which fits any.
     less_layers: which of the layers LESS serves. budgets: a table (layers x KV heads), None for as many tokens in every head.
+    context: within how many positions streams stay, None for as many as tokens.
     """
 
     sizes: dict[str, int] | None
@@ -70,6 +71,7 @@ class Setting:
     kernels: LessKernels | None = None
     budgets: Table | None = None
     chunk: int | None = None
+    context: int | None = None
 
     @classmethod
     def of(
@@ -80,6 +82,7 @@ class Setting:
         kernels: LessKernels | None = None,
         budgets: Sequence[Sequence[int]] | str | None = None,
         chunk: int | None = None,
+        context: int | None = None,
     ) -> "Setting":
         """The setting that these arguments of `LessCache.for_model` ask for.
 
@@ -99,14 +102,18 @@ class Setting:
         if budgets is None and kernels is not None:
             budgets = kernels.budgets_for(policy)
         if budgets is None or isinstance(budgets, str):
-            setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk)
+            setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk, context)
         else:
             rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
             if sizes is None or [len(row) for row in rows] != [sizes["kv_heads"]] * sizes["layers"]:
                 wanted = "for a model whose layers have equal heads" if sizes is None else "{layers} layers x {kv_heads} KV heads"
                 raise LessError(f"the budget table must be {wanted.format(**sizes or {})}")
             table = [[integer("a budget", budget) for budget in row] for row in rows]
-            setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk)
+            setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk, context)
+        if context is not None:
+            kept = policy.budget if setting.budgets is None else max(map(max, setting.budgets))
+            if kept is None or kept > integer("context", context, 2):
+                raise LessError(f"{kept or 'all'} tokens are kept, and a context of {context} has fewer positions: keep fewer")
         if sizes is not None:
             for index in setting.less_layers:
                 rule, features = setting.layer(index)
@@ -144,7 +151,9 @@ class Setting:
         held = 0
         for index in self.less_layers:
             rule, features = self.layer(index)
-            state = LayerState.allocate(rule, 1, **self._heads(), kernels=features, dtype=dtype, device="meta")
+            sizes, movable = self._heads(), self.context is not None
+            heads = sizes["query_heads"], sizes["kv_heads"], sizes["head_dim"]
+            state = LayerState.allocate(rule, 1, *heads, features, dtype, "meta", movable)
             held += sum(state.memory().values())
         return held
 

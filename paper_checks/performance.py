@@ -1,7 +1,7 @@
 """How fast LESS is against what it has to beat, in one run on a CPU: `python paper_checks/performance.py`, some twenty minutes.
 
-Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json; PERFORMANCE.md
-says what they mean and what was tried. `--quick` runs everything at a small size, to see that it runs.
+Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json;
+PERFORMANCE.md says what they mean and what was tried. `--quick` runs everything at a small size, to see that it runs.
 """
 
 import argparse

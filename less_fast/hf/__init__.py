@@ -1,6 +1,7 @@
 """The seam with Hugging Face transformers.
 
 architecture: which models are served. seam: how their attention reaches LESS. identity: which model it is, by what it computes.
+positions: how it turns queries and keys, for streams beyond its context.
 layer, watch and cache: a LessCache, one layer of it, and what it checks in every forward pass. saving: its file.
 constant_memory: a folder as the hub holds them, which gives `generate` a LessCache.
 """

@@ -12,12 +12,14 @@ from transformers.cache_utils import DynamicCache
 
 from ..kernels import LessKernels
 from ..layer.checks import LessError
+from ..layer.context import Context
 from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
 from .architecture import calls_sdpa, check_model, device_of, less_layers, sizes, tensor_parallel
 from .identity import check_kernels
 from .layer import NO_CROP, LessLayer
+from .positions import rotaries
 from .saving import load, save
 from .seam import check_version, layers_with, use_less_attention
 from .watch import BROKEN_OFF, WatchedCache, keepers_of_positions, watch
@@ -43,6 +45,7 @@ class LessCache(WatchedCache):
         chunk: int | None = None,
         token_kinds: torch.Tensor | None = None,
         compile: bool = False,
+        context: int | None = None,
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
@@ -61,6 +64,10 @@ class LessCache(WatchedCache):
         compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
             takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
             GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
+        context: for streams without end over a model with rotary positions: how many positions it was trained for
+            (config.max_position_embeddings). Up to there nothing changes. Where a token would stand beyond, what is held moves
+            back by half of them, what moved the whole way stays at position 0, and the low-rank state begins anew; pieces of a
+            text that come then are no longer than that half. None: positions grow with the text.
         Raises LessError if the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         check_version()
@@ -73,15 +80,19 @@ class LessCache(WatchedCache):
         model_sizes, served = None if fits_any else sizes(model), less_layers(model)
         if isinstance(kernels, LessKernels):
             check_kernels(model, kernels)
-        setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk)
+        setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk, context)
         table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
         if policy.kinds and not table:
             raise LessError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
         if compile and not policy.one_leaves:
             raise LessError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
         shards = {index: setting.shard(index, rank, world_size) for index in served}
+        contexts = [None] * len(served) if context is None else [Context(context, rotary) for rotary in rotaries(model)]
         use_less_attention(model)
-        layers = {index: LessLayer(*shard, chunk, compile, calls_sdpa(model)) for index, shard in shards.items()}
+        layers = {
+            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), within)
+            for (index, shard), within in zip(shards.items(), contexts)
+        }
         cache = cls(layers=layers_with(model, layers))
         cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
         cache.keepers = keepers_of_positions(model)

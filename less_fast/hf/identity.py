@@ -68,15 +68,24 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     Raises LessError for a model that LESS cannot serve or that does not run.
     """
     check_model(model)
-    served = less_layers(model)
-    layers = {index: _Recorder(calls_sdpa(model)) for index in served}
+    _, positions = probe(model.config.get_text_config(decoder=True))
+    lines = [layer.numbers(heads_mesh(model)) for layer in observed(model, positions)]
+    return {"rope": rope_of(model.config), "layers": lines}
+
+
+def observed(model: PreTrainedModel, positions: torch.Tensor) -> list["Observed"]:
+    """What the layers that LESS serves compute of the probe's tokens at these positions (NEAR + FAR,). Afterwards the model is as
+    it was. LessError for a model that LESS cannot serve or that does not run."""
+    check_model(model)
+    layers = {index: Observed(calls_sdpa(model)) for index in less_layers(model)}
     with _ONE_PROBE, _left_as_it_was(model):
         use_less_attention(model)
         model.eval()
         try:
             with torch.no_grad():
-                decoder_of(model)(**_tokens(model), past_key_values=Cache(layers=layers_with(model, layers)), use_cache=True)
-            lines = [layers[index].numbers(heads_mesh(model)) for index in served]
+                inputs = _tokens(model, positions)
+                decoder_of(model)(**inputs, past_key_values=Cache(layers=layers_with(model, layers)), use_cache=True)
+            return [layer for layer in layers.values() if layer.qkv]
         except LessError:
             raise
         except Exception as error:
@@ -84,7 +93,6 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
                 f"a forward pass over {NEAR + FAR} tokens fails, so {type(model).__name__} cannot be identified: make it run "
                 f"before it is given kernels or saved caches ({type(error).__name__}: {error})"
             ) from error
-    return {"rope": rope_of(model.config), "layers": lines}
 
 
 def rope_of(config: PreTrainedConfig) -> dict[str, str]:
@@ -92,7 +100,7 @@ def rope_of(config: PreTrainedConfig) -> dict[str, str]:
     return dict(_flat(getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}))
 
 
-class _Recorder(TaggingLayer):
+class Observed(TaggingLayer):
     """Dense attention that keeps its q (1, Hq, T, D), k, v (1, Hkv, T, D)."""
 
     qkv: tuple[torch.Tensor, ...]
@@ -154,10 +162,10 @@ def probe(config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return (7919 * i * i + 131 * i + 17) % min(config.vocab_size, 1000), positions
 
 
-def _tokens(model) -> dict[str, torch.Tensor]:
-    """The probe as the decoder takes it: (1, NEAR + FAR) each."""
+def _tokens(model, positions) -> dict[str, torch.Tensor]:
+    """The probe as the decoder takes it, at these positions: (1, NEAR + FAR) each."""
     decoder = decoder_of(model)
-    ids, positions = probe(model.config.get_text_config(decoder=True))
+    ids, _ = probe(model.config.get_text_config(decoder=True))
     takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
     inputs = {"input_ids": ids} | ({"position_ids": positions} if takes_positions else {})
     return {name: row[None].to(device_of(model)) for name, row in inputs.items()}

@@ -1,12 +1,13 @@
 """LessLayer: one layer of a LessCache, a LayerState that transformers sees as a layer of its own cache."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..layer.checks import LessError
+from ..layer.context import Context
 from ..layer.features import Features
 from ..layer.policies import Policy
 from ..layer.state import LayerState
@@ -29,10 +30,19 @@ class LessLayer(TaggingLayer):
     fed: (N,) int64, a hash of what these columns said, 1 for tokens and 0 for pads; None if a file did not tell.
     """
 
-    def __init__(self, policy: Policy | list[Policy], kernels: Features | None, chunk: int | None, compile: bool, by_sdpa: bool):
+    def __init__(
+        self,
+        policy: Policy | list[Policy],
+        kernels: Features | None,
+        chunk: int | None,
+        compile: bool,
+        by_sdpa: bool,
+        context: Context | None = None,
+    ):
         super().__init__(by_sdpa)
-        self.policy, self.kernels, self.chunk = policy, kernels, chunk
-        self.is_compileable = not by_sdpa and all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
+        self.policy, self.kernels, self.chunk, self.context = policy, kernels, chunk, context
+        fixed = all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
+        self.is_compileable = fixed and not by_sdpa and context is None
         self.compile = compile
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
@@ -47,7 +57,8 @@ class LessLayer(TaggingLayer):
         if self.kernels is not None:
             self.kernels = self.kernels.on(device, torch.promote_types(dtype, torch.float32))
         self.dtype, self.device, self.is_initialized = dtype, device, True
-        self.state = LayerState.allocate(self.policy, batch, query_heads, kv_heads, head_dim, self.kernels, dtype, device)
+        sizes, movable = (batch, query_heads, kv_heads, head_dim), self.context is not None
+        self.state = LayerState.allocate(self.policy, *sizes, self.kernels, dtype, device, movable)
         with torch.inference_mode(False):  # nothing here takes over the caller's autograd mode
             self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
             self.fed = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -64,14 +75,16 @@ class LessLayer(TaggingLayer):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
-        step, chunk, kinds, self.kinds, outs = extend, self.chunk or m, self.kinds, None, []
+        step, kinds, self.kinds, outs = extend, self.kinds, None, []
         if self.chunk == 1 and m > 1:
-            step, chunk = stream, m
+            step = stream
         elif m == 1 and self.compile:
             step = compiled(self.state, query, softcap, sinks is not None)
-        for start in range(0, m, chunk):
-            now = slice(start, start + chunk)
+        beyond = self.context is not None and self.get_seq_length() + m > self.context.length
+        for now in self._pieces(m, valid, self.context if beyond else None):
             q, k, v = (x[:, :, now] for x in (query, key, value))
+            if self.context is not None and beyond:
+                q, k = (self.context.place(self.state, x) for x in (q, k))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
             outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
         self.seen += m
@@ -82,6 +95,24 @@ class LessLayer(TaggingLayer):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in (query, key, value)):
             return _WithoutGradients.apply(out, query, key, value)
         return out
+
+    def _pieces(self, m: int, valid: torch.Tensor | None, context: Context | None) -> Iterator[slice]:
+        """The columns of m new tokens that enter together, one piece after the other. With a context each finds room; streams go
+        on piece by piece as they would in one."""
+        streaming = self.chunk == 1
+        chunk = m if streaming else self.chunk or m
+        if context is None:
+            yield from (slice(start, start + chunk) for start in range(0, m, chunk))
+            return
+        chunk = 1 if streaming else min(chunk, context.length // 2)
+        start = 0
+        while start < m:
+            end = min(m, start + chunk)
+            new = torch.full_like(self.state.n, end - start) if valid is None else valid[:, start:end].sum(1)  # (N,)
+            room = context.make_room(self.state, new)
+            end = min(m, start + max(room, 1)) if streaming else end
+            yield slice(start, end)
+            start = end
 
     @property
     def batch_size(self) -> int:

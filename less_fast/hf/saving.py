@@ -57,6 +57,7 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         "policy": written,
         "budgets": cache.setting.budgets or "uniform",
         "chunk": cache.setting.chunk,
+        "context": cache.setting.context,
         "kernels": cache.setting.kernels and digest(cache.setting.kernels.state_dict()),
         "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in cache.less_layers],
         "lengths": lengths,
@@ -86,7 +87,8 @@ def load(
     if policy is None:
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
     check_saved(path, about["model"], model)
-    cache = kind.for_model(model, policy, kernels, about["budgets"], about["chunk"], tensors.get("token_kinds"), compile)
+    asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about.get("context")
+    cache = kind.for_model(model, policy, kernels, *asked)
     modules: dict[Any, torch.nn.Module] = {module.layer_idx: module for module in attention_modules(model)}
     heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):

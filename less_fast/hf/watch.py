@@ -90,7 +90,7 @@ class WatchedCache(Cache):
                 self.less_layers[0].check_past(None)
             elif mask is not None and mask.ndim == 2:
                 check_mask(mask, seen, new, self.less_layers[0])
-        limit = _rotates_in_another_way_beyond(decoder.config)
+        limit = rotates_in_another_way_beyond(decoder.config)
         if limit and new and 0 < seen <= limit < seen + new:
             raise LessError(
                 f"{type(decoder).__name__} rotates keys in another way beyond {limit} tokens, and what the cache holds cannot be "
@@ -246,7 +246,7 @@ def _of_an_image(position_ids):
     return not torch.equal(position_ids[-1], position_ids[-2])
 
 
-def _rotates_in_another_way_beyond(config) -> int | None:
+def rotates_in_another_way_beyond(config) -> int | None:
     """The length at which LongRoPE goes over to other frequencies, if the model has it."""
     kinds = getattr(config, "rope_parameters", None) or {}
     for parameters in (kinds, *(kind for kind in kinds.values() if isinstance(kind, dict))):

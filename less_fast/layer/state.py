@@ -101,11 +101,11 @@ class Group:
 
 
 class LayerState:
-    """One layer's cache for a batch: `parts`, which are groups or several in ragged tensors; and `n` (N,), the real tokens that
-    each row has seen."""
+    """One layer's cache for a batch: `parts`, which are groups or several in ragged tensors; `n` (N,), the real tokens that each
+    row has seen; and `moved` (N,), by how many positions it has moved back (context.py), or None if it cannot."""
 
-    def __init__(self, parts: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int):
-        self.parts, self.n = parts, n
+    def __init__(self, parts: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int, moved: torch.Tensor | None = None):
+        self.parts, self.n, self.moved = parts, n, moved
         self.query_heads, self.kv_heads = query_heads, kv_heads
 
     def positions(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
@@ -130,12 +130,14 @@ class LayerState:
         kernels: Features | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        movable: bool = False,
     ) -> "LayerState":
         """An empty state.
 
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
         kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
         dtype: of keys and values; scores and the low-rank state are float32, or float64 if dtype is.
+        movable: what it holds can move back, for streams within a Context.
         Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
         """
         policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
@@ -151,7 +153,9 @@ class LayerState:
                 f"{str(error).splitlines()[0]}"
             ) from error
         with torch.inference_mode(False):  # the caller's autograd mode is not taken over
-            return cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device)
+            state = cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device)
+            state.moved = torch.zeros_like(state.n) if movable else None
+            return state
 
     @classmethod
     def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device):
@@ -206,6 +210,8 @@ class LayerState:
 
     def _named(self, groups):
         yield "n", self.n
+        if self.moved is not None:
+            yield "moved", self.moved
         for index, group in enumerate(groups):
             for name in Group.TENSORS:
                 yield f"{index}.{name}", getattr(group, name)
@@ -234,6 +240,7 @@ class LayerState:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
         self.n = self.n.index_select(0, rows)
+        self.moved = None if self.moved is None else self.moved.index_select(0, rows)
         for group in self.parts:
             for name in Group.TENSORS:
                 setattr(group, name, getattr(group, name).index_select(0, rows))
@@ -255,14 +262,19 @@ class LayerState:
             for name in ("k", "v", "position", "score"):
                 tensors[name] = [_with_slots(x, slots, -1 if name == "position" else 0) for x in tensors[name]]
             joined.append(replace(parts[0], **{name: torch.cat(rows) for name, rows in tensors.items()}))
-        return cls(joined, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads)
+        moved = None if states[0].moved is None else torch.cat([state.moved for state in states if state.moved is not None])
+        return cls(joined, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads, moved)
 
     def _kind(self):
         heads = torch.arange(self.kv_heads, device=self.n.device)
-        return self.query_heads, [
-            (group.policy, id(group.kernels), heads[group.kv_heads].tolist(), group.k.shape[3], group.k.dtype, group.k.device)
-            for group in self.groups
-        ]
+        return (
+            self.query_heads,
+            self.moved is None,
+            [
+                (group.policy, id(group.kernels), heads[group.kv_heads].tolist(), group.k.shape[3], group.k.dtype, group.k.device)
+                for group in self.groups
+            ],
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state as one safetensors file: written aside, then renamed. OSError if that fails."""
@@ -290,6 +302,7 @@ class LayerState:
     def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
         """Puts other tensors, named as `saved` names them, in the place of these."""
         self.n = tensors["n"].to(self.n.device)
+        self.moved = None if self.moved is None else tensors["moved"].to(self.n.device)
         apart = [part.split() for part in self.parts]
         for index, group in enumerate(_in_order([group for groups in apart for group in groups])):
             for name in Group.TENSORS:
@@ -309,6 +322,7 @@ class LayerState:
             "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {groups[0].k.shape[-1]}",
             "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
             "rows": f"{len(self.n)} rows",
+            "moved": "slots that stay where they are" if self.moved is None else "slots that can move back",
             "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
         }
 

@@ -167,7 +167,7 @@ def attention_steps(
     steps = {"full": partial(scaled_dot_product_attention, q, keys, values, enable_gqa=True)}
     size = {"full": keys.nbytes + values.nbytes}
     for name, (policy, features) in contenders.items():
-        state = LayerState.allocate(policy, batch, **layer, kernels=features, dtype=dtype, device=place)
+        state = LayerState.allocate(policy, batch, layer["query_heads"], layer["kv_heads"], D, features, dtype, place)
         fill(state, length)
         size[name] = size[f"{name}, compiled"] = sum(state.memory().values())
         steps[name] = partial(extend, state, q, k, v)

@@ -32,6 +32,8 @@ def describe(cache: LessCache) -> str:
     kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
     ranks = [rank for layer in kernels.layers for rank in layer.ranks] if kernels else []  # type: ignore[union-attr]
     folded = f"folded into {_ends(ranks)} features" if kernels else "forgotten"
+    if kernels and cache.setting.context and seen > cache.setting.context:
+        folded += f" (anew every {cache.setting.context // 2} tokens)"
     return f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {_held(cache)}"
 
 

@@ -1,0 +1,65 @@
+"""How a model turns queries and keys by their positions, asked of the model itself: for streams beyond its context."""
+
+import inspect
+from itertools import product
+
+import torch
+from transformers import PreTrainedModel
+
+from ..layer.checks import LessError
+from ..layer.context import Rotary
+from .architecture import decoder_of
+from .identity import FAR, NEAR, observed
+from .watch import keepers_of_positions, rotates_in_another_way_beyond
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+"""By how much queries and keys that were turned may differ from the model's own, relative to the largest number."""
+
+
+def rotaries(model: PreTrainedModel) -> list[Rotary]:
+    """The rotary positions of each layer that LESS serves, such that a text that stands later has the same queries and keys,
+    turned. They are found by two short forward passes; a layer without positions has no frequencies.
+
+    Raises LessError, with the reason, for a model whose positions are of another kind.
+    """
+    decoder, name = decoder_of(model), type(model).__name__
+    if keepers_of_positions(model) or rotates_in_another_way_beyond(decoder.config):
+        raise LessError(f"{name} changes what its positions mean as a text grows (or after images): leave context out")
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise LessError(f"{name} takes no position_ids, so nobody can tell what its positions mean: leave context out")
+    last = trained_length(model) or 2048
+    positions, later = torch.arange(NEAR + FAR) * max(1, last // 64), last // 2
+    here, there = observed(model, positions), observed(model, positions + later)
+    buffers = [buffer for place, buffer in decoder.named_buffers() if place.endswith("inv_freq") and buffer.ndim == 1]
+    known = dict.fromkeys(tuple(buffer.double().tolist()) for buffer in buffers)
+    candidates = [Rotary(()), *(Rotary(*both) for both in product(known, (False, True)))]
+    found = []
+    for one, other in zip(here, there):
+        fitting = (rotary for rotary in candidates if _fits(rotary, one.qkv, other.qkv, torch.tensor([[later]])))
+        if (rotary := next(fitting, None)) is None:
+            raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
+        found.append(rotary)
+    return found
+
+
+def trained_length(model: PreTrainedModel) -> int | None:
+    """How many positions the model was trained for, as its config says."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def movable_length(model: PreTrainedModel) -> int | None:
+    """The same if a cache can stay within it (`LessCache.for_model(context=...)`), else None."""
+    try:
+        rotaries(model)
+    except LessError:
+        return None
+    return trained_length(model)
+
+
+def _fits(rotary, here, there, later):
+    """Whether q, k and v of a text that stands `later` are those of the text here, q and k turned."""
+    if 2 * len(rotary.frequencies) > here[0].shape[-1]:
+        return False
+    later = later.to(here[0].device)
+    turned = *(rotary.turn(x, later[:, None]) for x in here[:2]), here[2]
+    return all((x - wanted).abs().max() <= TOLERANCE.get(x.dtype, 0.03) * wanted.abs().max() for x, wanted in zip(turned, there))

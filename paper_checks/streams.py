@@ -1,0 +1,117 @@
+"""Streams far beyond the context that a model was trained for: does what a cache knows go on helping, or does it break?
+
+    python paper_checks/streams.py --growing                # the embedded model, 8 streams of 12,500 held-out tokens
+    python paper_checks/streams.py --tokens 100000 --streams 1 --policies retention
+    python paper_checks/streams.py --model smollm2 --text book.txt --tokens 20000 --streams 4
+
+Held-out text goes through each cache token by token: as one stream that stays within the context
+(`LessCache.for_model(context=...)`), anew for every window of the context's length, and, if asked, as one whose positions grow.
+Beside them the full cache, which is anew alone. Writes the nats per token of each tenth to results/streams_MODEL.json.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from less_fast import LessCache, LessError, Window
+from less_fast.files import aside
+from less_fast.hf.positions import trained_length
+from less_fast.loading import load_kernels, load_model, load_texts
+from less_fast.measuring import versions
+from less_fast.setting import policy_named
+from less_fast.text import tokenized
+
+HERE = Path(__file__).parent
+PIECE = 128  # tokens of one forward pass: their logits lie in memory at once
+TENTHS = 10
+
+
+@torch.inference_mode()
+def losses(model, ids: torch.Tensor, cache: LessCache | None) -> torch.Tensor:
+    """Nats of each token of a stream but the first: ids (N, T) -> (N, T - 1). cache None: the full cache."""
+    found, last = [], None
+    for piece in ids.split(ids.shape[1] if cache is None else PIECE, 1):
+        logits = model(piece, past_key_values=cache, use_cache=cache is not None).logits.float()  # (N, m, vocabulary)
+        seen = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], 1)
+        said = piece[:, 1:] if last is None else piece
+        found.append(torch.nn.functional.cross_entropy(seen.transpose(1, 2), said, reduction="none"))
+        last = logits[:, -1:]
+    return torch.cat(found, 1)
+
+
+def anew(model, ids: torch.Tensor, length: int, make) -> torch.Tensor:
+    """The same with a fresh cache for every window of `length` tokens: nothing says the first token of one, which is NaN."""
+    parts = [losses(model, window, make()) for window in ids.split(length, 1) if window.shape[1] > 1]
+    missing = torch.full((len(ids), 1), torch.nan)
+    return torch.cat([parts[0], *(x for part in parts[1:] for x in (missing, part))], 1)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder, hub name or smollm2; the embedded model by default")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="files; held-out standard library by default")
+    parser.add_argument("--tokens", type=int, default=12_500, help="of each stream")
+    parser.add_argument("--streams", type=int, default=8, help="side by side")
+    parser.add_argument("--budget", default="5%", help="tokens kept, or a share of the context")
+    parser.add_argument("--policies", default="h2o,retention", help="separated by commas; a window stands beside them")
+    parser.add_argument("--growing", action="store_true", help="measure streams whose positions grow, too")
+    parser.add_argument("--out", type=Path, help="results/streams_MODEL.json by default")
+    chosen = parser.parse_args(arguments)
+    try:
+        rows = measure(chosen)
+    except (OSError, LessError) as error:
+        print(f"paper_checks/streams.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    out = chosen.out or HERE / "results" / f"streams_{Path(chosen.model).name or 'embedded'}.json"
+    about = {name: getattr(chosen, name) for name in ("model", "tokens", "streams", "budget")}
+    with aside(out) as file:
+        file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def measure(chosen) -> list[dict]:
+    """A row for each way to read the stream; printed as they come."""
+    model, tokenizer = load_model(chosen.model)
+    kernels, length = load_kernels(model, chosen.model, ""), trained_length(model)
+    if kernels is None or length is None:
+        raise LessError("streams are about kernels and a trained context, and this model lacks one: choose another")
+    texts, _ = load_texts(chosen.text, "", "test")
+    stream = torch.cat([torch.from_numpy(ids) for ids in tokenized(tokenizer, texts)])
+    if len(stream) < chosen.tokens * chosen.streams:
+        raise LessError(f"the text has {len(stream)} tokens, and {chosen.tokens * chosen.streams} are wanted: give more text")
+    ids = stream[: chosen.tokens * chosen.streams].view(chosen.streams, -1)
+    rows: list[dict] = []
+
+    def note(cache, rule, way, values, seconds, held=None):
+        tenths = [part.nanmean().item() for part in values.tensor_split(TENTHS, 1)]
+        rows.append(
+            {"cache": cache, "policy": rule and repr(rule), "way": way, "nats": values.nanmean().item(), "tenths": tenths}
+        )
+        rows[-1] |= {"bytes": held, "seconds": round(seconds, 1)}
+        shown = " ".join(f"{tenth:.3f}" for tenth in tenths)
+        print(f"{cache} {rule or ''} {way}: {rows[-1]['nats']:.4f} nats; by tenths {shown}; {seconds:.0f} s", flush=True)
+
+    start = time.perf_counter()
+    note("full", None, "anew", anew(model, ids, length, lambda: None), time.perf_counter() - start)
+    rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]
+    for rule in [Window(rules[0].budget), *rules]:
+        bare = kernels.without_state() if rule.learned else None
+        for cache, own in [("bare", bare)] + ([] if isinstance(rule, Window) else [("less", kernels)]):
+
+            def make(within=None, rule=rule, own=own):
+                return LessCache.for_model(model, rule, own, budgets="uniform", chunk=1, context=within)
+
+            for way in ["within", "anew"] + ["growing"] * chosen.growing:
+                start, whole = time.perf_counter(), make(length if way == "within" else None)
+                values = anew(model, ids, length, make) if way == "anew" else losses(model, ids, whole)
+                held = None if way == "anew" else sum(whole.memory().values()) // chosen.streams
+                note(cache, rule, way, values, time.perf_counter() - start, held)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
