@@ -565,7 +565,7 @@ def markdown(rows: list[dict[str, Any]], setup: Setup) -> str:
                 f"{row['held_most']:g}{beyond}",
                 f"{row['held_mean']:.4g}",
                 f"{row['perplexity']:.2f}",
-                f"{row['worse']:.3f} ± {row['worse_stderr']:.3f}",
+                f"{round(row['worse'], 3) + 0.0:.3f} ± {row['worse_stderr']:.3f}",  # no -0.000
                 *(f"{row['speed'][str(batch)]['tokens_per_second']:,.0f}" for batch in setup.batches),
                 f"{row['bytes']:,}",
             ]
