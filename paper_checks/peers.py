@@ -1,0 +1,661 @@
+"""LESS beside its peers: the caches of transformers, and NVIDIA's kvpress, on the same weights, tokens and threads.
+
+    python paper_checks/peers.py --out paper_checks/results/peers.json
+    python paper_checks/peers.py --quick        # a small size, to see that it runs; makes no environment
+
+kvpress asks for an older transformers than LESS. It gets an environment of its own (--environment, 1.4 GB, made if missing), with
+the same Python and torch; QuantizedCache, whose backend is not among our requirements, is measured there as well. Each side is a
+process; both read the same file of tokens, and their caches take turns, one pass of one side, one of the other.
+
+A pass: half of each window of held-out text is the prompt, the rest is decoded token by token, the true token fed each time.
+Quality: nats of the decoded tokens. Speed: tokens over the seconds that the model took for all of them, the median of the rounds.
+Compiled steps and models are measured at the first budget alone.
+
+Equal tokens: the largest number that a KV head holds between steps. DecodingPress compresses to `target_size` every
+`compression_interval` steps, so that it grows to target + interval - 1: its target is chosen for that to be the budget. It does
+not touch the prompt; PrefillDecodingPress compresses that to the same target, with the same press. CAMPress merges neighbours,
+which a press for prompts leaves in no order: its own first step compresses the prompt. At the default interval nothing can be
+held so small: there the target is the budget, and the row is not one of equal tokens.
+
+Refused rather than reported: sides that differ in tokens, weights, threads or torch, full caches that differ in perplexity, a
+cache that held more than its budget, code compiled while the clock ran.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import chain, zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).parent.parent
+PEERS = ("kvpress==0.5.5", "hqq==0.2.8.post1")
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+OLDER = ("transformers", "huggingface_hub", "hf-xet", "tokenizers", "pandas")  # kvpress wants other releases of these than ours
+MADE = "made-by-peers.txt"  # lies in an environment that is complete, and says of what
+AGREE = 1e-3  # by how much perplexities of full caches may differ
+WARM_UP = 12  # steps before the clock runs, in which code is compiled
+VARIANTS = 64  # compiled variants of one piece of code that torch may hold: one for each contender and batch
+SPECIAL = 10  # the interval in the example of kvpress's documentation
+OURS, THEIRS = "LESS", "kvpress"  # the two sides
+FULL = "DynamicCache"
+
+
+class Refused(Exception):
+    """What would have been measured wrong; says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured. compiled: names of the caches that are compiled, step and model; None: all that can be."""
+
+    length: int
+    budgets: tuple[int, ...]
+    batches: tuple[int, ...]
+    rounds: int
+    threads: int
+    compiled: tuple[str, ...] | None = None
+
+    @property
+    def prompt(self) -> int:
+        return self.length // 2
+
+    @property
+    def steps(self) -> int:
+        """Tokens that are fed while decoding; the last of a window is only predicted."""
+        return self.length - self.prompt - 1
+
+    @property
+    def windows(self) -> int:
+        return self.rounds * max(self.batches)
+
+    def compiles(self, name: str, budget: int | None = None) -> bool:
+        """Of the budgets only the first: compiling takes longer than measuring."""
+        return (self.compiled is None or name in self.compiled) and budget in (None, self.budgets[0])
+
+
+@dataclass
+class Pass:
+    """One use of an empty cache: `model` reads the prompt, `step` takes the tokens. within: holds while they do so; beside: what
+    else holds tensors for the cache; positions: whether they are told, because the cache has lost count."""
+
+    model: Callable
+    step: Callable
+    cache: Any
+    within: Callable[[], AbstractContextManager] = nullcontext
+    beside: Any = None
+    positions: bool = False
+
+
+@dataclass
+class Contender:
+    """A cache that is measured. budget: tokens that it may hold, None: all; equal: whether it must keep to that."""
+
+    cache: str
+    make: Callable[[], Pass] = field(repr=False)
+    budget: int | None = None
+    target: int | None = None
+    interval: int | None = None
+    equal: bool = True
+
+    def about(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("cache", "budget", "target", "interval", "equal")}
+
+
+# ------------------------------------------------------------------ what is measured, on either side
+
+
+@torch.inference_mode()
+def decode(run: Pass, windows: torch.Tensor, prompt: int, steps: int) -> dict[str, Any]:
+    """Reads the prompts of windows (N, T), then feeds `steps` tokens one by one.
+
+    nats: mean of each window's predicted tokens; seconds, computing: of all steps, by the clock and by the processor; held:
+    tokens that a KV head holds between steps, at most and on average; bytes: at most, for each sequence.
+    """
+    nats, held, size, seconds, computing = [], [], 0, 0.0, 0.0
+
+    def told(start, end):
+        return {"position_ids": torch.arange(start, end)[None]} if run.positions else {}
+
+    with run.within():
+        run.model(input_ids=windows[:, :prompt], past_key_values=run.cache, use_cache=True, logits_to_keep=1, **told(0, prompt))
+        for index in range(prompt, prompt + steps):
+            token, where = windows[:, index : index + 1], told(index, index + 1)
+            clock, processor = time.perf_counter(), time.process_time()
+            logits = run.step(input_ids=token, past_key_values=run.cache, use_cache=True, **where).logits
+            seconds += time.perf_counter() - clock
+            computing += time.process_time() - processor
+            nats.append(cross_entropy(logits[:, -1].float(), windows[:, index + 1], reduction="none").double())
+            held.append(held_tokens(run.cache))
+            size = max(size, held_bytes(run.cache) + held_bytes(run.beside))
+    per_window = torch.stack(nats).mean(0)  # (N,)
+    if not per_window.isfinite().all():
+        raise ArithmeticError("the predictions are not finite")
+    return {
+        "nats": per_window.tolist(),
+        "seconds": seconds,
+        "computing": computing,
+        "held_most": max(held),
+        "held_mean": sum(held) / len(held),
+        "bytes": size // len(windows),
+    }
+
+
+def held_tokens(cache: Any) -> float:
+    """Tokens that a KV head holds: the largest number over the layers; of a LessCache the mean over all its heads."""
+    if hasattr(cache, "less_layers"):
+        states = [layer.state for layer in cache.less_layers]
+        entries = sum((group.position >= 0).sum().item() for state in states for group in state.groups)
+        return entries / sum(state.kv_heads * len(state.n) for state in states)
+    return max(int(layer.get_seq_length()) for layer in cache.layers)
+
+
+def held_bytes(holder: Any) -> int:
+    """Bytes of all tensors that a cache, or what stands beside it, holds."""
+    if hasattr(holder, "less_layers"):
+        return sum(holder.memory().values())
+    parts = [vars(layer) for layer in holder.layers] if hasattr(holder, "layers") else getattr(holder, "__dict__", {})
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(parts)}.values())
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in these dicts, lists and tuples."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+def load(folder: str, attention: str = "sdpa") -> Any:
+    """The model of a folder, float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    return model.eval().requires_grad_(False)
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+# ------------------------------------------------------------------ the contenders
+
+
+def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]:
+    """The caches of transformers, and for each budget bare policies and LESS."""
+    from transformers import DynamicCache, StaticCache
+
+    from less_fast import LessCache, LessKernels
+    from less_fast.demo import KERNELS
+    from less_fast.setting import POLICIES
+
+    def static():
+        return Pass(model, whole, StaticCache(config=model.config, max_cache_len=setup.length))
+
+    def less(policy, learned=None, table=None, step=False, network=None):
+        cache = LessCache.for_model(ours, policy, learned, table or "uniform", compile=step)
+        return Pass(ours, ours if network is None else network, cache)
+
+    whole = torch.compile(model, fullgraph=True, dynamic=False)
+    yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
+    if setup.compiles("StaticCache"):
+        yield Contender("StaticCache, compiled", static)
+    ours, kernels = load(folder), LessKernels.from_pretrained(KERNELS)
+    ours_whole = torch.compile(ours, fullgraph=True, dynamic=False)
+    for budget in setup.budgets:
+        policies = {name: POLICIES[name].with_budget(budget) for name in ("h2o", "retention", "tova", "lambda")}
+        tables = {name: kernels.budgets_for(policies[name]) for name in ("h2o", "retention")}
+        if not all(tables.values()):
+            raise Refused(f"the kernels have no table of {budget} tokens by head: choose another budget")
+        kinds: dict[str, tuple] = {
+            "TOVA": (policies["tova"],),
+            "Lambda": (policies["lambda"],),
+            "H2O": (policies["h2o"],),
+            "H2O with LESS": (policies["h2o"], kernels),
+            "H2O with LESS, by head": (policies["h2o"], kernels, tables["h2o"]),
+            "Retention with LESS": (policies["retention"], kernels),
+            "Retention with LESS, by head": (policies["retention"], kernels, tables["retention"]),
+        }
+        for name, kind in kinds.items():
+            make = partial(less, *kind)
+            yield Contender(name, make, budget)
+            if name not in ("TOVA", "Lambda") and setup.compiles(name, budget):  # those two stand beside presses that do the same
+                yield Contender(f"{name}, step compiled", partial(make, step=True), budget)
+            if name in ("H2O with LESS", "Retention with LESS, by head") and setup.compiles(name, budget):
+                yield Contender(f"{name}, compiled", partial(make, network=ours_whole), budget)
+
+
+def their_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]:
+    """In kvpress's environment: the full cache once more, the quantized one, and for each budget the presses."""
+    import kvpress
+    from transformers import DynamicCache, QuantizedCache
+
+    def quantized():
+        cache = QuantizedCache("hqq", model.config, nbits=4, axis_key=1, axis_value=1)  # the axes that transformers advises
+        return Pass(model, model, cache)
+
+    def press(network, base, wrapper, prompt, target, interval):
+        before = None
+        if wrapper is kvpress.DecodingPress:
+            before = base()
+            before.compression_ratio = 1 - (target + 0.5) / prompt  # it keeps the whole part of what this leaves
+        pressing = kvpress.PrefillDecodingPress(before, wrapper(base(), compression_interval=interval, target_size=target))
+        cache = DynamicCache(config=network.config)
+        return Pass(network, network, cache, lambda: pressing(network), pressing.decoding_press, positions=True)
+
+    yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
+    yield Contender("QuantizedCache, hqq, 4 bits", quantized)
+    eager = load(folder, "eager")  # for a press that reads the attention probabilities
+    default = kvpress.DecodingPress(kvpress.KnormPress()).compression_interval
+    window = SPECIAL - 2  # SnapKV's: there must be more states in the buffer, which is emptied by each compression
+
+    def snapkv():
+        return kvpress.SnapKVPress(window_size=window)
+
+    for budget in setup.budgets:
+        plain, merging = kvpress.DecodingPress, kvpress.CAMPress
+        wanted = [
+            ("KnormPress", 1, model, kvpress.KnormPress, plain),
+            ("TOVAPress", 1, model, kvpress.TOVAPress, plain),
+            ("StreamingLLMPress", 1, model, kvpress.StreamingLLMPress, plain),
+            ("ObservedAttentionPress", 1, eager, kvpress.ObservedAttentionPress, plain),
+            (f"SnapKVPress, window {window}", 1, model, snapkv, plain),
+            ("CAMPress of StreamingLLMPress", 1, model, kvpress.StreamingLLMPress, merging),
+            ("KnormPress", SPECIAL, model, kvpress.KnormPress, plain),
+            ("TOVAPress", SPECIAL, model, kvpress.TOVAPress, plain),
+            ("StreamingLLMPress", SPECIAL, model, kvpress.StreamingLLMPress, plain),
+            (f"SnapKVPress, window {window}", SPECIAL, model, snapkv, plain),
+            ("TOVAPress", default, model, kvpress.TOVAPress, plain),
+        ]
+        for name, interval, network, base, wrapper in wanted:
+            equal = interval != default
+            target = budget - interval + 1 if equal else budget
+            if target < 1:
+                raise Refused(f"a budget of {budget} leaves nothing beside an interval of {interval}: give it more")
+            make = partial(press, network, base, wrapper, setup.prompt, target, interval)
+            yield Contender(name, make, budget, target, interval, equal)
+
+
+SIDES: dict[str, tuple[Callable[..., Iterator[Contender]], tuple[str, ...]]] = {
+    OURS: (our_contenders, ()),
+    THEIRS: (their_contenders, ("kvpress", "hqq")),
+}
+"""The contenders of each side, and the libraries whose version it tells."""
+
+
+# ------------------------------------------------------------------ a side, in a process of its own
+
+
+def serve(name: str, options: dict[str, Any]) -> None:
+    """The process of one side: it says what it is, then reads requests from standard input and answers, a line of JSON each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+
+    def answer(said: dict[str, Any]) -> None:
+        print(json.dumps(said), file=answers, flush=True)
+
+    try:
+        _serve(name, options, answer)
+    except Refused as error:
+        answer({"stopped": str(error)})
+
+
+def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    make, libraries = SIDES[name]
+    setup = Setup(**options["setup"])
+    torch.set_num_threads(setup.threads)
+    torch._dynamo.config.recompile_limit = VARIANTS  # a compiled model beyond it is an error, because fullgraph is asked for
+    ids, model = torch.from_numpy(np.load(options["tokens"])), load(options["model"])
+    contenders = list(make(model, options["model"], setup))
+    releases = {library: version(library) for library in ("torch", "transformers", *libraries)}
+    answer(
+        {
+            "versions": releases | {"python": platform.python_version()},
+            "threads": torch.get_num_threads(),
+            "tokens": digest([ids]),
+            "weights": digest(weight for _, weight in sorted(model.state_dict().items())),
+            "contenders": [contender.about() for contender in contenders],
+        }
+    )
+    warm: set[tuple[int, int]] = set()
+    graphs = torch._dynamo.utils.counters["stats"]
+    for line in sys.stdin:
+        number, batch, first = json.loads(line)
+        contender, windows = contenders[number], ids[first : first + batch]
+        try:
+            if (number, batch) not in warm:
+                _decode_anew(contender, windows, setup.prompt, min(WARM_UP, setup.steps))
+                warm.add((number, batch))
+            before = graphs["unique_graphs"]
+            measured = _decode_anew(contender, windows, setup.prompt, setup.steps)
+            if graphs["unique_graphs"] != before:
+                raise Refused(f"{contender.cache}: code was compiled while the clock ran")
+        except (AssertionError, ArithmeticError) as error:
+            if contender.interval is None:
+                raise
+            measured = {"refused": f"{type(error).__name__}: {error}"}  # what a press cannot do is a finding
+        answer(measured)
+
+
+def _decode_anew(contender: Contender, windows: torch.Tensor, prompt: int, steps: int) -> dict[str, Any]:
+    torch.manual_seed(0)  # one press draws
+    return decode(contender.make(), windows, prompt, steps)
+
+
+class Side:
+    """A side as the others see it."""
+
+    def __init__(self, name: str, python: str, options: dict[str, Any]):
+        command = [python, __file__, "--side", name, "--options", json.dumps(options)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options["setup"]["threads"])}
+        if name == THEIRS:  # nothing of this project is theirs
+            environment.pop("PYTHONPATH", None)
+            environment["PYTHONSAFEPATH"] = "1"
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.about = self._answer()
+        self.contenders = self.about.pop("contenders")
+
+    def measure(self, number: int, batch: int, first: int) -> dict[str, Any]:
+        """A pass of one contender over windows first, first + 1, ..."""
+        print(json.dumps([number, batch, first]), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise Refused(f"the side of {self.name} has ended: what it said last stands above")
+        said = json.loads(line)
+        if "stopped" in said:
+            raise Refused(f"{self.name}: {said['stopped']}")
+        return said
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ------------------------------------------------------------------ the environment of kvpress
+
+
+def default_environment() -> Path:
+    cache = os.environ.get("LESS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-kv"
+    return Path(cache) / "peers"
+
+
+def python_of(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def is_made(environment: Path) -> bool:
+    """Whether the environment is there and complete. Refused if something else lies there."""
+    mark = environment / MADE
+    if mark.is_file() and mark.read_text().split() == list(PEERS):
+        return True
+    if environment.exists() and any(environment.iterdir()):
+        raise Refused(f"{environment} is no environment of {', '.join(PEERS)}, or not all of it: delete it, or name another")
+    return False
+
+
+def make_environment(environment: Path) -> None:
+    """A virtual environment of this Python with PEERS, under our constraints but for what kvpress wants older."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    kept = [line for line in lines if line.partition("==")[0].lower() not in OLDER]
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("\n".join(kept) + "\n")
+        install = [str(python_of(environment)), "-m", "pip", "install", "--quiet", "-c", str(constraints), *PEERS]
+        for command in ([sys.executable, "-m", "venv", str(environment)], install):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+                raise Refused(f"the environment of kvpress cannot be made: {said}; delete {environment} before another try")
+    (environment / MADE).write_text("\n".join(PEERS) + "\n")
+
+
+# ------------------------------------------------------------------ both sides together
+
+
+def check_sides(sides: list[Side]) -> None:
+    """Refused if they do not measure the same thing."""
+    for what, of in {
+        "tokens": lambda about: about["tokens"],
+        "weights": lambda about: about["weights"],
+        "numbers of threads": lambda about: about["threads"],
+        "releases of torch": lambda about: about["versions"]["torch"],
+        "releases of Python": lambda about: about["versions"]["python"],
+    }.items():
+        found = {side.name: of(side.about) for side in sides}
+        if len(set(found.values())) > 1:
+            raise Refused(f"the sides have different {what}: {found}")
+
+
+def measure(sides: list[Side], setup: Setup, progress: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """All passes, in turns: for each contender its description, its side, and its answers by batch.
+
+    In round r the windows from r * (largest batch) on are decoded, so a smaller batch decodes some of the same.
+    """
+    numbered = [[(side, number) for number in range(len(side.contenders))] for side in sides]
+    turns = [turn for turn in chain(*zip_longest(*numbered)) if turn is not None]
+    results = [
+        {"side": side.name, **side.contenders[number], "refused": None, "passes": {batch: [] for batch in setup.batches}}
+        for side, number in turns
+    ]
+    for turn in range(setup.rounds):
+        for batch in setup.batches:
+            progress(f"round {turn + 1} of {setup.rounds}, batch {batch}")
+            for (side, number), result in zip(turns, results):
+                if result["refused"] is None:
+                    measured = side.measure(number, batch, turn * max(setup.batches))
+                    result["refused"] = measured.get("refused")
+                    result["passes"][batch].append(measured)
+    return results
+
+
+def rows_of(results: list[dict[str, Any]], setup: Setup) -> list[dict[str, Any]]:
+    """A row for each contender. Refused if full caches differ, or a cache held more tokens than it may.
+
+    nats: mean over the windows of the largest batch; worse: the nats above those of our DynamicCache on the same windows. Both
+    with standard errors over windows. rows_differ: the largest difference of a window decoded in another batch.
+    """
+    largest, full = max(setup.batches), nats_of(next(result for result in results if result["cache"] == FULL), setup)
+    rows = []
+    for result in results:
+        row = {name: value for name, value in result.items() if name != "passes"}
+        rows.append(row)
+        if result["refused"] is not None:
+            continue
+        passes = result["passes"]
+        everything = [measured for batch in setup.batches for measured in passes[batch]]
+        row["held_most"] = max(measured["held_most"] for measured in everything)
+        row["held_mean"] = sum(measured["held_mean"] for measured in everything) / len(everything)
+        if row["budget"] is not None and row["equal"] and row["held_most"] > row["budget"]:
+            raise Refused(f"{row['cache']} held {row['held_most']} tokens, and its budget is {row['budget']}")
+        nats = nats_of(result, setup)
+        row["windows"] = len(nats)
+        row["nats"], row["stderr"] = mean_of(nats)
+        row["worse"], row["worse_stderr"] = mean_of([here - there for here, there in zip(nats, full)])
+        row["perplexity"] = math.exp(row["nats"])
+        if row["budget"] is None and "Quantized" not in row["cache"]:
+            apart = abs(row["perplexity"] - math.exp(mean_of(full)[0]))
+            if not apart <= AGREE:
+                raise Refused(f"{row['cache']} of {row['side']} is a full cache, and its perplexity is {apart:.4g} off another's")
+        row["rows_differ"] = max(
+            abs(here - there)
+            for batch in setup.batches
+            for one, other in zip(passes[batch], passes[largest])
+            for here, there in zip(one["nats"], other["nats"])
+        )
+        row["bytes"] = max(measured["bytes"] for measured in passes[largest])
+        row["speed"] = {}
+        for batch in setup.batches:
+            of = {
+                clock: sorted(batch * setup.steps / measured[clock] for measured in passes[batch])
+                for clock in ("seconds", "computing")
+            }
+            row["speed"][str(batch)] = {
+                "tokens_per_second": median(of["seconds"]),
+                "least": of["seconds"][0],
+                "most": of["seconds"][-1],
+                "tokens_per_second_computing": median(of["computing"]),
+            }
+    return rows
+
+
+def nats_of(result: dict[str, Any], setup: Setup) -> list[float]:
+    """Of each window, as it was decoded in the largest batch."""
+    return [nats for measured in result["passes"][max(setup.batches)] for nats in measured["nats"]]
+
+
+def mean_of(numbers: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    values = np.array(numbers, dtype=np.float64)  # (W,)
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def markdown(rows: list[dict[str, Any]], setup: Setup) -> str:
+    """The rows as a table: caches that hold everything, then by budget."""
+    speeds = [f"tokens/s, batch {batch}" for batch in setup.batches]
+    headings = [
+        "cache",
+        "tokens held, at most",
+        "on average",
+        "perplexity",
+        "nats above the full cache",
+        *speeds,
+        "bytes/sequence",
+    ]
+    lines = [headings, ["---"] * len(headings)]
+    for row in sorted(rows, key=lambda row: (row["budget"] or 0, row["side"] == THEIRS)):
+        name = f"{row['side']}: {row['cache']}" if row["side"] == THEIRS else row["cache"]
+        if row["interval"] is not None:
+            every = "every step" if row["interval"] == 1 else f"every {row['interval']} steps"
+            name += f", to {row['target']} {every}"
+        if row["refused"] is not None:
+            lines.append([name, f"refused: {row['refused']}", *[""] * (len(headings) - 2)])
+            continue
+        beyond = "" if row["equal"] else f" (budget {row['budget']})"
+        lines.append(
+            [
+                name,
+                f"{row['held_most']:g}{beyond}",
+                f"{row['held_mean']:.4g}",
+                f"{row['perplexity']:.2f}",
+                f"{round(row['worse'], 3) + 0.0:.3f} ± {row['worse_stderr']:.3f}",  # no -0.000
+                *(f"{row['speed'][str(batch)]['tokens_per_second']:,.0f}" for batch in setup.batches),
+                f"{row['bytes']:,}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
+    """What is written: about both sides, and the rows. environment: kvpress's, None without it."""
+    from transformers import AutoTokenizer
+
+    from less_fast.demo import MODEL, corpus
+    from less_fast.text import windows
+
+    texts = [text for _, text in corpus.documents("test")]
+    ids = windows(AutoTokenizer.from_pretrained(MODEL), texts, setup.length, setup.windows)  # (W, T)
+    sides: list[Side] = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.npy"
+        np.save(tokens, ids.numpy())
+        options = {"setup": asdict(setup), "tokens": str(tokens), "model": str(MODEL)}
+        try:
+            sides.append(Side(OURS, sys.executable, options))
+            if environment is not None:
+                sides.append(Side(THEIRS, str(python_of(environment)), options))
+            check_sides(sides)
+            results = measure(sides, setup, lambda stage: print(stage, file=sys.stderr, flush=True))
+        finally:
+            for side in sides:
+                side.close()
+    text = f"standard library, test ({corpus.digest('test')})"
+    return {"setup": asdict(setup), "text": text, "sides": {side.name: side.about for side in sides}} | {
+        "rows": rows_of(results, setup)
+    }
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file for the raw figures; none are written without it")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
+    parser.add_argument("--environment", type=Path, help="folder of kvpress's environment, made if it is missing")
+    parser.add_argument("--quick", action="store_true", help="a small size; kvpress only if its environment is there")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds < 1 or chosen.threads < 1:
+        parser.error("--rounds and --threads are at least 1")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = options(arguments)
+    if chosen.side:
+        serve(chosen.side, chosen.options)
+        return 0
+    from less_fast import LessError
+    from less_fast.files import aside
+
+    setup = Setup(1024, (51, 102), (1, 8), chosen.rounds, chosen.threads)
+    if chosen.quick:
+        setup = replace(setup, length=256, budgets=(26,), batches=(1, 2), rounds=1, compiled=("H2O with LESS",))
+    environment: Path | None = chosen.environment or default_environment()
+    skipped = None
+    try:
+        if not is_made(environment):
+            if chosen.quick:
+                environment, skipped = None, "its environment is missing, and --quick makes none"
+            else:
+                print("making the environment of kvpress ...", file=sys.stderr, flush=True)
+                make_environment(environment)
+        if chosen.out is not None:
+            chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        record = compare(setup, environment)
+    except (Refused, LessError, OSError) as error:
+        print(f"peers: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(markdown(record["rows"], setup))
+    for name, about in record["sides"].items():
+        print(f"\n{name}: {', '.join(' '.join(release) for release in about['versions'].items())}, {about['threads']} threads")
+    if skipped:
+        print(f"\nkvpress was skipped: {skipped}")
+    if chosen.out is not None:
+        said = f"python paper_checks/peers.py --rounds {setup.rounds} --threads {setup.threads}{' --quick' * chosen.quick}"
+        hardware = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+        head = {"command": said, "hardware": hardware, "skipped": skipped}
+        with aside(chosen.out) as file:
+            file.write_text(json.dumps(head | record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

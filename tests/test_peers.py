@@ -1,0 +1,187 @@
+"""The comparison with peers: what it counts, what it refuses, and its own side at a small size, without kvpress."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import make_kernels, make_model
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from less_fast import H2O, LessCache
+from paper_checks import peers
+from paper_checks.peers import Contender, Pass, Refused, Setup
+
+ROOT = Path(__file__).parent.parent
+SETUP = Setup(length=40, budgets=(6,), batches=(1, 2), rounds=2, threads=1)
+
+
+def test_its_own_side_is_measured_without_kvpress_which_is_skipped_with_a_reason(tmp_path):
+    out, missing = tmp_path / "figures" / "peers.json", tmp_path / "none"
+    command = [sys.executable, ROOT / "paper_checks" / "peers.py", "--quick", "--environment", missing, "--out", out]
+    here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    assert done.returncode == 0, done.stderr
+    assert "kvpress was skipped: its environment is missing" in done.stdout
+    assert not missing.exists()
+    record = json.loads(out.read_text())
+    assert [*record["sides"]] == ["LESS"]
+    rows = {row["cache"]: row for row in record["rows"]}
+    assert {"DynamicCache", "H2O", "H2O with LESS, compiled", "Retention with LESS, by head"} <= rows.keys()
+    assert rows["DynamicCache"]["worse"] == 0
+    for name, row in rows.items():
+        assert name in done.stdout
+        assert row["held_most"] == (255 if row["budget"] is None else row["budget"])
+        assert all(row["speed"][batch]["tokens_per_second"] > 0 for batch in ("1", "2"))
+    assert rows["H2O with LESS"]["nats"] == pytest.approx(rows["H2O with LESS, step compiled"]["nats"], abs=1e-3)
+    assert rows["H2O"]["worse"] > rows["Retention with LESS, by head"]["worse"] > 0
+
+
+@torch.inference_mode()
+def test_a_pass_tells_the_nats_of_the_decoded_half_and_what_is_held_at_most():
+    model, windows = make_model(), torch.arange(3 * SETUP.length).reshape(3, -1) % 50
+    run = Pass(model, model, DynamicCache(config=model.config))
+    measured = peers.decode(run, windows, SETUP.prompt, SETUP.steps)
+    logits = model(windows).logits[:, SETUP.prompt : -1]
+    expected = [cross_entropy(row, targets).item() for row, targets in zip(logits, windows[:, SETUP.prompt + 1 :])]
+    assert measured["nats"] == pytest.approx(expected, abs=1e-6)
+    token = 2 * 3 * 2 * 8 * 8  # k and v, 3 layers, 2 KV heads of 8, float64
+    assert (measured["held_most"], measured["bytes"]) == (SETUP.length - 1, (SETUP.length - 1) * token)
+    assert measured["held_mean"] == sum(range(SETUP.prompt + 1, SETUP.length)) / SETUP.steps
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("table", ["uniform", [[2, 10], [6, 6], [4, 8]]])
+def test_a_less_cache_holds_its_budget_on_average_over_its_heads(table):
+    model = make_model()
+    cache = LessCache.for_model(model, H2O(3, 3), make_kernels(model), table)
+    measured = peers.decode(Pass(model, model, cache), torch.ones(2, SETUP.length).long(), SETUP.prompt, SETUP.steps)
+    assert measured["held_most"] == measured["held_mean"] == 6
+    assert measured["bytes"] == sum(cache.memory().values()) // 2
+
+
+def test_bytes_beside_a_cache_count_and_shared_memory_counts_once():
+    part = torch.zeros(10)
+    beside = SimpleNamespace(buffers={0: [part, part[:3]], 1: (torch.zeros(5), {"scale": torch.zeros(2)})}, name="a press")
+    assert peers.held_bytes(beside) == 4 * (10 + 5 + 2)
+    assert peers.held_bytes(None) == 0
+
+
+def answer(nats, held=6, seconds=1.0):
+    return {"nats": nats, "seconds": seconds, "computing": 2 * seconds, "held_most": held, "held_mean": held, "bytes": 100}
+
+
+def result(cache, one, two, side="LESS", budget=None, equal=True, held=6, seconds=(1.0, 1.0)):
+    """What two rounds of batches of 1 and 2 say: the same nats everywhere but for `two`."""
+    passes = {
+        1: [answer([one], held, wait) for wait in seconds],
+        2: [answer([one, two], held, wait) for wait in seconds],
+    }
+    about = {"cache": cache, "side": side, "budget": budget, "target": None, "interval": None, "equal": equal}
+    return about | {"refused": None, "passes": passes}
+
+
+def test_rows_are_means_over_windows_beside_the_full_cache_and_medians_over_rounds():
+    results = [result("DynamicCache", 1.0, 2.0), result("H2O", 1.5, 2.1, budget=6, seconds=(1.0, 3.0))]
+    full, row = peers.rows_of(results, SETUP)
+    assert (full["nats"], full["worse"], full["worse_stderr"]) == (1.5, 0, 0)
+    assert (row["windows"], row["nats"], row["worse"]) == pytest.approx((4, 1.8, 0.3))
+    assert row["worse_stderr"] == pytest.approx(torch.tensor([0.5, 0.1] * 2).std().item() / 2)
+    speeds = [SETUP.steps * 2 / seconds for seconds in (3.0, 1.0)]
+    assert row["speed"]["2"]["tokens_per_second"] == sum(speeds) / 2
+    assert (row["speed"]["2"]["least"], row["speed"]["2"]["most"]) == tuple(speeds)
+    assert row["speed"]["1"]["tokens_per_second_computing"] == sum(speeds) / 8
+    table = peers.markdown([full, row], SETUP).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| DynamicCache", "| H2O"]
+    assert "0.300 ± 0.115" in table[-1]
+
+
+def test_full_caches_that_differ_are_refused_and_a_quantized_one_may():
+    ours = result("DynamicCache", 1.0, 1.0)
+    peers.rows_of([ours, result("DynamicCache", 1.0 + 1e-4, 1.0 + 1e-4, "kvpress")], SETUP)
+    peers.rows_of([ours, result("QuantizedCache, hqq, 4 bits", 1.1, 1.1, "kvpress")], SETUP)
+    for wrong in (1.001, float("nan")):
+        with pytest.raises(Refused, match="DynamicCache of kvpress is a full cache"):
+            peers.rows_of([ours, result("DynamicCache", wrong, wrong, "kvpress")], SETUP)
+
+
+def test_more_tokens_than_the_budget_are_refused_where_they_should_be_equal():
+    ours, more = result("DynamicCache", 1.0, 1.0), dict(budget=6, held=7)
+    with pytest.raises(Refused, match="A held 7 tokens, and its budget is 6"):
+        peers.rows_of([ours, result("A", 1.0, 1.0, **more)], SETUP)
+    row = peers.rows_of([ours, result("A", 1.0, 1.0, equal=False, **more)], SETUP)[1]
+    assert "7 (budget 6)" in peers.markdown([row], SETUP)
+
+
+def test_what_a_press_cannot_do_is_a_row_without_figures():
+    refusing = result("A", 1.0, 1.0, "kvpress", budget=6) | {"refused": "AssertionError: too short"}
+    rows = peers.rows_of([result("DynamicCache", 1.0, 1.0), refusing], SETUP)
+    assert "nats" not in rows[1]
+    assert "| kvpress: A | refused: AssertionError: too short |" in peers.markdown(rows, SETUP)
+
+
+ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "versions": {"torch": "2", "python": "3"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"tokens": "c"}, "tokens"),
+        ({"weights": "c"}, "weights"),
+        ({"threads": 2}, "numbers of threads"),
+        ({"versions": {"torch": "3", "python": "3"}}, "releases of torch"),
+        ({"versions": {"torch": "2", "python": "4"}}, "releases of Python"),
+    ],
+)
+def test_sides_that_measure_something_else_are_refused(other, what):
+    sides = [SimpleNamespace(name=name, about=about) for name, about in (("LESS", ABOUT), ("kvpress", ABOUT | other))]
+    peers.check_sides(sides[:1] * 2)
+    with pytest.raises(Refused, match=f"different {what}"):
+        peers.check_sides(sides)
+
+
+def test_sides_take_turns_and_one_that_refuses_is_not_asked_again():
+    asked = []
+
+    def side(name, caches):
+        def measure(number, batch, first):
+            asked.append((name, caches[number], batch, first))
+            return {"refused": "no"} if caches[number] == "bad" else answer([1.0] * batch)
+
+        contenders = [Contender(cache, make=None).about() for cache in caches]
+        return SimpleNamespace(name=name, contenders=contenders, measure=measure)
+
+    results = peers.measure([side("LESS", "abc"), side("kvpress", ["bad", "d"])], SETUP, lambda stage: None)
+    assert [cache for _, cache, batch, first in asked if (batch, first) == (1, 0)] == ["a", "bad", "b", "d", "c"]
+    assert [(batch, first) for _, cache, batch, first in asked if cache == "c"] == [(1, 0), (2, 0), (1, 2), (2, 2)]
+    assert [cache for _, cache, _, _ in asked].count("bad") == 1
+    assert [result["refused"] for result in results] == [None, "no", None, None, None]
+    assert all(len(result["passes"][batch]) == 2 for result in results for batch in (1, 2) if result["refused"] is None)
+
+
+def test_an_environment_is_used_when_it_is_complete_and_nothing_else_is_taken_for_one(tmp_path, capsys):
+    assert not peers.is_made(tmp_path / "missing")
+    assert not peers.is_made(tmp_path)
+    (tmp_path / "something").write_text("of somebody's")
+    assert peers.main(["--quick", "--environment", str(tmp_path)]) == 2
+    assert "delete it, or name another" in capsys.readouterr().err
+    (tmp_path / peers.MADE).write_text("\n".join(peers.PEERS))
+    assert peers.is_made(tmp_path)
+    (tmp_path / peers.MADE).write_text("kvpress==0.1")
+    with pytest.raises(Refused, match="is no environment of kvpress"):
+        peers.is_made(tmp_path)
+
+
+def test_more_windows_than_the_text_has_are_refused(capsys, tmp_path):
+    assert peers.main(["--rounds", "100000", "--environment", made(tmp_path)]) == 2
+    assert "fewer windows" in capsys.readouterr().err
+
+
+def made(folder):
+    (folder / peers.MADE).write_text("\n".join(peers.PEERS))
+    return str(folder)
