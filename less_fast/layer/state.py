@@ -2,7 +2,7 @@
 
 KV heads of equal policy (hence equal budget) and equal rank are a group: with a uniform budget there is one. With a budget table
 the groups of a layer lie together in one ragged tensor, and a single token goes through all of them at once: no head pays for
-another's budget, neither in memory nor in time. Only `step.py` changes what is in the tensors while tokens arrive.
+another's budget, neither in memory nor in time. While tokens arrive only `step.py` and `context.py` change what is in them.
 """
 
 import os

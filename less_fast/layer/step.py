@@ -1,4 +1,5 @@
-"""`extend`, the one verb: attend, score, evict, fold. The only place that changes a LayerState while tokens arrive."""
+"""`extend`, the one verb: attend, score, evict, fold. The only place that changes a LayerState while tokens arrive,
+but for `Context`, which moves what it holds."""
 
 from collections.abc import Callable
 from functools import cache
