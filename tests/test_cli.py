@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from authors import read, save_as_the_authors
-from models import make_kernels, make_kinds, make_model, make_talking, tokens
+from models import SIZES, make_kernels, make_kinds, make_model, make_talking, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from less_fast import H2O, LessCache, LessError, LessKernels, cli
@@ -253,7 +253,10 @@ def talking(tmp_path_factory):
     model, tokenizer = make_talking()
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, lambda system="": Conversation(model, tokenizer, LessCache.for_model(model, H2O(4, 4)), system)
+    context = model.config.max_position_embeddings
+    return folder, lambda system="": Conversation(
+        model, tokenizer, LessCache.for_model(model, H2O(4, 4), context=context), system
+    )
 
 
 def answered(conversation, text, new):
@@ -284,6 +287,17 @@ def test_chat_answers_line_by_line_and_says_what_was_seen_and_is_held(command, t
     assert turns_seen(err) == [seen for _, seen in answers]
     held = sum(conversation.cache.memory().values())
     assert " ".join(err.split()).count(f"{held:,} bytes held") == 2
+
+
+def test_texts_longer_than_the_model_was_trained_for_stay_within_its_context(command, talking, monkeypatch):
+    folder, begin = talking
+    new = SIZES["max_position_embeddings"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    code, out, _ = command("chat", "--model", folder, "--max-new-tokens", new, *TALK)
+    assert (code, out) == (0, answered(begin(), "Hello", new)[0])
+    for new, anew in ((40, False), (300, True)):
+        code, _, err = command("generate", "Hello", "--model", folder, "--kernels", "elu", "--max-new-tokens", new, *TALK)
+        assert (code, "features (anew every 128 tokens);" in " ".join(err.split())) == (0, anew)
 
 
 def test_generate_with_chat_prints_the_answer_to_one_turn_alone(command, talking):
