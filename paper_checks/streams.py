@@ -1,7 +1,7 @@
 """Streams far beyond the context that a model was trained for: does what a cache knows go on helping, or does it break?
 
-    python paper_checks/streams.py --growing                # the embedded model, 8 streams of 12,500 held-out tokens
-    python paper_checks/streams.py --tokens 100000 --streams 1 --policies retention
+    python paper_checks/streams.py --ways within,anew,growing    # the embedded model, 8 streams of 12,500 held-out tokens
+    python paper_checks/streams.py --tokens 100000 --streams 1 --policies retention --caches less --ways within --out FILE
     python paper_checks/streams.py --model smollm2 --text book.txt --tokens 20000 --streams 4
 
 Held-out text goes through each cache token by token: as one stream that stays within the context
@@ -58,7 +58,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--streams", type=int, default=8, help="side by side")
     parser.add_argument("--budget", default="5%", help="tokens kept, or a share of the context")
     parser.add_argument("--policies", default="h2o,retention", help="separated by commas; a window stands beside them")
-    parser.add_argument("--growing", action="store_true", help="measure streams whose positions grow, too")
+    parser.add_argument("--caches", default="full,bare,less", help="some of these")
+    parser.add_argument("--ways", default="within,anew", help="of within, anew and growing")
     parser.add_argument("--out", type=Path, help="results/streams_MODEL.json by default")
     chosen = parser.parse_args(arguments)
     try:
@@ -67,7 +68,7 @@ def main(arguments=None) -> int:
         print(f"paper_checks/streams.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     out = chosen.out or HERE / "results" / f"streams_{Path(chosen.model).name or 'embedded'}.json"
-    about = {name: getattr(chosen, name) for name in ("model", "tokens", "streams", "budget")}
+    about = {name: getattr(chosen, name) for name in ("model", "tokens", "streams", "budget", "policies", "caches", "ways")}
     with aside(out) as file:
         file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
     return 0
@@ -95,17 +96,22 @@ def measure(chosen) -> list[dict]:
         shown = " ".join(f"{tenth:.3f}" for tenth in tenths)
         print(f"{cache} {rule or ''} {way}: {rows[-1]['nats']:.4f} nats; by tenths {shown}; {seconds:.0f} s", flush=True)
 
-    start = time.perf_counter()
-    note("full", None, "anew", anew(model, ids, length, lambda: None), time.perf_counter() - start)
+    caches, ways, start = chosen.caches.split(","), chosen.ways.split(","), time.perf_counter()
+    if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
+        raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
+    if "full" in caches:
+        note("full", None, "anew", anew(model, ids, length, lambda: None), time.perf_counter() - start)
     rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]
     for rule in [Window(rules[0].budget), *rules]:
         bare = kernels.without_state() if rule.learned else None
-        for cache, own in [("bare", bare)] + ([] if isinstance(rule, Window) else [("less", kernels)]):
+        for cache, own in {"bare": bare, "less": kernels}.items():
+            if cache not in caches or (cache == "less" and isinstance(rule, Window)):
+                continue
 
             def make(within=None, rule=rule, own=own):
                 return LessCache.for_model(model, rule, own, budgets="uniform", chunk=1, context=within)
 
-            for way in ["within", "anew"] + ["growing"] * chosen.growing:
+            for way in ways:
                 start, whole = time.perf_counter(), make(length if way == "within" else None)
                 values = anew(model, ids, length, make) if way == "anew" else losses(model, ids, whole)
                 held = None if way == "anew" else sum(whole.memory().values()) // chosen.streams

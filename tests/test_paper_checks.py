@@ -24,7 +24,7 @@ from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.measuring.reading import Reader
 from less_fast.text import windows
-from paper_checks import harness, real_model, summarization
+from paper_checks import harness, real_model, streams, summarization
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
 from paper_checks.memory import check as memory
 
@@ -621,3 +621,19 @@ def test_a_prompt_by_the_chat_template_asks_within_its_room(here):
     assert said.startswith("<user>" + summarization.REQUEST.format("word"))
     assert said.endswith("<answer>")
     assert "END" not in said
+
+
+def test_a_stream_stays_what_a_fresh_window_is_within_the_context_and_breaks_beyond_it(tmp_path, capsys):
+    """H2O with LESS, one and a half contexts."""
+    rest = ["--streams", "1", "--policies", "h2o", "--caches", "less", "--ways", "within,growing"]
+    assert streams.main(["--tokens", "1536", *rest, "--out", str(tmp_path / "streams.json")]) == 0
+    within, growing = json.loads((tmp_path / "streams.json").read_text())["rows"]
+    assert [(row["cache"], row["way"], len(row["tenths"])) for row in (within, growing)] == [
+        ("less", way, 10) for way in ("within", "growing")
+    ]
+    assert within["tenths"][:6] == growing["tenths"][:6]
+    assert within["tenths"][-1] < growing["tenths"][-1] - 0.1
+    assert "less H2O(heavy=26, recent=25) within: " in capsys.readouterr().out
+    assert streams.main(["--ways", "sideways"]) == 2
+    assert streams.main(["--tokens", "100000000"]) == 2
+    assert "give more text" in capsys.readouterr().err
