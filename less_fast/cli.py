@@ -204,7 +204,7 @@ def generate(
 ) -> None:
     """Streams text in constant memory, then says what the cache holds.
 
-    A text longer than the model was trained for stays within that length (context of LessCache.for_model), if its positions can move.
+    A text longer than the model was trained for stays within that length (LessCache.for_model, context), if positions can move.
     """
     prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
     if not prompt:
@@ -250,8 +250,8 @@ def chat(
 ) -> None:
     """Talks in constant memory: each line is a turn, of which only what is new goes through the model.
 
-    Ctrl-C cuts an answer off; Ctrl-D, or /quit, ends. Lines may come through a pipe. A talk has no end: beyond the length that the
-    model was trained for the cache stays within it, if the model's positions can move.
+    Ctrl-C cuts an answer off; Ctrl-D, or /quit, ends. Lines may come through a pipe. Beyond the length that the model was trained
+    for the cache stays within it, if positions can move.
     """
     system = _utf8(lambda: system)
     network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, device, dtype, seed)
