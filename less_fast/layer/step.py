@@ -119,7 +119,7 @@ def _known_true(condition):
 def _finite(*qkv):
     """q, k, v (N, H, m, D) -> (N, m) bool: no number is NaN, infinite or beyond LARGEST."""
     wide = torch.promote_types(qkv[0].dtype, torch.float32)
-    q, k, v = (x.amax((1, 3)).maximum(-x.amin((1, 3))) for x in qkv)
+    q, k, v = (x.abs().amax((1, 3)) for x in qkv)
     return q.maximum(k).maximum(v).to(wide) <= LARGEST
 
 
