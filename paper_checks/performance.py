@@ -1,7 +1,8 @@
 """How fast LESS is against what it has to beat, in one run on a CPU: `python paper_checks/performance.py`, some twenty minutes.
 
 Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json;
-PERFORMANCE.md says what they mean and what was tried. `--quick` runs everything at a small size, to see that it runs.
+PERFORMANCE.md says what they mean and what was tried. `--quick` runs everything at a small size, with little compiled, to see
+that it runs.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from less_fast.measuring.bench import attention_steps, decode, prefill, without_
 from less_fast.measuring.caches import fill
 
 HERE = Path(__file__).parent
-MODES = ("", ", compiled")
+MODES = ("", ", compiled")  # the second only where code is compiled
 MODEL = dict(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
     num_key_value_heads=8, max_position_embeddings=32768,
@@ -77,27 +78,27 @@ def attention_step(length: int, rounds: int):
     yield rows
 
 
-def unequal_budgets(length: int, rounds: int):
+def unequal_budgets(length: int, rounds: int, compile: bool):
     """32 heads that keep 5 % each, against one head that keeps a third of all that and 31 that share the rest."""
     total = 32 * (length // 20)
     rest = (total - total // 3) // 31
     tables = {"uniform": [length // 20] * 32, "unequal": [total - 31 * rest] + [rest] * 31}
     kernels = layer_of(32, 512)
     contenders = {name: (tuple(map(half_and_half, table)), kernels) for name, table in tables.items()}
-    rows = attention_steps(layer_of(32), contenders, 8, length, rounds, torch.float32, "cpu", True)
+    rows = attention_steps(layer_of(32), contenders, 8, length, rounds, torch.float32, "cpu", compile)
     took, held = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "bytes"))
-    for mode in MODES:
+    for mode in MODES[: 1 + compile]:
         yield Bar(f"attention step, unequal / uniform budgets{mode}", took["unequal" + mode] / took["uniform" + mode], most=1.3)
     yield Bar("bytes held, unequal / uniform budgets", held["unequal"] / held["uniform"], most=1.1)
     yield rows
 
 
-def end_to_end(length: int, rounds: int):
+def end_to_end(length: int, rounds: int, compile: bool):
     """A Llama of 6 layers and hidden size 512 decodes 8 sequences with a budget of 5 %."""
     model, kernels = model_and_kernels()
     narrow = LessKernels(**sizes(model), hidden=64).requires_grad_(False)
     contenders = {"bare": None, "LESS (the paper's kernels)": kernels, "LESS (hidden 64)": narrow}
-    rows = decode(model, half_and_half(length // 20), contenders, 8, length, rounds, True)
+    rows = decode(model, half_and_half(length // 20), contenders, 8, length, rounds, compile)
     took = {row.cache: row.seconds for row in rows}
     for name in [name for name in took if name.startswith("LESS")]:
         yield Bar(f"decoding, StaticCache / {name}", took["StaticCache"] / took[name], least=3)
@@ -105,15 +106,15 @@ def end_to_end(length: int, rounds: int):
     yield rows
 
 
-def by_head(length: int, rounds: int):
+def by_head(length: int, rounds: int, compile: bool):
     """The embedded model with its kernels: budgets by head, from their table, against uniform ones."""
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().requires_grad_(False)
     kernels, raw = LessKernels.from_pretrained(KERNELS), []
     for batch in (1, 8):
         contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
-        rows = decode(model, half_and_half(51), contenders, batch, length, rounds, True)
+        rows = decode(model, half_and_half(51), contenders, batch, length, rounds, compile)
         took, held = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "bytes"))
-        for mode in ("", ", step compiled"):
+        for mode in ("", ", step compiled")[: 1 + compile]:
             ratio = took["LESS by head" + mode] / took["LESS" + mode]
             yield Bar(f"decoding, batch {batch}, by head / uniform budgets{mode}", ratio, most=1.1)
         raw += rows
@@ -193,14 +194,14 @@ def model_and_kernels():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small sizes, little compiled, nothing written")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     parts = [
         attention_step(640 if quick else 8192, 2 if quick else 30),
-        unequal_budgets(640 if quick else 8192, 2 if quick else 15),
-        end_to_end(256 if quick else 4096, 1 if quick else 6),
-        by_head(256 if quick else 1000, 1 if quick else 15),
+        unequal_budgets(640 if quick else 8192, 2 if quick else 15, not quick),
+        end_to_end(256 if quick else 4096, 1 if quick else 6, not quick),
+        by_head(256 if quick else 1000, 1 if quick else 15, not quick),
         prompts(256 if quick else 4096, 1 if quick else 7),
         stream(1_000 if quick else 1_000_000),
         recompiles(),
