@@ -28,7 +28,7 @@ from .chat import Conversation
 from .demo import KERNELS, PAPER_KERNELS
 from .hf import LessCache
 from .hf.architecture import sizes
-from .hf.positions import movable_length
+from .hf.positions import can_move, trained_length
 from .hub import CONFIG
 from .kernels import LessKernels, make_folder
 from .layer.checks import LessError
@@ -525,8 +525,9 @@ def _loaded(model, kernels, policy, budget, compile, device, dtype, seed):
     kinds = token_kinds(tokenizer) if rule.kinds else None
 
     def cache_for(length):
-        trained = movable_length(network)
-        context = trained if trained and length > trained >= (rule.budget or math.inf) else None
+        trained = trained_length(network)
+        fits = trained is not None and length > trained >= (rule.budget or math.inf)
+        context = trained if fits and can_move(network) else None
         return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context)
 
     return network, tokenizer, cache_for

@@ -30,7 +30,7 @@ def unpacked(model: str) -> str:
             raise LessError(f"no such file: {model}")
     else:
         return model
-    folder = _cache() / f"{file.stem}-{_digest(file)[:12]}"
+    folder = cache_folder() / f"{file.stem}-{_digest(file)[:12]}"
     if not folder.exists():
         _unpack(file, folder)
     return str(folder)
@@ -47,7 +47,8 @@ def _of_package(module: str, package: str) -> Path:
     return files[0]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what is made once lies: LESS_CACHE, or less-kv within XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("LESS_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-kv"

@@ -403,8 +403,9 @@ class Side:
 
 
 def default_environment() -> Path:
-    cache = os.environ.get("LESS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-kv"
-    return Path(cache) / "peers"
+    from less_fast.gguf import cache_folder
+
+    return cache_folder() / "peers"
 
 
 def python_of(environment: Path) -> Path:

@@ -76,6 +76,11 @@ def main(arguments=None) -> int:
 
 def measure(chosen) -> list[dict]:
     """A row for each way to read the stream; printed as they come."""
+    if chosen.streams < 1 or chosen.tokens <= TENTHS:
+        raise LessError(f"--streams is at least 1, and --tokens more than {TENTHS}: there are tenths to tell")
+    caches, ways = chosen.caches.split(","), chosen.ways.split(",")
+    if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
+        raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
     model, tokenizer = load_model(chosen.model)
     kernels, length = load_kernels(model, chosen.model, ""), trained_length(model)
     if kernels is None or length is None:
@@ -96,9 +101,7 @@ def measure(chosen) -> list[dict]:
         shown = " ".join(f"{tenth:.3f}" for tenth in tenths)
         print(f"{cache} {rule or ''} {way}: {rows[-1]['nats']:.4f} nats; by tenths {shown}; {seconds:.0f} s", flush=True)
 
-    caches, ways, start = chosen.caches.split(","), chosen.ways.split(","), time.perf_counter()
-    if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
-        raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
+    start = time.perf_counter()
     if "full" in caches:
         note("full", None, "anew", anew(model, ids, length, lambda: None), time.perf_counter() - start)
     rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]

@@ -80,11 +80,13 @@ class LessLayer(TaggingLayer):
             step = stream
         elif m == 1 and self.compile:
             step = compiled(self.state, query, softcap, sinks is not None)
-        beyond = self.context is not None and self.get_seq_length() + m > self.context.length
-        for now in self._pieces(m, valid, self.context if beyond else None):
+        context = self.context
+        if context is not None and self.get_seq_length() + m <= context.length:
+            context = None  # nothing has moved, and nothing will
+        for now in self._pieces(m, valid, context):
             q, k, v = (x[:, :, now] for x in (query, key, value))
-            if self.context is not None and beyond:
-                q, k = (self.context.place(self.state, x) for x in (q, k))
+            if context is not None:
+                q, k = (context.place(self.state, x) for x in (q, k))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
             outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
         self.seen += m

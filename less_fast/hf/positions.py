@@ -47,13 +47,13 @@ def trained_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def movable_length(model: PreTrainedModel) -> int | None:
-    """The same if a cache can stay within it (`LessCache.for_model(context=...)`), else None."""
+def can_move(model: PreTrainedModel) -> bool:
+    """Whether `rotaries` finds them, so that a cache can stay within a context (`LessCache.for_model(context=...)`)."""
     try:
         rotaries(model)
     except LessError:
-        return None
-    return trained_length(model)
+        return False
+    return True
 
 
 def _fits(rotary, here, there, later):
