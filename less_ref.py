@@ -581,6 +581,17 @@ class Logits:
         return logits, -math.inf if self.sinks is None else self.sinks[query_head]
 
 
+# Slots in eight bits. A departure from the paper.
+
+
+def in_eight_bits(x):
+    """Keys or values x (..., D) as int8 slots store them: the largest number of each becomes 127 by a scale of its own, all are
+    rounded to whole ones. A cache with such slots does with these what it does with k and v. In float32, which decides halves."""
+    x = np.float32(x)
+    scale = abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.round(x / np.where(scale > 0, scale, np.float32(1))).astype(float) * scale
+
+
 # Broken tokens.
 
 LARGEST = 1e12  # a token with NaN, infinity or a larger number in q, k or v is broken
@@ -626,6 +637,7 @@ class Context:
 
     length: int
     rotary: Rotary
+    int8: bool = False  # slots are `in_eight_bits`
 
     def extend(self, state, q, k, v, *rest):
         """`extend_past_broken_tokens` within the context. ValueError for a chunk that cannot find room."""
@@ -636,9 +648,13 @@ class Context:
             moved, heads = state.moved + by, []
             for head in state.heads:
                 before, after = (np.maximum(head.position - moved, 0) for moved in (state.moved, state.moved + by))
-                heads.append(replace(head, k=self.rotary.turn(head.k, after - before), H=0 * head.H, z=0 * head.z))
+                turned = self.rotary.turn(head.k, after - before)
+                if self.int8:  # what stays where it is stays as it is
+                    turned = np.where((after != before)[:, None], in_eight_bits(turned), head.k)
+                heads.append(replace(head, k=turned, H=0 * head.H, z=0 * head.z))
             state = State(tuple(heads), state.n, moved)
         q, k = (self.rotary.turn(x, np.full(m, -state.moved)) for x in (q, k))
+        k, v = (in_eight_bits(x) if self.int8 else x for x in (k, v))
         return extend_past_broken_tokens(state, q, k, v, *rest)
 
 

@@ -100,6 +100,9 @@ TokensOption = Annotated[str, typer.Option("--budget", help="Tokens that each KV
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first: for long texts on a CPU.")]
+Int8Option = Annotated[
+    bool, typer.Option("--int8", help="Hold keys and values in eight bits, so that a slot takes half as many bytes.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
@@ -132,6 +135,7 @@ def compare(
     text: TextOption = [],
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows that are measured.")] = 64,
+    int8: Int8Option = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
     seed: SeedOption = 0,
@@ -162,7 +166,7 @@ def compare(
             status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
 
         kinds = token_kinds(tokenizer) if policies[0].kinds else None
-        rows = comparison.compare(network, chosen, policies, learned, done, kinds)
+        rows = comparison.compare(network, chosen, policies, learned, done, kinds, int8)
     if not learned:
         errors.print("No kernels for this model, so no LESS: train some with `less-kv train`.")
     record = {
@@ -171,11 +175,12 @@ def compare(
         "tokens": chosen[:, 1:].numel(),
         "windows": windows,
         "length": length,
+        "int8": int8,
         "chunking": "streaming (one token at a time)",
         "device": device,
         **_about(model, dtype, seed),
     }
-    title = f"{model or 'embedded'} model, {windows} windows of {length} tokens"
+    title = f"{model or 'embedded'} model, {windows} windows of {length} tokens{', int8' if int8 else ''}"
     if picture:
         comparison.plot(rows, picture, f"{title}, {policy.value}")
     _report(
@@ -198,6 +203,7 @@ def generate(
     max_new_tokens: NewTokensOption = 256,
     temperature: TemperatureOption = 0.7,
     compile: CompileOption = False,
+    int8: Int8Option = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
     seed: SeedOption = 0,
@@ -209,7 +215,7 @@ def generate(
     prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
     if not prompt:
         raise LessError("the prompt is empty: give some text")
-    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, device, dtype, seed)
+    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed)
     options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     if chat:
         cache = cache_for(math.inf)
@@ -244,6 +250,7 @@ def chat(
     max_new_tokens: NewTokensOption = 512,
     temperature: TemperatureOption = 0.7,
     compile: CompileOption = False,
+    int8: Int8Option = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
     seed: SeedOption = 0,
@@ -254,7 +261,7 @@ def chat(
     for the cache stays within it, if positions can move.
     """
     system = _utf8(lambda: system)
-    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, device, dtype, seed)
+    network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed)
     cache = cache_for(math.inf)
     conversation = Conversation(network, tokenizer, cache, system)
     options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
@@ -277,6 +284,7 @@ def bench(
     length: Annotated[int, typer.Option(min=32, max=LONGEST, help="Tokens of each sequence before the measured ones.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache, of 8 tokens or one prompt each.")] = 4,
     compile: Annotated[bool, typer.Option(help="Measure compiled code as well; compiling takes a minute or more.")] = True,
+    int8: Int8Option = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
     seed: SeedOption = 0,
@@ -308,10 +316,11 @@ def bench(
         learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value, rho=rho).requires_grad_(False)
     learned = learned.to(network.device)
     with errors.status("measuring, all caches in turns ...") as status:
-        rows = benchmark.bench(network, rule, learned, batches, length, rounds, compile, status.update)
+        rows = benchmark.bench(network, rule, learned, batches, length, rounds, compile, status.update, int8)
     record = {
         "rows": [asdict(row) for row in rows],
         "policy": repr(rule),
+        "int8": int8,
         "kernels": kernels or "random",
         **{name: learned.sizes[name] for name in ("family", "rank", "hidden")},
         "length": length,
@@ -319,7 +328,7 @@ def bench(
         "threads": torch.get_num_threads(),
         **_about(model, dtype, seed),
     }
-    title = f"{model or 'embedded'} model, {length} tokens, {rule}"
+    title = f"{model or 'embedded'} model, {length} tokens, {rule}{', int8' if int8 else ''}"
     if picture:
         benchmark.plot(rows, picture, f"{title}, {record['device']}")
     note = (
@@ -340,6 +349,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, max=LONGEST, help="Sequences that are decoded together.")] = 1,
     length: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens of each sequence, prompt and generated.")] = 4096,
     dtype: Annotated[Dtype, typer.Option(help="Of weights, keys and values.")] = Dtype("float16"),
+    int8: Int8Option = False,
     memory: Annotated[float, typer.Option(min=0.0, help="Gigabytes (10^9 bytes) on the device; 0: not asked.")] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -352,10 +362,10 @@ def plan(
         raise LessError(f"--memory is a number of gigabytes, not {memory}")
     rule, hidden = policy_named(policy.value, budget, length), _recipe(family, hidden=hidden).hidden
     config, limit = load_config(model), int(memory * 1e9) or None
-    costs = planning.plan(config, rule, rank, hidden, batch, length, DTYPES[dtype.value], limit, family.value)
-    title = f"{model or 'embedded'} in {dtype.value}, {length:,} tokens, batch {batch}, {rule}"
+    costs = planning.plan(config, rule, rank, hidden, batch, length, DTYPES[dtype.value], limit, family.value, int8)
+    title = f"{model or 'embedded'} in {dtype.value}, {length:,} tokens, batch {batch}, {rule}{', int8' if int8 else ''}"
     _report(
-        {"model": model or "embedded", "policy": repr(rule), "batch": batch, "length": length, **asdict(costs)},
+        {"model": model or "embedded", "policy": repr(rule), "int8": int8, "batch": batch, "length": length, **asdict(costs)},
         as_json,
         planning.table(costs, title, ("full cache", "LESS" if rank else "bare policy"), memory),
         f"A step with this cache moves less than with the full one from {costs.break_even:,} tokens on.",
@@ -516,7 +526,7 @@ def import_official(
     print(f"{len(learned.layers)} layers of {learned.sizes['query_heads']} query heads saved to {out}")
 
 
-def _loaded(model, kernels, policy, budget, compile, device, dtype, seed):
+def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
     """The model, its tokenizer, and a function that makes a cache for texts of so many tokens: beyond what the model was trained
     for it stays within that, if the model's positions allow it."""
     rule = policy_named(policy.value, budget, None)
@@ -528,7 +538,7 @@ def _loaded(model, kernels, policy, budget, compile, device, dtype, seed):
         trained = trained_length(network)
         fits = trained is not None and length > trained >= (rule.budget or math.inf)
         context = trained if fits and can_move(network) else None
-        return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context)
+        return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context, int8=int8)
 
     return network, tokenizer, cache_for
 

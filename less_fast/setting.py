@@ -14,6 +14,7 @@ from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
 from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.slots import width
 from .layer.state import LayerState, check_fit, need_policy
 
 POLICIES: dict[str, Policy] = {
@@ -62,7 +63,7 @@ class Setting:
 
     sizes: layers, query_heads, kv_heads and head_dim of the model; None for a bare policy with uniform budgets, which fits any.
     less_layers: which of the layers LESS serves. budgets: a table (layers x KV heads), None for as many tokens in every head.
-    context: within how many positions streams stay, None for as many as tokens.
+    context: within how many positions streams stay, None for as many as tokens. int8: slots are in eight bits.
     """
 
     sizes: dict[str, int] | None
@@ -72,6 +73,7 @@ class Setting:
     budgets: Table | None = None
     chunk: int | None = None
     context: int | None = None
+    int8: bool = False
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Setting:
         budgets: Sequence[Sequence[int]] | str | None = None,
         chunk: int | None = None,
         context: int | None = None,
+        int8: bool = False,
     ) -> "Setting":
         """The setting that these arguments of `LessCache.for_model` ask for.
 
@@ -102,19 +105,23 @@ class Setting:
         if budgets is None and kernels is not None:
             budgets = kernels.budgets_for(policy)
         if budgets is None or isinstance(budgets, str):
-            setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk, context)
+            setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk, context, int8)
         else:
             rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
             if sizes is None or [len(row) for row in rows] != [sizes["kv_heads"]] * sizes["layers"]:
                 wanted = "for a model whose layers have equal heads" if sizes is None else "{layers} layers x {kv_heads} KV heads"
                 raise LessError(f"the budget table must be {wanted.format(**sizes or {})}")
             table = [[integer("a budget", budget) for budget in row] for row in rows]
-            setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk, context)
+            setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk, context, int8)
         if context is not None:
             kept = policy.budget if setting.budgets is None else max(map(max, setting.budgets))
             if kept is None or kept > integer("context", context, 2):
                 raise LessError(f"{kept or 'all'} tokens are kept, and a context of {context} has fewer positions: keep fewer")
+        if not isinstance(int8, bool):
+            raise LessError(f"int8 is True or False, not {int8!r}")
         if sizes is not None:
+            if int8:
+                width(sizes["head_dim"])
             for index in setting.less_layers:
                 rule, features = setting.layer(index)
                 check_fit(rule, sizes["query_heads"], sizes["kv_heads"], sizes["head_dim"], features)
@@ -153,7 +160,7 @@ class Setting:
             rule, features = self.layer(index)
             sizes, movable = self._heads(), self.context is not None
             heads = sizes["query_heads"], sizes["kv_heads"], sizes["head_dim"]
-            state = LayerState.allocate(rule, 1, *heads, features, dtype, "meta", movable)
+            state = LayerState.allocate(rule, 1, *heads, features, dtype, "meta", movable, self.int8)
             held += sum(state.memory().values())
         return held
 

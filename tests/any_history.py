@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from strategies import NON_NEGATIVE, Case, fast_kernels, layers, policies, policy_tables
+from strategies import ANY_SLOTS, NON_NEGATIVE, Case, fast_kernels, layers, policies, policy_tables
 
 import less_fast
 import less_ref
@@ -57,12 +57,20 @@ def longer_than(tokens):
 class AnyHistory(RuleBasedStateMachine):
     dtype: torch.dtype
 
-    @initialize(layer=layers(), k3=NON_NEGATIVE, seed=st.integers(0, 2**16), rows=st.integers(1, MOST_ROWS), drawn=st.data())
-    def an_empty_state(self, layer, k3, seed, rows, drawn):
+    @initialize(
+        layer=layers(),
+        k3=NON_NEGATIVE,
+        seed=st.integers(0, 2**16),
+        rows=st.integers(1, MOST_ROWS),
+        int8=ANY_SLOTS,
+        drawn=st.data(),
+    )
+    def an_empty_state(self, layer, k3, seed, rows, int8, drawn):
         table = drawn.draw(policy_tables(layer.kv_heads, SOME_POLICY))
         ranks = None if table[0].fast.pooled else layer.ranks
-        layer = replace(layer, head_dim=layer.head_dim + 1, ranks=ranks)  # the last coordinate can shift all logits at once
-        self.case, self.kernels = Case(layer, (), table, k3, None, seed), None
+        head_dim = 4 + 4 * (layer.head_dim > 4) if int8 else layer.head_dim + 1
+        layer = replace(layer, head_dim=head_dim, ranks=ranks)  # the last coordinate can shift all logits at once
+        self.case, self.kernels = Case(layer, (), table, k3, None, seed, int8=int8), None
         if k3 is not None:
             self.kernels = rounded(self.case.kernels, wide(self.dtype))
             for name in {"q0", "q1", "k0", "k1"} & set(vars(self.kernels)):
@@ -158,7 +166,9 @@ class AnyHistory(RuleBasedStateMachine):
             assert out[n][:, valid[n] & ~sound[n]].isnan().all()
             real = valid[n] & sound[n]
             if real.any():
-                new = (*widened(x[n][:, real] for x in qkv), kinds[n, real].numpy())
+                own, *kv = widened(x[n][:, real] for x in qkv)
+                kv = map(less_ref.in_eight_bits, kv) if self.case.int8 else kv
+                new = (own, *kv, kinds[n, real].numpy())
                 self.follow(row, heads_of(self.state, n, with_kinds=False), out[n][:, real], new)
 
     def follow(self, row, held, out, new):

@@ -10,6 +10,7 @@ from strategies import fast_kernels, slices
 
 import less_fast
 import less_ref
+from less_fast.layer.slots import unpacked
 
 
 def wide(dtype):
@@ -18,7 +19,7 @@ def wide(dtype):
 
 def allocate(case, rows=1, dtype=torch.float64, **instead):
     layer, kernels = case.layer, fast_kernels(case.kernels, case.layer, wide(dtype), case.rho)
-    arguments = dict(policy=case.fast, kernels=kernels) | instead
+    arguments = dict(policy=case.fast, kernels=kernels, int8=case.int8) | instead
     return less_fast.LayerState.allocate(
         batch=rows,
         query_heads=layer.query_heads,
@@ -74,8 +75,9 @@ def extend(case, state, qkv, now, valid=None, kinds=None):
 
 def extend_reference(case, state, row, policies, kernels=None):
     """The reference's on q, k, v of one row's chunk."""
-    kernels = case.kernels if kernels is None else kernels
-    return less_ref.extend(state, *row, policies, kernels, less_ref.Logits(case.scale, case.softcap, case.sinks))
+    kernels, (q, *kv) = case.kernels if kernels is None else kernels, row
+    k, v = map(less_ref.in_eight_bits, kv) if case.int8 else kv
+    return less_ref.extend(state, q, k, v, policies, kernels, less_ref.Logits(case.scale, case.softcap, case.sinks))
 
 
 def heads_of(state, row, with_kinds=True):
@@ -84,7 +86,7 @@ def heads_of(state, row, with_kinds=True):
     heads = {}
     for group in state.groups:
         for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
-            held = {name: getattr(group, name)[row, index].double().numpy() for name in group.TENSORS}
+            held = {name: unpacked(getattr(group, name)[row, index], torch.float64).double().numpy() for name in group.TENSORS}
             order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
             slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
             if group.policy.kinds and not with_kinds:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from strategies import (
     ANY_ATTENTION,
     ANY_POLICY,
+    ANY_SLOTS,
     APART,
     EVICTING,
     NON_NEGATIVE,
@@ -33,14 +34,14 @@ from strategies import (
 from less_fast.layer.parallel import eviction_times, parallel
 
 
-@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION))
+@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS))
 @example(APART)
 @example(YOUNG)
 def extend_equals_the_reference_after_every_chunk(case):
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
-@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.sampled_from([torch.nan, 1.0]))
+@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS)), st.sampled_from([torch.nan, 1.0]))
 @example((APART, np.tri(4, APART.length, 8, dtype=bool)), torch.nan)
 def each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero(case_and_valid, fill):
     case, valid = case_and_valid
@@ -65,7 +66,7 @@ def huge_logits_neither_overflow_nor_vanish(shift, case):
     assert_close(parallel(*qkv, e, kernels, case.scale)[0].transpose(0, 1), streamed)
 
 
-@given(cases(policy=ANY_POLICY))
+@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS))
 def later_steps_never_change_earlier_outputs_nor_the_inputs(case):
     qkv, state = batch(case), allocate(case)
     before = [x.clone() for x in qkv]

@@ -189,6 +189,7 @@ class Case:
     seed: int
     softcap: float | None = None
     sinking: bool = False  # each query head has a sink
+    int8: bool = False  # slots are in eight bits
 
     @property
     def length(self):
@@ -244,12 +245,16 @@ NON_NEGATIVE = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "perfor
 PLAIN = st.just((None, False))
 ANY_ATTENTION = st.sampled_from([(None, False), (None, False), (1.5, False), (None, True), (0.7, True)])
 """A softcap, and whether there are sinks."""
+ANY_SLOTS = st.sampled_from([False, False, True])
+"""Whether they are in eight bits."""
 
 
 @st.composite
-def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS, attention=PLAIN):
+def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS, attention=PLAIN, int8=st.just(False)):
     """`chunks`: a function from the length to a strategy; `policy`: a strategy for single policies."""
-    layer = draw(layers())
+    layer, int8 = draw(layers()), draw(int8)
+    if int8:
+        layer = replace(layer, head_dim=4 * draw(st.integers(1, 2)))
     table = draw(policy_tables(layer.kv_heads, policy))
     softcap, sinking = draw(attention)
     return Case(
@@ -261,6 +266,7 @@ def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS,
         seed=draw(st.integers(0, 2**16)),
         softcap=softcap,
         sinking=sinking,
+        int8=int8,
     )
 
 

@@ -21,7 +21,7 @@ from closeness import BUDGETS
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make_kernels, make_kinds, make_model, tokens
-from strategies import ANY_POLICY, Case, Layer, Policy, cases, padded_batches, slices
+from strategies import ANY_POLICY, ANY_SLOTS, Case, Layer, Policy, cases, padded_batches, slices
 from transformers import CompileConfig
 
 import less_fast
@@ -43,6 +43,7 @@ TABLES = {
     "snapkv": (Policy("SnapKV", (4, 2, 1)),) * 3,
     "by head": (H2O_HERE, Policy("H2O", (1, 1)), H2O_HERE),
     "unequal": (H2O_HERE, Policy("Window", (2,)), H2O_HERE),
+    "by head, int8": (H2O_HERE, Policy("H2O", (1, 1)), H2O_HERE),
 }
 
 
@@ -50,7 +51,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 def a_case(table, seed, k3=1.0):
-    return Case(LAYER, CHUNKS, TABLES[table], k3, None, seed)
+    return Case(LAYER, CHUNKS, TABLES[table], k3, None, seed, int8="int8" in table)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_compiled_steps_stay_within_the_measured_budgets_in_lower_precision(dtyp
     check()
 
 
-@given(cases(policy=ANY_POLICY), st.integers(1, 3))
+@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS), st.integers(1, 3))
 def test_the_work_that_is_left_out_where_nothing_is_masked_would_change_nothing(case, rows):
     """On a CPU the eager path asks whether masks are needed. Compiled code and a GPU do not ask."""
     states, qkv = [allocate(case, rows) for _ in "12"], batch(case, rows)

@@ -9,7 +9,7 @@ from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
-from strategies import ANY_ATTENTION, ANY_POLICY, EVICTING, cases, chunkings, padded_batches, slices
+from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, EVICTING, cases, chunkings, padded_batches, slices
 
 import less_fast
 import less_ref
@@ -31,7 +31,7 @@ def streams(draw):
     small = lambda length: chunkings(length).filter(lambda chunks: max(chunks) <= half)  # noqa: E731
     few = lambda length: st.lists(st.integers(1, half), min_size=1, max_size=length)  # noqa: E731
     chunks = lambda length: small(length) | few(length).map(tuple)  # noqa: E731
-    case = draw(cases(length=EVICTING["length"], chunks=chunks, policy=ANY_POLICY, attention=ANY_ATTENTION))
+    case = draw(cases(length=EVICTING["length"], chunks=chunks, policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS))
     pairs = draw(st.integers(0, case.layer.head_dim // 2))
     frequencies = tuple(100.0 ** (-np.arange(pairs) / max(pairs, 1)))
     return case, draw(padded_batches(case.length)), 2 * half + draw(st.integers(0, 1)), frequencies, draw(st.booleans())
@@ -41,7 +41,7 @@ def streams(draw):
 def test_a_stream_within_a_context_equals_the_reference_after_every_chunk(stream):
     case, valid, length, frequencies, interleaved = stream
     ours = Context(length, Rotary(frequencies, interleaved))
-    theirs = less_ref.Context(length, less_ref.Rotary(np.array(frequencies), interleaved))
+    theirs = less_ref.Context(length, less_ref.Rotary(np.array(frequencies), interleaved), case.int8)
     qkv, state = batch(case, len(valid)), allocate(case, len(valid), movable=True)
     kinds, real, references = kinds_of(case, len(valid)), torch.from_numpy(valid), [empty(case) for _ in valid]
     logits = less_ref.Logits(case.scale, case.softcap, case.sinks)

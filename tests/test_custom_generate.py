@@ -44,6 +44,7 @@ def test_without_arguments_it_takes_the_kernels_that_come_with_the_package():
         (dict(policy=H2O(2, 2), budget=8, kernels=None), dict(policy=H2O(4, 4))),
         (dict(policy=H2O(2, 2), kernels="OURS", chunk=4), dict(policy=H2O(2, 2), kernels="OURS", chunk=4)),
         (dict(policy=H2O(2, 2), kernels="FOLDER"), dict(policy=H2O(2, 2), kernels="OURS")),
+        (dict(budget=6, kernels=None, int8=True), dict(policy=H2O(3, 3), int8=True)),
         (dict(budget=4, kernels=None, budgets=TABLE), dict(policy=H2O(2, 2), budgets=TABLE)),
         (dict(policy=FASTGEN, kernels=None, token_kinds=KINDS), dict(policy=FASTGEN, token_kinds=KINDS)),
     ],

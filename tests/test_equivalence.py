@@ -34,6 +34,7 @@ from memory import numbers_held
 from strategies import (
     ANY_ATTENTION,
     ANY_POLICY,
+    ANY_SLOTS,
     APART,
     EVICTING,
     ONE_AT_A_TIME,
@@ -71,7 +72,7 @@ def test_each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero():
     properties.each_row_of_a_padded_batch_equals_the_row_alone_and_pads_give_zero()
 
 
-@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)), st.integers(1, 7), st.integers(1, 7))
+@given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS)), st.integers(1, 7), st.integers(1, 7))
 def test_long_chunks_equal_the_reference_in_blocks_of_any_size(case_and_valid, queries, entries):
     case, valid = case_and_valid
     rows = len(valid)
@@ -131,7 +132,7 @@ def test_ties_keep_the_lower_position_whether_tokens_come_one_by_one_or_at_once(
         assert positions(state, 0)[0].tolist() == [0, 1, 2, 7, 8]
 
 
-@given(cases(policy=ANY_POLICY), st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(0, 39))
+@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS), st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(0, 39))
 @example(APART, [3, 1, 1, 0], 2)
 def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
     qkv, state, references, kinds = batch(case, 4), allocate(case, 4), [empty(case)] * 4, kinds_of(case, 4)
@@ -149,7 +150,7 @@ def test_after_reorder_every_row_goes_on_as_the_row_it_was(case, order, before):
             assert_same_state(state, row, references[row])
 
 
-@given(cases(policy=ANY_POLICY), st.integers(0, 40))
+@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS), st.integers(0, 40))
 @example(APART, 3)
 def test_a_saved_and_loaded_state_goes_on_identically(case, before):
     qkv, state = batch(case, 2), allocate(case, 2)
@@ -184,6 +185,7 @@ def fast_table(*table):
         pytest.param(SAVED, fast_table(WINDOW, WINDOW, WINDOW), id="one group"),
         pytest.param(SAVED, dict(kernels=None), id="no kernels"),
         pytest.param(SAVED, dict(dtype=torch.float32), id="another dtype"),
+        pytest.param(SAVED, dict(int8=True), id="slots in eight bits"),
         pytest.param(replace(SAVED, layer=Layer(3, 2, 4, 3, 3)), {}, id="another rank"),
         pytest.param(replace(SAVED, layer=Layer(3, 1, 4, 2, 3)), {}, id="other query heads"),
         pytest.param(replace(SAVED, layer=Layer(3, 2, 5, 2, 3)), {}, id="another head dimension"),
@@ -220,7 +222,7 @@ def test_single_tokens_and_chunks_in_turn_through_heads_that_lie_together_equal_
     assert_extends_alike(BY_HEAD, allocate(BY_HEAD), empty(BY_HEAD), batch(BY_HEAD), slices(BY_HEAD.chunks))
 
 
-@given(cases(policy=ANY_POLICY))
+@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS))
 def test_a_reset_state_is_as_allocated_and_goes_on_so(case):
     state = allocate(case)
     first, other = batch(case), tuple(x[1:] for x in batch(case, 2))
@@ -248,7 +250,7 @@ def tensors_of(thing):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@given(case=cases(length=st.integers(12, 30)), rows=st.integers(1, 3))
+@given(case=cases(length=st.integers(12, 30), int8=ANY_SLOTS), rows=st.integers(1, 3))
 def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(dtype, case, rows):
     state, qkv = allocate(case, rows, dtype), batch(case, rows, dtype)
     ranks = [case.kernels.rank(g) if case.kernels else 0 for g in range(case.layer.kv_heads)]
@@ -258,7 +260,8 @@ def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(d
     own = sum((policy.budget + 1) * (8 - wide(dtype).itemsize) for policy in case.fast if policy.score_dtype)
     own += 8 * case.layer.kv_heads  # which slot the next token takes
     told = {
-        "entries": rows * numbers["entries"] * dtype.itemsize,
+        # in eight bits a key or value has a byte for each number, and a float32
+        "entries": rows * (2 * slots * (case.layer.head_dim + 4) if case.int8 else numbers["entries"] * dtype.itemsize),
         "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
         # positions are int32, scores wide, save those of one policy, which are int64; and 8 for the tokens seen
         "bookkeeping": rows * (slots * 4 + (numbers["bookkeeping"] - slots) * wide(dtype).itemsize + own + 8),

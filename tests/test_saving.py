@@ -35,10 +35,10 @@ def saved(path, model=None, kernels=None, policy=H2O(3, 4), prompt=None, mask=No
 
 
 @pytest.mark.parametrize("policy", [H2O(3, 4), TOVA(6), Scissorhands(6, 2, 5), SnapKV(6, 3, 1), FASTGEN], ids=repr)
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, policy, chunk):
+@pytest.mark.parametrize("options", [{}, dict(chunk=4), dict(int8=True)], ids=str)
+def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, policy, options):
     kernels = make_kernels(make_model())
-    model, cache = saved(tmp_path / "cache", kernels=kernels, policy=policy, chunk=chunk)
+    model, cache = saved(tmp_path / "cache", kernels=kernels, policy=policy, **options)
     loaded = LessCache.load(tmp_path / "cache", model, kernels)
     assert loaded.memory() == cache.memory()
     assert int(loaded.get_seq_length()) == 15

@@ -7,7 +7,17 @@ import torch
 from closeness import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import ONE_AT_A_TIME, Layer, fast_kernels, layers, policies, policy_tables, reference_kernels, reference_rho
+from strategies import (
+    ANY_SLOTS,
+    ONE_AT_A_TIME,
+    Layer,
+    fast_kernels,
+    layers,
+    policies,
+    policy_tables,
+    reference_kernels,
+    reference_rho,
+)
 
 from less_fast import H2O, Lambda, LayerState, SnapKV, extend
 from less_fast.vllm.pages import PagedLayer, laid_out, span_of
@@ -26,21 +36,22 @@ def pages_of(paged, gap):
 
 @st.composite
 def paged_layers(draw):
-    layer = draw(layers())
+    layer, int8 = draw(layers()), draw(ANY_SLOTS)
+    layer = replace(layer, head_dim=4) if int8 else layer
     table = [policy.fast for policy in draw(policy_tables(layer.kv_heads, FIXED))]
     layer = replace(layer, ranks=None) if table[0].pooled else layer  # heads that are pooled have one rank
     with_kernels, seed = draw(st.booleans()), draw(st.integers(0, 2**32 - 1))
     rho = reference_rho(layer, seed) if any(policy.learned for policy in table) else None
     kernels = fast_kernels(reference_kernels(layer, seed) if with_kernels else None, layer, rho=rho)
-    return layer, table, kernels, seed
+    return layer, table, kernels, seed, int8
 
 
 @pytest.mark.parametrize("gap", [False, True], ids=["side by side", "with gaps"])
 @given(case=paged_layers(), chunk=st.sampled_from([None, 1, 3]), data=st.data())
 def test_requests_in_pages_compute_what_each_computes_alone(gap, case, chunk, data):
-    layer, rule, kernels, seed = case
+    layer, rule, kernels, seed, int8 = case
     heads = layer.query_heads, layer.kv_heads, layer.head_dim
-    paged = PagedLayer(rule, kernels, heads, torch.float64, chunk)
+    paged = PagedLayer(rule, kernels, heads, torch.float64, chunk, int8=int8)
     paged.bind(pages_of(paged, gap))
     generator = torch.Generator().manual_seed(seed % 2**31)
     alone: dict[int, LayerState] = {}
@@ -61,7 +72,7 @@ def test_requests_in_pages_compute_what_each_computes_alone(gap, case, chunk, da
             valid = torch.arange(m) < torch.tensor(lengths)[:, None]
             out = paged.prompts(q, k, v, torch.tensor(rows), None if valid.all() else valid)
             for i, (row, length) in enumerate(zip(rows, lengths)):
-                alone[row] = LayerState.allocate(rule, 1, *heads, kernels, torch.float64)
+                alone[row] = LayerState.allocate(rule, 1, *heads, kernels, torch.float64, int8=int8)
                 wanted = []
                 for start in range(0, length, chunk or length):
                     now = slice(start, min(length, start + (chunk or length)))

@@ -46,6 +46,7 @@ class LessCache(WatchedCache):
         token_kinds: torch.Tensor | None = None,
         compile: bool = False,
         context: int | None = None,
+        int8: bool = False,
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
@@ -68,6 +69,8 @@ class LessCache(WatchedCache):
             (config.max_position_embeddings). Up to there nothing changes. Where a token would stand beyond, what is held moves
             back by half of them, what moved the whole way stays at position 0, and the low-rank state begins anew; pieces of a
             text that come then are no longer than that half. None: positions grow with the text.
+        int8: keys and values are rounded to eight bits when they enter, with a scale for each, so that a slot takes about half of
+            the bytes that it takes in bfloat16, and a budget can be twice as large. head_dim must be a multiple of 4.
         Raises LessError if the model, its kernels or the budgets cannot work; nothing is changed then.
         """
         check_version()
@@ -80,7 +83,7 @@ class LessCache(WatchedCache):
         model_sizes, served = None if fits_any else sizes(model), less_layers(model)
         if isinstance(kernels, LessKernels):
             check_kernels(model, kernels)
-        setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk, context)
+        setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk, context, int8)
         table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
         if policy.kinds and not table:
             raise LessError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
@@ -90,7 +93,7 @@ class LessCache(WatchedCache):
         contexts = [None] * len(served) if context is None else [Context(context, rotary) for rotary in rotaries(model)]
         use_less_attention(model)
         layers = {
-            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), within)
+            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), within, int8)
             for (index, shard), within in zip(shards.items(), contexts)
         }
         cache = cls(layers=layers_with(model, layers))

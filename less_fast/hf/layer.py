@@ -38,9 +38,10 @@ class LessLayer(TaggingLayer):
         compile: bool,
         by_sdpa: bool,
         context: Context | None = None,
+        int8: bool = False,
     ):
         super().__init__(by_sdpa)
-        self.policy, self.kernels, self.chunk, self.context = policy, kernels, chunk, context
+        self.policy, self.kernels, self.chunk, self.context, self.int8 = policy, kernels, chunk, context, int8
         fixed = all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
         self.is_compileable = fixed and not by_sdpa and context is None
         self.compile = compile
@@ -58,7 +59,7 @@ class LessLayer(TaggingLayer):
             self.kernels = self.kernels.on(device, torch.promote_types(dtype, torch.float32))
         self.dtype, self.device, self.is_initialized = dtype, device, True
         sizes, movable = (batch, query_heads, kv_heads, head_dim), self.context is not None
-        self.state = LayerState.allocate(self.policy, *sizes, self.kernels, dtype, device, movable)
+        self.state = LayerState.allocate(self.policy, *sizes, self.kernels, dtype, device, movable, self.int8)
         with torch.inference_mode(False):  # nothing here takes over the caller's autograd mode
             self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
             self.fed = torch.zeros(batch, dtype=torch.int64, device=device)

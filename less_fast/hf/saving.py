@@ -58,6 +58,7 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         "budgets": cache.setting.budgets or "uniform",
         "chunk": cache.setting.chunk,
         "context": cache.setting.context,
+        "int8": cache.setting.int8,
         "kernels": cache.setting.kernels and digest(cache.setting.kernels.state_dict()),
         "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in cache.less_layers],
         "lengths": lengths,
@@ -87,7 +88,7 @@ def load(
     if policy is None:
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
     check_saved(path, about["model"], model)
-    asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about.get("context")
+    asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about.get("context"), about.get("int8", False)
     cache = kind.for_model(model, policy, kernels, *asked)
     modules: dict[Any, torch.nn.Module] = {module.layer_idx: module for module in attention_modules(model)}
     heads = iter(about["heads"])
@@ -118,8 +119,8 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
 
 
 def _fill(layer, held, heads, length, device):
-    (N, *_, D), dtype = held["0.k"].shape, held["0.k"].dtype
-    layer.allocate(N, *heads, D, dtype, device)
+    N, _, _, D = held["0.H"].shape
+    layer.allocate(N, *heads, D, held["0.H" if layer.int8 else "0.k"].dtype, device)
     layer.state.take_over(held)
     layer.seen.fill_(length)
     layer.counted = length

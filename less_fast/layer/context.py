@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .checks import LessError, integer
+from .slots import packed, unpacked
 from .state import LayerState
 
 
@@ -66,7 +67,10 @@ class Context:
             state.moved = before + by * full
             for part in state.parts:
                 was, now = ((part.position - moved[:, None, None]).clamp(min=0) for moved in (before, state.moved))
-                part.k.copy_(self.rotary.turn(part.k, now - was))  # was and now (N, H, S), or (N, 1, S) if ragged
+                turned = self.rotary.turn(unpacked(part.k, part.H.dtype), now - was)  # was and now (N, H, S), or (N, 1, S)
+                if state.int8:  # what stays where it is stays as it is
+                    turned = torch.where((now != was)[..., None], packed(turned), part.k)
+                part.k.copy_(turned)
                 part.H.masked_fill_(full[:, None, None, None], 0)
                 part.z.masked_fill_(full[:, None, None], 0)
         return int((self.length - (state.n - state.moved)).min())

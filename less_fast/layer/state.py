@@ -14,6 +14,7 @@ import torch
 from .checks import LessError, integer
 from .features import Features
 from .policies import Policy
+from .slots import width
 
 HEADS_TOGETHER = 8  # a query is multiplied with the slots of all heads that lie together: with more heads it costs what it saves
 
@@ -57,8 +58,8 @@ class Group:
     kernels: Features | None  # of these heads alone
     kv_heads: torch.Tensor | slice  # which of the layer's KV heads
     query_heads: torch.Tensor | slice  # which of its query heads
-    k: torch.Tensor  # (N, H, S, D)
-    v: torch.Tensor  # (N, H, S, D)
+    k: torch.Tensor  # (N, H, S, D), or (N, H, S, 4 + D) int8 (slots.py)
+    v: torch.Tensor  # the same
     position: torch.Tensor  # (N, H, S) int32, the true position
     score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, perhaps (N, H, S, C)
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
@@ -108,6 +109,14 @@ class LayerState:
         self.parts, self.n, self.moved = parts, n, moved
         self.query_heads, self.kv_heads = query_heads, kv_heads
 
+    @property
+    def int8(self) -> bool:
+        return self.parts[0].k.dtype == torch.int8
+
+    @property
+    def head_dim(self) -> int:
+        return self.parts[0].H.shape[3]
+
     def positions(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Some of the KV heads, and the positions (N, h, S) in their slots."""
         for part in self.parts:
@@ -131,6 +140,7 @@ class LayerState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         movable: bool = False,
+        int8: bool = False,
     ) -> "LayerState":
         """An empty state.
 
@@ -138,6 +148,7 @@ class LayerState:
         kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
         dtype: of keys and values; scores and the low-rank state are float32, or float64 if dtype is.
         movable: what it holds can move back, for streams within a Context.
+        int8: keys and values are rounded when they enter, and held in eight bits with a scale for each (slots.py).
         Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
         """
         policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
@@ -153,12 +164,13 @@ class LayerState:
                 f"{str(error).splitlines()[0]}"
             ) from error
         with torch.inference_mode(False):  # the caller's autograd mode is not taken over
-            state = cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device)
+            stored = (width(head_dim), torch.int8) if int8 else (head_dim, dtype)
+            state = cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device, *stored)
             state.moved = torch.zeros_like(state.n) if movable else None
             return state
 
     @classmethod
-    def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device):
+    def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device, width, kind):
         ranks = kernels.ranks if kernels else [0] * kv_heads
         wide = torch.promote_types(dtype, torch.float32)
 
@@ -172,8 +184,8 @@ class LayerState:
                 kernels=kernels.select_heads(heads) if kernels else None,
                 kv_heads=slice(None) if every else torch.tensor(heads, device=device),
                 query_heads=slice(None) if every else torch.tensor(readers, device=device),
-                k=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-                v=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+                k=torch.zeros(*shape, width, dtype=kind, device=device),
+                v=torch.zeros(*shape, width, dtype=kind, device=device),
                 position=torch.full(shape, -1, dtype=torch.int32, device=device),
                 score=torch.zeros(*shape, *policy.score_shape, dtype=policy.score_dtype or wide, device=device),
                 H=torch.zeros(batch, H, R, head_dim, dtype=wide, device=device),
@@ -185,8 +197,8 @@ class LayerState:
         together: dict = {}  # the heads that may lie in one tensor, by policy
         for g, (policy, rank) in enumerate(zip(policies, ranks)):
             fixed = kv_heads <= HEADS_TOGETHER and policy.one_leaves  # shapes, so that all that a token needs can be done at once
-            kind = type(policy), policy.score_shape, rank, None if fixed else policy
-            together.setdefault(kind, {}).setdefault(policy, []).append(g)
+            alike = type(policy), policy.score_shape, rank, None if fixed else policy
+            together.setdefault(alike, {}).setdefault(policy, []).append(g)
         parts = []
         for heads in together.values():
             largest = max(heads, key=lambda policy: policy.budget or 0)
@@ -319,7 +331,7 @@ class LayerState:
             "groups": "; ".join(
                 f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}" for group in groups
             ),
-            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {groups[0].k.shape[-1]}",
+            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {self.head_dim}",
             "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
             "rows": f"{len(self.n)} rows",
             "moved": "slots that stay where they are" if self.moved is None else "slots that can move back",

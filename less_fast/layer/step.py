@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .attend import attend
 from .checks import LessError
 from .policies import best_first
+from .slots import packed, unpacked
 from .state import Group, LayerState
 
 QUERIES_AT_ONCE = 64  # a chunk is attended in blocks of this many queries, of one head of four times as many: linear memory
@@ -23,8 +24,8 @@ LARGEST = 1e12  # a token with larger numbers is broken: their products would le
 class Entries(NamedTuple):
     """What the new queries can see of one group: the held entries and the chunk. In ragged tensors (N, 1, S, ...)."""
 
-    k: torch.Tensor  # (N, H, S, D)
-    v: torch.Tensor  # (N, H, S, D)
+    k: torch.Tensor  # (N, H, S, D), or packed
+    v: torch.Tensor  # (N, H, S, D), or packed
     position: torch.Tensor  # (N, H, S), -1 if there is none
     score: torch.Tensor  # (N, H, S) or (N, H, S, C), as the policy says
 
@@ -61,6 +62,8 @@ def extend(
     if not no_pads:
         nothing = ~real[:, None, :, None]
         q, k, v = (x.masked_fill(nothing, 0) for x in (q, k, v))  # it may hold NaN, and 0 * NaN is NaN
+    if state.int8:
+        k, v = packed(k), packed(v)  # (N, Hkv, m, 4 + D)
     first_chunk = q.shape[2] > 1 and not state.n.any()  # nothing is held: only the chunk is attended
     state.n += real.sum(1)
     outs = []
@@ -92,7 +95,7 @@ def compiled(state: LayerState, like: torch.Tensor, softcap: float | None = None
     What it returns raises LessError if nothing can be compiled, for want of a C++ compiler for example.
     """
     parts = ((*part.policies, type(part.kernels), tuple(part.z.shape), part.H.dtype) for part in state.parts)
-    return _compiled(tuple(parts), tuple(like.shape), state.kv_heads, like.dtype, like.device, softcap, sinks)
+    return _compiled(tuple(parts), tuple(like.shape), state.kv_heads, state.int8, like.dtype, like.device, softcap, sinks)
 
 
 @cache
@@ -127,14 +130,14 @@ def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
     """One token goes into the scratch slot, in place; a longer chunk is laid behind the held entries (the first chunk finds
     none), and so is every chunk where several entries may go at once.
 
-    q (N, H, G, m, D); k, v (N, H, m, D); arrived (N, m); kinds (N, m) or None.
+    q (N, H, G, m, D); k, v (N, H, m, D), or packed; arrived (N, m); kinds (N, m) or None.
     """
     position = arrived[:, None].expand(k.shape[:3]).clone()  # (N, H, m), in memory of its own: the full policy keeps it
     score = group.score.new_zeros(*k.shape[:3], *group.policy.score_shape)
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
     if group.policy.learned:
-        score[..., :4] = group.kernels.rho(q, k, v)
+        score[..., :4] = group.kernels.rho(q, *(unpacked(x, q.dtype) for x in (k, v)))
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.one_leaves:
         row = _rows(slot_of(group, group.scratch), group.k)
@@ -173,7 +176,7 @@ def _attend_and_score(group, entries, q, arrived, real, logits, no_pads, slots_f
         if group.z.shape[2] and not (before == 0 and m > 1):  # a first chunk finds the low-rank state empty
             phi = group.kernels.phi(q[:, :, :, now].flatten(1, 2)).unflatten(1, q.shape[1:3])  # (N, H, G, m, R)
             low_rank = (phi.to(group.H.dtype), group.H, group.z)
-        k, v = entries.k[:, :, seen], entries.v[:, :, seen]
+        k, v = (unpacked(x[:, :, seen], group.z.dtype) for x in (entries.k, entries.v))
         out, p = attend(q[:, :, :, now], k, v, own, clear, None if no_pads else real[:, now], scale, low_rank, *unusual)
         blocks.append(out)
         if group.policy.scored:
@@ -188,7 +191,8 @@ def _attend_and_score_a_prompt(policy, entries, q, scale, wide):
     memory, on a CPU head by head, so that they stay in its cache.
     """
     (N, H, G, m, D), last = q.shape, policy.last_queries
-    q, k, v = (x if last == 0 else x.to(wide) for x in (q, entries.k, entries.v))
+    k, v = (unpacked(x, q.dtype if last == 0 else wide) for x in (entries.k, entries.v))
+    q, k, v = (x if last == 0 else x.to(wide) for x in (q, k, v))
     if last is not None:
         out = scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
     else:
@@ -295,7 +299,7 @@ def _fold(group, entries, slots, goes):
     if not group.z.shape[2]:
         return
     for block, leaving in zip(slots.split(ENTRIES_AT_ONCE, 2), goes.split(ENTRIES_AT_ONCE, 2)):
-        k, v = _take([entries.k, entries.v], block)  # (N, H, s, D)
+        k, v = (unpacked(x, group.H.dtype) for x in _take([entries.k, entries.v], block))  # (N, H, s, D)
         psi = group.kernels.psi(k).to(group.H.dtype) * leaving[..., None]  # (N, H, s, R)
         group.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.to(group.H.dtype).flatten(0, 1))
         group.z += psi.sum(2)
@@ -325,7 +329,7 @@ def _highest(rank):
 
 def _check(state, q, k, v, valid, kinds, sinks):
     kept = state.parts[0].k
-    N, D = kept.shape[0], kept.shape[-1]
+    N, D = kept.shape[0], state.head_dim
     m = q.shape[2] if q.ndim == 4 else 0
     wanted = {
         "q": (q.shape, (N, state.query_heads, m, D)),
@@ -338,9 +342,12 @@ def _check(state, q, k, v, valid, kinds, sinks):
     for name, (shape, expected) in wanted.items():
         if m < 1 or tuple(shape) != expected:
             raise LessError(f"{name} has shape {tuple(shape)}; this state wants {expected}, with m >= 1 tokens")
-    if not q.dtype == k.dtype == v.dtype == kept.dtype:
+    wide, score = torch.promote_types(q.dtype, torch.float32), state.parts[0].z.dtype
+    fits = q.is_floating_point() and wide == score if state.int8 else q.dtype == kept.dtype
+    if not (fits and q.dtype == k.dtype == v.dtype):
+        holds = f"{kept.dtype} of what is no wider than {score}" if state.int8 else kept.dtype
         raise LessError(
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {kept.dtype}: bring them to one dtype, and leave "
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; this state holds {holds}: bring them to one dtype, and leave "
             f"torch.autocast, which mixes them"
         )
     if valid is not None and valid.dtype != torch.bool:

@@ -94,12 +94,13 @@ def bench(
     rounds: int,
     compile: bool,
     progress: Callable[[str], object] = lambda stage: None,
+    int8: bool = False,
 ) -> list[Row]:
     """Attention steps and decoding for each of the batches, then prefill: full caches, the bare policy and LESS, with uniform
     budgets and, if the kernels have a table for the policy, by head.
 
     length: tokens of each sequence before the measured ones, and of the prompt; rounds: turns of each cache; compile: measure
-    compiled code as well. Raises LessError if LESS cannot serve the model.
+    compiled code as well; int8: slots of the bare policy and LESS in eight bits. Raises LessError if LESS cannot serve the model.
     """
     layer = {name: size for name, size in sizes(model).items() if name != "layers"}
     bare, first = kernels.without_state() if policy.learned else None, less_layers(model)[0]
@@ -109,10 +110,10 @@ def bench(
         contenders["LESS by head"] = kernels
     for batch in batches:
         progress(f"attention steps and decoding, batch {batch} ...")
-        rows += attention_steps(layer, alone, batch, length, rounds, model.dtype, model.device, compile)
-        rows += decode(model, policy, contenders, batch, length, rounds, compile)
+        rows += attention_steps(layer, alone, batch, length, rounds, model.dtype, model.device, compile, int8)
+        rows += decode(model, policy, contenders, batch, length, rounds, compile, int8=int8)
     progress("prefill ...")
-    rows += prefill(model, policy, contenders, 1, length, rounds)
+    rows += prefill(model, policy, contenders, 1, length, rounds, int8)
     machine = Machine.measure(model.device, model.dtype)
     return [replace(row, limit=machine.limit(row, model, contenders.get(row.cache.partition(",")[0]))) for row in rows]
 
@@ -154,6 +155,7 @@ def attention_steps(
     dtype: torch.dtype,
     device: torch.device | str,
     compile: bool,
+    int8: bool = False,
 ) -> list[Row]:
     """One token through one attention layer: full attention over `length` tokens beside each of the contenders.
 
@@ -167,7 +169,7 @@ def attention_steps(
     steps = {"full": partial(scaled_dot_product_attention, q, keys, values, enable_gqa=True)}
     size = {"full": keys.nbytes + values.nbytes}
     for name, (policy, features) in contenders.items():
-        state = LayerState.allocate(policy, batch, layer["query_heads"], layer["kv_heads"], D, features, dtype, place)
+        state = LayerState.allocate(policy, batch, layer["query_heads"], layer["kv_heads"], D, features, dtype, place, int8=int8)
         fill(state, length)
         size[name] = size[f"{name}, compiled"] = sum(state.memory().values())
         steps[name] = partial(extend, state, q, k, v)
@@ -187,6 +189,7 @@ def decode(
     rounds: int,
     compile: bool,
     only: str | None = None,
+    int8: bool = False,
 ) -> list[Row]:
     """Tokens generated greedily, one by one, by sequences of `length` tokens: the whole model, end to end.
 
@@ -196,7 +199,7 @@ def decode(
     if compile:  # torch holds few variants of a model's code, and those of earlier measurements count
         torch._dynamo.reset()
     makers = dict(_full_caches(model, batch, length, steps_of(rounds) + 1, compile))
-    makers |= dict(_less_caches(model, policy, contenders, batch, length, compile))
+    makers |= dict(_less_caches(model, policy, contenders, batch, length, compile, int8))
     caches, steps = {}, {}
     for name in makers if only is None else [only]:
         network, caches[name] = makers[name]()
@@ -208,13 +211,19 @@ def decode(
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel, policy: Policy, contenders: dict[str, LessKernels | None], batch: int, length: int, rounds: int
+    model: PreTrainedModel,
+    policy: Policy,
+    contenders: dict[str, LessKernels | None],
+    batch: int,
+    length: int,
+    rounds: int,
+    int8: bool = False,
 ) -> list[Row]:
     """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode."""
     twin, ids = _twin(model), _tokens(model, batch, length)
     makers: dict[str, tuple] = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
     for name, kernels in contenders.items():
-        makers[name] = model, partial(LessCache.for_model, model, policy, kernels)
+        makers[name] = model, partial(LessCache.for_model, model, policy, kernels, int8=int8)
     spent: dict[str, list[float]] = {name: [] for name in makers}
     peaks, size = {}, {}
 
@@ -259,11 +268,11 @@ def _full_caches(model, batch, length, new, compile):
         yield "StaticCache, compiled", lambda: static(_compiled_model(twin))
 
 
-def _less_caches(model, policy, contenders, batch, length, compile):
+def _less_caches(model, policy, contenders, batch, length, compile, int8):
     """The same of the bare policy and of LESS. A model that has layers of transformers' own is not compiled: they grow."""
 
     def less(network, kernels, step=False):
-        cache = LessCache.for_model(model, policy, kernels, compile=step)
+        cache = LessCache.for_model(model, policy, kernels, compile=step, int8=int8)
         return network, _filled(cache, model, batch, min(length, policy.budget + 1), length)
 
     for name, kernels in contenders.items():

@@ -18,9 +18,9 @@ def held_bytes(cache: Cache) -> int:
 def full_bytes(cache: LessCache) -> int:
     """Bytes that a full cache would hold after the same tokens."""
     seen, held = int(cache.get_seq_length()), cache.memory()["others"]
-    for group in (group for layer in cache.less_layers for group in layer.state.groups):
-        N, H, _, D = group.k.shape
-        held += 2 * N * H * seen * D * group.k.itemsize
+    for layer in cache.less_layers:
+        state = layer.state
+        held += 2 * len(state.n) * state.kv_heads * seen * state.head_dim * layer.dtype.itemsize
     return held
 
 
@@ -89,9 +89,9 @@ def fill(state: LayerState, length: int) -> None:
     """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
     group = state.parts[0]
     most = max(part.policy.budget for part in state.parts) + 1
-    N, D = group.k.shape[0], group.k.shape[-1]
+    N, D, dtype = len(state.n), state.head_dim, group.z.dtype if state.int8 else group.k.dtype
     q, k, v = (
-        torch.randn(N, heads, min(length, most), D, device=group.k.device).to(group.k.dtype)
+        torch.randn(N, heads, min(length, most), D, device=group.k.device).to(dtype)
         for heads in (state.query_heads, state.kv_heads, state.kv_heads)
     )  # (N, H, m, D)
     extend(state, q, k, v)

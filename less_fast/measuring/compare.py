@@ -66,6 +66,7 @@ def compare(
     kernels: dict[str, LessKernels],
     progress: Callable[[Row], object] = lambda row: None,
     token_kinds: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> list[Row]:
     """Measures the full cache, and for each policy the bare policy and, for all kernels by name, Baseline+ and LESS.
 
@@ -75,10 +76,10 @@ def compare(
     windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
     DECODED tokens of DECODED_ROWS windows, after their beginning went in as one prompt; the caches take turns.
-    token_kinds: for policies that ask, as `LessCache.for_model` takes them.
+    token_kinds, int8: as `LessCache.for_model` takes them; the full cache is that of transformers all the same.
     Raises LessError if the model's output is not finite.
     """
-    caches = list(contenders(model, policies, kernels, token_kinds))
+    caches = list(contenders(model, policies, kernels, token_kinds, int8))
     speeds = decode(model, windows[:DECODED_ROWS], caches)
     rows: list[Row] = []
     losses = {}
@@ -139,6 +140,7 @@ def contenders(
     policies: Sequence[Policy],
     kernels: dict[str, LessKernels],
     token_kinds: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> Iterator[Contender]:
     """The caches that `compare` measures, in its order. Kernels without rho sit a learned policy out."""
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
@@ -149,14 +151,15 @@ def contenders(
         alone = rho if policy.learned else None  # what the bare policy and Baseline+ need
 
         def make(chunk):
-            return LessCache.for_model(model, policy, kernels.get(name, alone), table or "uniform", chunk, token_kinds)
+            own = kernels.get(name, alone)
+            return LessCache.for_model(model, policy, own, table or "uniform", chunk, token_kinds, int8=int8)
 
         return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 
     for policy in policies:
         able = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or not policy.learned}
         yield contender("bare", policy)
-        plus = {name: baseline_plus(model, policy, learned) for name, learned in able.items()}
+        plus = {name: baseline_plus(model, policy, learned, int8) for name, learned in able.items()}
         for rule in dict.fromkeys(plus.values()):
             yield contender("baseline+", rule)
         for name in able:
@@ -168,12 +171,12 @@ def contenders(
                 yield contender("less", policy, name, table, plus[name])
 
 
-def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels) -> Policy:
+def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels, int8: bool = False) -> Policy:
     """The policy with the smallest budget that holds at least as many bytes as LESS with `policy` (Baseline+).
 
     The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
     """
-    return Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform").baseline_plus(model.dtype)
+    return Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform", int8=int8).baseline_plus(model.dtype)
 
 
 def window_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender) -> torch.Tensor:

@@ -46,11 +46,12 @@ def plan(
     dtype: torch.dtype = torch.float16,
     memory: int | None = None,
     family: str = "paper",
+    int8: bool = False,
 ) -> Plan:
     """The costs of a model with the full cache and with LESS; rank 0: with the bare policy.
 
     length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
-    rank, hidden, family: of the kernels.
+    rank, hidden, family: of the kernels; int8: what LESS holds is in eight bits.
     Buffers of the computation itself are not counted. Raises LessError if no model or kernels can have these sizes, LESS cannot
     serve the model, or a layer of it holds what is known only once it runs (recurrent layers).
     """
@@ -75,7 +76,7 @@ def plan(
     shared = kernels.memory() if kernels else 0
     read = sum(kernels.layers[index].memory() for index in served) if kernels else 0  # type: ignore[operator]
     growing = sum(held[index] for index in served)  # of the full cache, in the layers that LESS serves
-    constant = Setting.of(shape, served, policy, kernels, "uniform").memory(dtype)  # of LESS, in the same
+    constant = Setting.of(shape, served, policy, kernels, "uniform", int8=int8).memory(dtype)  # of LESS, in the same
     full, less = sum(held), sum(held) - growing + constant
 
     def largest(fixed, each):

@@ -14,7 +14,7 @@ from ..layer.policies import Policy
 from ..setting import POLICIES, Setting, policy_named
 from . import PREFIX
 
-WORDS = {"policy", "budget", "kernels", "budgets", "chunk"}
+WORDS = {"policy", "budget", "kernels", "budgets", "chunk", "int8"}
 SCHEDULER = f"{__package__}.scheduler.scheduler"
 EXAMPLE = '--additional-config \'{"less": {"policy": "h2o", "budget": 64}}\''
 
@@ -62,7 +62,8 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if kernels is not None and len(served) < sizes["layers"]:
         raise LessError("kernels are for models all of whose layers have full attention: leave them out, for the bare policy")
-    return Setting.of(sizes, served, policy, kernels, words.get("budgets"), words.get("chunk"))
+    int8 = words.get("int8", False)
+    return Setting.of(sizes, served, policy, kernels, words.get("budgets"), words.get("chunk"), int8=int8)
 
 
 def _policy(words: dict[str, Any]) -> Policy:
@@ -161,7 +162,8 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
     )
     refuse(
         cache.cache_dtype not in ("auto", dtype),
-        f"keys and values are held in the model's dtype: leave --kv-cache-dtype {cache.cache_dtype} out",
+        f'keys and values are held in the model\'s dtype, or with "int8": true in the setting: leave --kv-cache-dtype '
+        f"{cache.cache_dtype} out",
     )
     refuse(
         vllm_config.lora_config is not None,

@@ -37,7 +37,7 @@ class LessAttention(nn.Module):
         asked = setting.chunk, impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None)
         world_size = config.parallel_config.tensor_parallel_size
         shards = [setting.shard(self.index, rank, world_size) for rank in range(world_size)]
-        layers = [PagedLayer(*shard, heads, dtype, *asked) for shard in shards]
+        layers = [PagedLayer(*shard, heads, dtype, *asked, setting.int8) for shard in shards]
         self.sizes = [layer.page_bytes for layer in layers]  # for each process
         self.paged = layers[get_tensor_model_parallel_rank()]
         self.probed: tuple[torch.Tensor, ...] | None = None

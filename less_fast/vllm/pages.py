@@ -24,7 +24,7 @@ class PagedLayer:
     """What one layer remembers of all requests; `bind` gives it its pages.
 
     rule, features: the policy, or one for each KV head, and the kernels or None. heads: query heads, KV heads and head_dim.
-    chunk, scale, softcap, sinks: as `LessCache.for_model` and `extend` take them.
+    chunk, int8, scale, softcap, sinks: as `LessCache.for_model` and `extend` take them.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class PagedLayer:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        int8: bool = False,
     ):
         self.rule, self.features, self.heads, self.dtype = rule, features, heads, dtype
-        self.chunk, self.scale, self.softcap, self.sinks = chunk, scale, softcap, sinks
+        self.chunk, self.scale, self.softcap, self.sinks, self.int8 = chunk, scale, softcap, sinks, int8
         tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors()]
         self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy H and z hold nothing
         self.pages: dict[str, torch.Tensor] = {}
@@ -51,7 +52,7 @@ class PagedLayer:
 
     def allocate(self, rows: int, device: torch.device | str) -> LayerState:
         """An empty state outside the pages."""
-        return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device)
+        return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device, int8=self.int8)
 
     def bind(self, pages: dict[str, torch.Tensor]) -> None:
         """pages: for each name in `parts` a tensor (rows, *shape). The kernels go to their device."""

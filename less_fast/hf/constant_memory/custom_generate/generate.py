@@ -16,6 +16,7 @@ def generate(
     chunk: int | None = None,
     token_kinds=None,
     context: int | None = None,
+    int8: bool = False,
     past_key_values=None,
     **kwargs,
 ):
@@ -24,7 +25,7 @@ def generate(
     policy: a policy, or a name in `less_fast.setting.POLICIES`. budget: tokens that each KV head keeps; if None, 51 for a name,
         and what it says for a policy.
     kernels: "shipped", those that come with less-kv for this very model; a folder or a repository of the hub; LessKernels; or
-        None for the bare policy. budgets, chunk, token_kinds, context: see `LessCache.for_model`.
+        None for the bare policy. budgets, chunk, token_kinds, context, int8: see `LessCache.for_model`.
     Raises LessError if these are none, do not go together, or the model cannot be served.
     """
     if past_key_values is not None:
@@ -37,5 +38,5 @@ def generate(
         kernels = LessKernels.for_model(model)
     elif isinstance(kernels, str):
         kernels = LessKernels.from_pretrained(kernels).to(model.device)
-    cache = LessCache.for_model(model, policy, kernels, budgets, chunk, token_kinds, context=context)
+    cache = LessCache.for_model(model, policy, kernels, budgets, chunk, token_kinds, context=context, int8=int8)
     return type(model).generate(model, past_key_values=cache, **kwargs)

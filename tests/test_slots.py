@@ -1,0 +1,72 @@
+"""Slots in eight bits: what they store, and the caches that have them."""
+
+import numpy as np
+import pytest
+import torch
+from caches import feed
+from hypothesis import given
+from hypothesis import strategies as st
+from models import make_kernels, make_model, tokens
+
+import less_ref
+from less_fast import H2O, LayerState, LessCache, LessError, extend
+from less_fast.layer.slots import packed, unpacked
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@given(st.integers(0, 2**16), st.integers(1, 5).map(lambda quarter: 4 * quarter), st.sampled_from(DTYPES), st.floats(1e-20, 1e4))
+def test_each_number_is_rounded_to_a_127th_of_the_largest_of_its_row_as_the_specification_says(seed, head_dim, dtype, size):
+    x = (torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 3, head_dim))) * size).to(dtype)
+    got, largest = unpacked(packed(x), torch.float64), x.double().abs().amax(-1, keepdim=True)
+    assert np.array_equal(got.numpy(), less_ref.in_eight_bits(x.double().numpy()))
+    assert packed(x).shape == (2, 3, 4 + head_dim)
+    assert ((got - x).abs() <= largest / 254 * (1 + 1e-5) + 1e-40).all()
+    assert torch.allclose(got.abs().amax(-1, keepdim=True), largest, rtol=1e-6, atol=1e-40)  # the largest stays what it is
+
+
+@given(st.integers(0, 2**16))
+def test_what_was_rounded_before_is_rounded_no_further(seed):
+    once = unpacked(packed(torch.from_numpy(np.random.default_rng(seed).normal(size=(50, 8)))), torch.float32)
+    assert torch.allclose(unpacked(packed(once), torch.float32), once, rtol=1e-6, atol=0)
+    assert torch.equal(packed(once)[..., 4:], packed(unpacked(packed(once), torch.float32))[..., 4:])
+
+
+def test_zeros_stay_zeros_and_numbers_at_the_limit_stay_finite():
+    x = torch.tensor([[0.0, 0, 0, 0], [1e12, -1e12, 1, 0]])
+    assert unpacked(packed(x), torch.float32).tolist() == [[0, 0, 0, 0], [pytest.approx(1e12), pytest.approx(-1e12), 0, 0]]
+
+
+def test_what_is_stored_as_it_is_comes_back_itself():
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    assert unpacked(x, torch.float32) is x
+
+
+def test_a_head_dim_without_room_for_a_scale_is_refused_and_so_is_another_dtype():
+    with pytest.raises(LessError, match="multiple of 4, not 6: leave int8 out"):
+        LayerState.allocate(H2O(2, 2), 1, 2, 1, 6, int8=True)
+    state = LayerState.allocate(H2O(2, 2), 1, 2, 1, 8, dtype=torch.bfloat16, int8=True)
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(LessError, match="bring them to one dtype"):
+            extend_by_ones(state, dtype)
+    assert not state.n.any()
+    extend_by_ones(state, torch.bfloat16)
+    with pytest.raises(LessError, match="int8 is True or False, not 8"):
+        LessCache.for_model(make_model(), H2O(2, 2), int8=8)
+
+
+def extend_by_ones(state, dtype):
+    extend(state, *(torch.ones(1, heads, 1, 8, dtype=dtype) for heads in (2, 1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_with_such_slots_says_nearly_the_same_and_holds_fewer_bytes(dtype):
+    model, ids = make_model().to(dtype), tokens(2, 40)
+    kernels = make_kernels(model).float()
+    caches = [LessCache.for_model(model, H2O(12, 12), kernels, int8=int8) for int8 in (False, True)]
+    exact, rounded = (feed(model, ids, cache, prompt=20).float() for cache in caches)
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    entries = [cache.memory()["entries"] for cache in caches]
+    D = model.config.head_dim
+    assert entries[1] * D * dtype.itemsize == entries[0] * (D + 4)
+    assert caches[1].memory()["low_rank"] == caches[0].memory()["low_rank"]
