@@ -230,6 +230,35 @@ def test_models_of_other_architectures_are_generated_from_and_compared(command, 
     assert bare["bytes"] < full["bytes"]
 
 
+def test_slots_in_eight_bits_are_measured_planned_and_generated_with(command, story):
+    """A slot of a head of 64 holds 2 (64 + 4) bytes in place of 2 (64 4)."""
+
+    def held(*arguments):
+        code, out, err = command(*arguments)
+        assert code == 0, err
+        if "--json" not in arguments:
+            return int(re.search(r"([\d,]+) bytes held", " ".join(err.split()))[1].replace(",", ""))
+        record = json.loads(out)
+        assert record["int8"] is ("--int8" in arguments)
+        if arguments[0] == "compare":
+            *_, plus, less = record["rows"]
+            assert plus["bytes"] - plus["bytes"] // (plus["budget"] + 1) < less["bytes"] <= plus["bytes"]  # a slot fewer is less
+        return record.get("less") or [row["bytes"] for row in record["rows"] if row["cache"] in ("bare", "LESS", "less")]
+
+    saved = 16 * (16 + 1) * 2 * (4 * 64 - 68)  # in 16 heads, each with a scratch slot
+    bench = ["bench", "--length", 64, "--budget", 16, "--rounds", 1, "--batch", 1, "--no-compile", "--hidden", 16, "--json"]
+    for arguments in (
+        ["generate", "import ", "--max-new-tokens", 30, "--budget", 16],
+        ["compare", "--text", story, "--length", 48, "--windows", 2, "--budgets", 16, "--kernels", "elu", "--json"],
+        ["plan", "--dtype", "float32", "--budget", 16, "--length", 64, "--json"],
+        bench,
+    ):
+        exact, rounded = held(*arguments), held(*arguments, "--int8")
+        several = [(exact, rounded)] if isinstance(exact, int) else list(zip(exact, rounded))
+        layers = [1 if arguments is bench and index < 2 else 4 for index in range(len(several))]  # the first rows are of one
+        assert [a - b for a, b in several] == [saved * of // 4 for of in layers]
+
+
 def test_generate_with_a_seed_and_a_temperature_repeats_itself(command):
     once, again = (command("generate", "import ", "--temperature", 1, "--max-new-tokens", 20, "--seed", 3) for _ in range(2))
     assert once[1] == again[1]
