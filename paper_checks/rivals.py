@@ -254,10 +254,10 @@ def contenders(layer, slot: int, budget: int, rule: str) -> Iterator[Contender]:
         yield contender(f"{count} centroid{'s' * (count > 1)}", left, lambda _, shape, count=count: Centroids(count, shape))
     if (left := (room - Moments.bytes(D)) // one) >= 2:
         yield contender("moments", left, lambda _, shape: Moments(shape))
-    yield contender("moments, their bytes not counted", budget, lambda _, shape: Moments(shape))
+    yield contender("moments (bytes not counted)", budget, lambda _, shape: Moments(shape))
     yield contender("int8", room // small, None, True)
     yield contender("int8 with LESS", (room - state) // small, LowRank, True)
-    yield contender("int8 with LESS, its state in 16 bits", (room - state // 2) // small, HalfLowRank, True)
+    yield contender("int8 with LESS (state in bfloat16)", (room - state // 2) // small, HalfLowRank, True)
 
 
 def measure(chosen) -> list[dict]:
@@ -277,6 +277,8 @@ def measure(chosen) -> list[dict]:
         budget, bare = policy_named("h2o", share, chosen.length).budget, None
         for rule in chosen.policies.split(","):
             for contender in contenders(kernels.layers[0], slot, budget, rule):
+                if chosen.caches and contender.name not in chosen.caches.split(","):
+                    continue
                 start = time.perf_counter()
                 nats = losses(model, windows, [contender.attention(layer) for layer in kernels.layers])
                 bare = nats if bare is None else bare
@@ -303,7 +305,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--budgets", default="2%,5%,10%", help="slots that LESS has, separated by commas")
-    parser.add_argument("--policies", default="h2o,retention,oracle,oracle of sums", help="some; gaps are of the first, bare")
+    parser.add_argument("--policies", default="h2o,retention,oracle,oracle of sums", help="some of these")
+    parser.add_argument("--caches", default="", help="some of the contenders, by name; gaps are of the first; all by default")
     parser.add_argument("--bytes", choices=("bfloat16", "float32"), default="bfloat16", help="what a slot holds")
     parser.add_argument("--out", type=Path, help="results/rivals_MODEL.json by default")
     chosen = parser.parse_args(arguments)
