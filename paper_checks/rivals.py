@@ -260,8 +260,8 @@ def contenders(layer, slot: int, budget: int, rule: str) -> Iterator[Contender]:
     yield contender("int8 with LESS (state in bfloat16)", (room - state // 2) // small, HalfLowRank, True)
 
 
-def measure(chosen) -> list[dict]:
-    """A row for each policy, budget and contender; printed as they come."""
+def measure(chosen, write: Callable[[list[dict]], None]) -> None:
+    """A row for each policy, budget and contender; printed and written as they come."""
     model, tokenizer = load_model(chosen.model)
     kernels = load_kernels(model, chosen.model, "")
     if kernels is None:
@@ -291,7 +291,7 @@ def measure(chosen) -> list[dict]:
                     flush=True,
                 )
                 rows.append(row | {"nats": nats.tolist()})
-    return rows
+                write(rows)
 
 
 def dense(q, k, v, scale):
@@ -310,15 +310,18 @@ def main(arguments=None) -> int:
     parser.add_argument("--bytes", choices=("bfloat16", "float32"), default="bfloat16", help="what a slot holds")
     parser.add_argument("--out", type=Path, help="results/rivals_MODEL.json by default")
     chosen = parser.parse_args(arguments)
+    out = chosen.out or HERE / "results" / f"rivals_{Path(chosen.model).name or 'embedded'}.json"
+    about = {name: getattr(chosen, name) for name in ("model", "windows", "length", "budgets", "policies", "caches", "bytes")}
+
+    def write(rows):
+        with aside(out) as file:
+            file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
+
     try:
-        rows = measure(chosen)
+        measure(chosen, write)
     except (OSError, LessError) as error:
         print(f"paper_checks/rivals.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    out = chosen.out or HERE / "results" / f"rivals_{Path(chosen.model).name or 'embedded'}.json"
-    about = {name: getattr(chosen, name) for name in ("model", "windows", "length", "budgets", "policies", "bytes")}
-    with aside(out) as file:
-        file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
     return 0
 
 
