@@ -28,5 +28,8 @@ def unpacked(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(..., 4 + D) int8 -> (..., D) in the dtype. What is stored as it is comes back as it is, in its own."""
     if stored.dtype != torch.int8:
         return stored
-    scale, whole = stored[..., :SCALE].view(torch.float32), stored[..., SCALE:]
-    return whole.to(dtype) * scale.to(dtype)
+    scale = stored[..., :SCALE].view(torch.float32).to(dtype)  # (..., 1)
+    whole = stored.to(dtype)[..., SCALE:]  # rows are converted faster whole, scale and all
+    if torch.compiler.is_compiling():
+        return whole * scale
+    return whole.mul_(scale)  # in the memory made just now, which compiled code does without
