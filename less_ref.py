@@ -649,8 +649,7 @@ class Context:
             for head in state.heads:
                 before, after = (np.maximum(head.position - moved, 0) for moved in (state.moved, state.moved + by))
                 turned = self.rotary.turn(head.k, after - before)
-                if self.int8:  # what stays where it is stays as it is
-                    turned = np.where((after != before)[:, None], in_eight_bits(turned), head.k)
+                turned = in_eight_bits(turned) if self.int8 else turned  # what stays where it is stays as it is
                 heads.append(replace(head, k=turned, H=0 * head.H, z=0 * head.z))
             state = State(tuple(heads), state.n, moved)
         q, k = (self.rotary.turn(x, np.full(m, -state.moved)) for x in (q, k))

@@ -95,6 +95,22 @@ def test_what_is_held_stands_where_its_true_position_less_what_was_moved_says_an
     assert state.moved == 20
 
 
+def test_slots_in_eight_bits_that_do_not_move_keep_their_bits_while_others_move():
+    """They are unpacked and packed again."""
+    rotary, generator = Rotary((1.0, 0.3)), torch.Generator().manual_seed(0)
+    state = LayerState.allocate(Lambda(4, 40), 2, 32, 32, 8, movable=True, int8=True)
+    q, k, v = (torch.randn(2, 32, 60, 8, generator=generator) for _ in range(3))
+    valid = torch.arange(60) >= torch.tensor([[0], [30]])  # the second row has seen half as many
+    less_fast.extend(state, q, k, v, valid)
+    before = state.parts[0].k.clone()
+    Context(64, rotary).make_room(state, torch.tensor([8, 8]))
+    assert state.moved.tolist() == [32, 0]
+    moves = state.parts[0].position[0, 0] > 0  # what stood at 0 stays there
+    assert torch.equal(state.parts[0].k[1], before[1])
+    assert torch.equal(state.parts[0].k[0, :, ~moves], before[0, :, ~moves])
+    assert not (state.parts[0].k[0, :, moves, 4:] == before[0, :, moves, 4:]).all(-1).any()
+
+
 def test_a_chunk_that_cannot_find_room_is_refused_and_changes_nothing():
     rotary = Rotary((1.0,))
     state = LayerState.allocate(H2O(2, 2), 2, 1, 1, 4, movable=True)

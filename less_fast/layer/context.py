@@ -68,9 +68,7 @@ class Context:
             for part in state.parts:
                 was, now = ((part.position - moved[:, None, None]).clamp(min=0) for moved in (before, state.moved))
                 turned = self.rotary.turn(unpacked(part.k, part.H.dtype), now - was)  # was and now (N, H, S), or (N, 1, S)
-                if state.int8:  # what stays where it is stays as it is
-                    turned = torch.where((now != was)[..., None], packed(turned), part.k)
-                part.k.copy_(turned)
+                part.k.copy_(packed(turned) if state.int8 else turned)
                 part.H.masked_fill_(full[:, None, None, None], 0)
                 part.z.masked_fill_(full[:, None, None], 0)
         return int((self.length - (state.n - state.moved)).min())

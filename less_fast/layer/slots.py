@@ -17,7 +17,10 @@ def width(head_dim: int) -> int:
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """x (..., D) -> (..., 4 + D) int8: the largest number of each row becomes 127, all others are rounded, halves to even."""
+    """x (..., D) -> (..., 4 + D) int8: the largest number of each row becomes 127, all others are rounded, halves to even.
+
+    What is unpacked and packed again keeps its bits: a float32 that was divided by 127 stays itself, times 127 and divided again.
+    """
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True) / LARGEST  # (..., 1)
     whole = (x / torch.where(scale > 0, scale, 1)).round().to(torch.int8)

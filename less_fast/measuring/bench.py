@@ -268,7 +268,7 @@ def _full_caches(model, batch, length, new, compile):
         yield "StaticCache, compiled", lambda: static(_compiled_model(twin))
 
 
-def _less_caches(model, policy, contenders, batch, length, compile, int8):
+def _less_caches(model, policy, contenders, batch, length, compile, int8=False):
     """The same of the bare policy and of LESS. A model that has layers of transformers' own is not compiled: they grow."""
 
     def less(network, kernels, step=False):
