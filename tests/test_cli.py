@@ -237,7 +237,10 @@ def test_slots_in_eight_bits_are_measured_planned_and_generated_with(command, st
         code, out, err = command(*arguments)
         assert code == 0, err
         if "--json" not in arguments:
-            return int(re.search(r"([\d,]+) bytes held", " ".join(err.split()))[1].replace(",", ""))
+            own, full = re.search(r"([\d,]+) bytes held, a full cache would hold ([\d,]+)", " ".join(err.split())).groups()
+            seen = int(re.search(r"(\d+) through the cache", " ".join(err.split()))[1])
+            assert int(full.replace(",", "")) == seen * 16 * 2 * 4 * 64
+            return int(own.replace(",", ""))
         record = json.loads(out)
         assert record["int8"] is ("--int8" in arguments)
         if arguments[0] == "compare":

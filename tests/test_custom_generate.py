@@ -58,8 +58,11 @@ def test_its_arguments_are_those_of_a_cache_and_all_others_go_to_generate(argume
     places = {"OURS": LessKernels.from_pretrained(tmp_path / "kernels"), "FOLDER": str(tmp_path / "kernels")}
     filled = [{name: places.get(x, x) if isinstance(x, str) else x for name, x in given.items()} for given in (arguments, made)]
     ids, mask = left_padded([25, 14], 25)
-    out = constant(model, ids, mask, **filled[0], **options)
-    assert torch.equal(out, generate(model, ids, LessCache.for_model(model, **filled[1]), mask, **options))
+    told = constant(model, ids, mask, **filled[0], **options, return_dict_in_generate=True)
+    out, cache = told.sequences, LessCache.for_model(model, **filled[1])
+    for name in ("policy", "budgets", "chunk", "int8"):
+        assert getattr(told.past_key_values.setting, name) == getattr(cache.setting, name)
+    assert torch.equal(out, generate(model, ids, cache, mask, **options))
     assert not torch.equal(out, generate(model, ids, None, mask, **options))
 
 
