@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +35,7 @@ from less_fast import LessError
 from less_fast.files import aside
 from less_fast.hf.architecture import calls_sdpa
 from less_fast.hf.seam import FunctionLayer, layers_with, use_less_attention
+from less_fast.layer.parallel import dense
 from less_fast.layer.policies import Policy
 from less_fast.layer.slots import packed, unpacked, width
 from less_fast.loading import load_kernels, load_model, load_texts
@@ -140,11 +141,11 @@ class Oracle(Policy):
     budget: int
     sums: bool = False
     scored: ClassVar[bool] = False
-    future: ClassVar[torch.Tensor | None] = None  # (N, H, T, T): what each token (last) is still to get after each query
+    future: torch.Tensor | None = None  # (N, H, T, T): what each token (last) is still to get after each query
 
     def rank(self, position, score, n):
         now = int(n.flatten()[0]) - 1
-        return Oracle.future[:, :, now].gather(2, position.clamp(min=0).long())
+        return self.future[:, :, now].gather(2, position.clamp(min=0).long())
 
 
 def look_ahead(q, k, scale, sums):
@@ -170,7 +171,7 @@ def streamed(policy, memory, int8, kernels, q, k, v, scale=None):
     held = memory((N, H, D)) if memory else None
     born = kernels.rho(q, k, v) if policy.learned else None
     if isinstance(policy, Oracle):
-        Oracle.future = look_ahead(q, k, scale, policy.sums)
+        policy = replace(policy, future=look_ahead(q, k, scale, policy.sums))
     k, v = (in_eight_bits(x) if int8 else x for x in (k, v))
     S = policy.budget + 1
     keys, values, position = torch.zeros(N, H, S, D), torch.zeros(N, H, S, D), torch.full((N, H, S), -1)
@@ -268,6 +269,14 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
         raise LessError("this is about kernels, and none are shipped for this model: choose another")
     if strange := {*chosen.policies.split(",")} - {*SCORES}:
         raise LessError(f"no policy here is called {', '.join(sorted(strange))}: they are {', '.join(SCORES)}")
+    if {rank for layer in kernels.layers for rank in layer.ranks} != {kernels.layers[0].ranks[0]}:
+        raise LessError("equal bytes are counted for kernels of one rank, and these have several: choose another model")
+    named, known = (
+        {*chosen.caches.split(",")} - {""},
+        {one.name for one in contenders(kernels.layers[0], 4, chosen.length, "h2o")},
+    )
+    if strange := named - known:
+        raise LessError(f"no cache here is called {', '.join(sorted(strange))}: they are {', '.join(sorted(known))}")
     texts, _ = load_texts(chosen.text, "", "test")
     windows = cut_windows(tokenizer, texts, chosen.length, chosen.windows, 0)
     slot, rows = {"bfloat16": 2, "float32": 4}[chosen.bytes], []
@@ -277,7 +286,7 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
         budget, bare = policy_named("h2o", share, chosen.length).budget, None
         for rule in chosen.policies.split(","):
             for contender in contenders(kernels.layers[0], slot, budget, rule):
-                if chosen.caches and contender.name not in chosen.caches.split(","):
+                if named and contender.name not in named:
                     continue
                 start = time.perf_counter()
                 nats = losses(model, windows, [contender.attention(layer) for layer in kernels.layers])
@@ -292,10 +301,6 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
                 )
                 rows.append(row | {"nats": nats.tolist()})
                 write(rows)
-
-
-def dense(q, k, v, scale):
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def main(arguments=None) -> int:

@@ -92,3 +92,5 @@ def test_all_contenders_hold_as_many_bytes_and_the_script_writes_what_it_found(t
     assert rows[-1]["recovered"] > 0
     assert rivals.main([*short, "--policies", "h3o"]) == 2
     assert "no policy here is called h3o: they are h2o" in capsys.readouterr().err
+    assert rivals.main([*short, "--caches", "bare,int4"]) == 2
+    assert "no cache here is called int4: they are" in capsys.readouterr().err

@@ -67,7 +67,7 @@ class Context:
             state.moved = before + by * full
             for part in state.parts:
                 was, now = ((part.position - moved[:, None, None]).clamp(min=0) for moved in (before, state.moved))
-                turned = self.rotary.turn(unpacked(part.k, part.H.dtype), now - was)  # was and now (N, H, S), or (N, 1, S)
+                turned = self.rotary.turn(unpacked(part.k, part.H.dtype), now - was)  # (N, H, S), or (N, 1, S) if ragged
                 part.k.copy_(packed(turned) if state.int8 else turned)
                 part.H.masked_fill_(full[:, None, None, None], 0)
                 part.z.masked_fill_(full[:, None, None], 0)
