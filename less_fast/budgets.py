@@ -20,7 +20,8 @@ Table = list[list[int]]  # layers x KV heads
 class Curves:
     """What each KV head costs at each budget under one policy, all other heads keeping everything.
 
-    budgets: ascending. less, bare: with the low-rank state and without it, nested lists (layers x KV heads x budgets).
+    budgets: ascending. less, bare: with the low-rank state and without it, nested lists (layers x KV heads x budgets), an empty
+    one for a layer that LESS does not serve, in tables, too.
     refined: better tables for some totals, {"less" or "bare": {total: table}}.
     policy, window, windows, by: how they were measured: the policy, the tokens of a window, how many windows, kl or error.
     """
@@ -38,14 +39,21 @@ class Curves:
         if not _is_array(self.budgets, 1, "i") or min(self.budgets) < 1 or sorted(set(self.budgets)) != self.budgets:
             raise LessError(f"the budgets of curves are integers of at least 1 that ascend, and {self.budgets!r} are not")
         for costs in [self.bare] if self.less is None else [self.bare, self.less]:
-            if not _is_array(costs, 3, "if") or np.shape(costs)[2] != len(self.budgets):
+            served = [layer for layer in costs if layer != []] if isinstance(costs, list) else costs
+            if not _is_array(served, 3, "if") or np.shape(served)[2] != len(self.budgets):
                 raise LessError(f"curves need one figure for each of the {len(self.budgets)} budgets, layers x KV heads of them")
         if not isinstance(self.refined, dict) or not all(isinstance(tables, dict) for tables in self.refined.values()):
             raise LessError("refined tables are told apart by less or bare, then by their totals")
         for total, refined in (pair for tables in self.refined.values() for pair in tables.items()):
-            fits = _is_array(refined, 2, "i") and np.shape(refined) == np.shape(self.bare)[:2] and np.min(refined) > 0
-            if not fits or str(np.sum(refined)) != total:
+            served = [layer for layer in refined if layer != []] if isinstance(refined, list) else refined
+            fits = _is_array(served, 2, "i") and [len(layer) for layer in refined] == [len(layer) for layer in self.bare]
+            if not fits or np.min(served) < 1 or str(np.sum(served)) != total:
                 raise LessError(f"the refined table for {total} tokens in all is none: layers x KV heads of at least 1 token")
+
+    @property
+    def heads(self) -> int:
+        """How many KV heads share what a table gives."""
+        return sum(len(layer) for layer in self.bare)
 
     def describe(self, policy: Policy) -> bool:
         """Whether they were measured under this policy, at whatever budget: its fields decide, not the name of its class."""
@@ -72,7 +80,8 @@ def average(parts: list[Curves]) -> Curves:
     windows = sum(part.windows for part in parts)
 
     def mean(costs):
-        return None if costs[0] is None else np.average(costs, 0, [part.windows for part in parts]).tolist()
+        weights = [part.windows for part in parts]
+        return None if costs[0] is None else [np.average(layer, 0, weights).tolist() for layer in zip(*costs)]
 
     means = {name: mean([getattr(part, name) for part in parts]) for name in ("bare", "less")}
     return replace(parts[0], **means, windows=windows)

@@ -505,10 +505,9 @@ def allocate(
     make_folder(out or kernels)  # what cannot be written should be known before the measuring
     chosen = cut_windows(tokenizer, texts, length, windows, seed)
     curves = allocation.allocate(network, chosen, rule, learned, out or kernels, by.value if by else None, refined)
-    heads = learned.sizes["layers"] * learned.sizes["kv_heads"]
     for share in (2, 5, 10):
         tokens = length * share // 100
-        if budgets := budget_table(curves, tokens * heads, less=True):
+        if budgets := budget_table(curves, tokens * curves.heads, less=True):
             print(f"{tokens} tokens ({share} %), by layer: {budgets}")
     print(f"saved to {out or kernels}")
 

@@ -27,7 +27,8 @@ SHIPPED = ("shipped/*/config.json", "demo/kernels/config.json")  # within the pa
 class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
 
-    rank: features of each KV head, or a table (layers x KV heads) of them; family: a name in FAMILIES; about: what is known of
+    rank: features of each KV head, or a table (layers x KV heads) of them, 0 in all heads of a layer that LESS does not serve;
+    family: a name in FAMILIES; about: what is known of
     them (the model's identity, how they were trained); curves: what each KV head costs at each budget, by the name of the
     policy. Both are stored in config.json beside the weights. rho: the hidden width of rho (for Retention); None without.
     """
@@ -58,12 +59,17 @@ class LessKernels(nn.Module):
         self._check_about()
         if not isinstance(family, str) or family not in FAMILIES:
             raise LessError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
-        ranks: list = self.sizes["rank"] if isinstance(rank, list | tuple) else [rank] * layers
+        ranks: list = self.sizes["rank"] if isinstance(rank, list | tuple) else [self.sizes["rank"]] * layers
         if len(ranks) != layers:
             raise LessError(f"the ranks of {len(ranks)} layers do not fit {layers} layers")
-        self.layers = nn.ModuleList(FAMILIES[family](query_heads, kv_heads, head_dim, row, hidden) for row in ranks)
-        for layer in self.layers if rho else ():
-            layer.rho = Rho(query_heads, kv_heads, head_dim, rho)
+        none = [0] * kv_heads
+        if family != "none" and all(row == none for row in ranks):
+            raise LessError("kernels of rank 0 in all layers are none: give those that LESS serves a rank of at least 1")
+        self.layers = nn.ModuleList(
+            FAMILIES["none" if row == none else family](query_heads, kv_heads, head_dim, row, hidden) for row in ranks
+        )
+        for layer, row in zip(self.layers, ranks) if rho else ():
+            layer.rho = None if row == none else Rho(query_heads, kv_heads, head_dim, rho)
 
     def _check_about(self):
         """LessError unless what is known of the kernels is of the right shape, and can be written."""
@@ -77,7 +83,7 @@ class LessKernels(nn.Module):
             if not isinstance(curves, Curves):
                 raise LessError(f"the curves of {name} are no Curves, but {curves!r}")
             for costs in (curves.bare, curves.less or curves.bare):
-                if [len(layer) for layer in costs] != [kv_heads] * layers:
+                if len(costs) != layers or any(len(layer) not in (0, kv_heads) for layer in costs):
                     raise LessError(f"the curves of {name} do not fit {layers} layers of {kv_heads} KV heads")
 
     def budgets_for(self, policy: Policy, less: bool = True) -> Table | None:
@@ -90,7 +96,7 @@ class LessKernels(nn.Module):
         if curves is None or policy.budget is None:
             return None
         less = less and self.sizes["family"] != "none"
-        return table(curves, policy.budget * self.sizes["layers"] * self.sizes["kv_heads"], less)
+        return table(curves, policy.budget * curves.heads, less)
 
     def without_state(self) -> "LessKernels":
         """Rho alone, for the bare policy: what is evicted is forgotten. It shares the weights."""
@@ -211,5 +217,6 @@ def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
 def _ranks(rank, least):
     """A rank, or a table of them, in int and list."""
     if isinstance(rank, list | tuple):
-        return [_ranks(row, least) for row in rank]
+        none = all(isinstance(row, int) and row == 0 for row in rank)  # a layer that LESS does not serve
+        return [_ranks(row, 0 if none else least) for row in rank]
     return integer("the rank of kernels", rank, least, MOST)

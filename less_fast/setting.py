@@ -4,6 +4,7 @@ each KV head come out of it; and it alone counts the bytes that a cache holds.""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import cast
 
 import torch
@@ -108,13 +109,14 @@ class Setting:
             setting = cls(sizes, tuple(less_layers), policy, kernels, None, chunk, context, int8)
         else:
             rows = [list(row) if isinstance(row, list | tuple) else [] for row in budgets]
-            if sizes is None or [len(row) for row in rows] != [sizes["kv_heads"]] * sizes["layers"]:
-                wanted = "for a model whose layers have equal heads" if sizes is None else "{layers} layers x {kv_heads} KV heads"
-                raise LessError(f"the budget table must be {wanted.format(**sizes or {})}")
+            wanted = [] if sizes is None else [sizes["kv_heads"] * (index in less_layers) for index in range(sizes["layers"])]
+            if sizes is None or [len(row) for row in rows] not in (wanted, [sizes["kv_heads"]] * sizes["layers"]):
+                what = "for a model whose layers have equal heads" if sizes is None else "{layers} layers x {kv_heads} KV heads"
+                raise LessError(f"the budget table must be {what.format(**sizes or {})}")
             table = [[integer("a budget", budget) for budget in row] for row in rows]
             setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk, context, int8)
         if context is not None:
-            kept = policy.budget if setting.budgets is None else max(map(max, setting.budgets))
+            kept = policy.budget if setting.budgets is None else max(chain(*setting.budgets))
             if kept is None or kept > integer("context", context, 2):
                 raise LessError(f"{kept or 'all'} tokens are kept, and a context of {context} has fewer positions: keep fewer")
         if not isinstance(int8, bool):

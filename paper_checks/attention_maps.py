@@ -2,7 +2,6 @@
 
 import torch
 
-from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
 from less_fast.layer.parallel import dense, eviction_times
 
@@ -29,20 +28,17 @@ def check(subject: Subject) -> Finding:
     model, policy = subject.model, subject.policies()[-2 if not subject.quick else 0]
     ids, distances, shown = subject.windows(2, subject.length // 2).to(model.device), {"bare": [], "LESS": []}, {}
 
-    def attention(layer):
-        def attend(q, k, v, scale):
-            e = eviction_times(q, k, v, policy, scale)
-            full, bare = maps(q, k, e, scale)
-            ours = reconstructed(q, k, e, scale, layer)
-            for name, matrix in (("bare", bare), ("LESS", ours)):
-                distance = (full.sqrt() - matrix.sqrt()).square().sum(-1).div(2).sqrt()  # (N, Hq, T)
-                distances[name].append(distance[:, :, policy.budget + 1 :].mean((0, 2)))
-            shown.update({"full cache": full[0, 0].cpu(), f"{policy}": bare[0, 0].cpu(), "LESS": ours[0, 0].cpu()})
-            return dense(q, k, v, scale)
+    def attention(layer, q, k, v, scale):
+        e = eviction_times(q, k, v, policy, scale)
+        full, bare = maps(q, k, e, scale)
+        ours = reconstructed(q, k, e, scale, subject.kernels.layers[layer])
+        for name, matrix in (("bare", bare), ("LESS", ours)):
+            distance = (full.sqrt() - matrix.sqrt()).square().sum(-1).div(2).sqrt()  # (N, Hq, T)
+            distances[name].append(distance[:, :, policy.budget + 1 :].mean((0, 2)))
+        shown.update({"full cache": full[0, 0].cpu(), f"{policy}": bare[0, 0].cpu(), "LESS": ours[0, 0].cpu()})
+        return dense(q, k, v, scale)
 
-        return attend
-
-    predictions(model, ids, [attention(layer) for layer in subject.kernels.layers])
+    predictions(model, ids, attention)
     bare, less = (torch.stack(distances[name]) for name in ("bare", "LESS"))  # (layers, Hq)
     closer = (less < bare).float().mean().item()
     pictures = {
@@ -51,7 +47,7 @@ def check(subject: Subject) -> Finding:
     }
     sentence = (
         f"mean Hellinger distance from the full map {bare.mean():.3f} for the bare policy, {less.mean():.3f} for LESS; "
-        f"LESS is closer in {closer:.0%} of {sizes(model)['layers'] * sizes(model)['query_heads']} heads"
+        f"LESS is closer in {closer:.0%} of {less.numel()} heads"
     )
     rows = [[str(layer), f"{a.mean():.3f}", f"{b.mean():.3f}"] for layer, (a, b) in enumerate(zip(bare, less))]
     figures = {"bare": bare.tolist(), "less": less.tolist(), "heads_in_which_it_is_closer": closer}

@@ -2,7 +2,6 @@
 
 import torch
 
-from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
 from less_fast.layer.parallel import dense, eviction_times
 
@@ -31,7 +30,7 @@ def check(subject: Subject) -> Finding:
     shares = {"map": [], "residual": []}
     spectra = {"map": [], "residual": []}
 
-    def attention(q, k, v, scale):
+    def attention(_, q, k, v, scale):
         e = eviction_times(q, k, v, policy, scale)
         full, kept = (matrix.cpu() for matrix in maps(q.cpu(), k.cpu(), e.cpu(), scale))
         for name, matrix in (("map", full), ("residual", full - kept)):
@@ -41,7 +40,7 @@ def check(subject: Subject) -> Finding:
             spectra[name].append((values / values[..., :1].clamp(min=1e-30)).mean((0, 1)))
         return dense(q, k, v, scale)
 
-    predictions(model, ids, [attention] * sizes(model)["layers"])
+    predictions(model, ids, attention)
     full, residual = (torch.stack(shares[name]) for name in ("map", "residual"))  # (layers, Hq)
     lower = (residual > full).float().mean().item()
     figures = {"map": full.tolist(), "residual": residual.tolist(), "heads_in_which_it_is": lower, "singular_values": KEPT}

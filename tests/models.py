@@ -58,11 +58,12 @@ def make_kernels(model, rank=3, hidden=5, family="paper", rho=None):
     torch.manual_seed(1)
     about = {"fingerprint": fingerprint(model)}
     kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, about=about, rho=rho)
-    for layer in kernels.layers if rho else ():
+    with_rank = [layer for layer in kernels.layers if layer.rank or family == "none"]
+    for layer in with_rank if rho else ():
         torch.nn.init.normal_(layer.rho.r0, std=0.3)
         torch.nn.init.normal_(layer.rho.r2, std=0.3)
     if family in ("paper", "exponential"):  # as trained: they start from the bare policy
-        for layer in kernels.layers:
+        for layer in with_rank:
             torch.nn.init.normal_(layer.k3)
     return kernels.double().requires_grad_(False)
 
@@ -74,10 +75,14 @@ def tokens(*shape, seed=0):
 @torch.no_grad()
 def recorded(model, ids, index):
     """q, k, v and the scale of one layer under the full cache."""
-    kept, attentions = [], [dense] * sizes(model)["layers"]
-    attentions[index] = lambda *arguments: kept.append(arguments) or dense(*arguments)
-    predictions(model, ids, attentions)
-    return kept[0]
+    kept = {}
+
+    def attention(layer, *qkv):
+        kept[layer] = qkv
+        return dense(*qkv)
+
+    predictions(model, ids, attention)
+    return kept[index]
 
 
 def make_kinds(seed=0, size=SIZES["vocab_size"]):

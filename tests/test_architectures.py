@@ -10,7 +10,7 @@ from caches import FASTGEN, KINDS, feed, generate, left_padded
 from models import make_encoder_decoder, make_kernels, make_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from less_fast import H2O, TOVA, LessCache
+from less_fast import H2O, TOVA, LessCache, LessError
 from less_fast.hf import seam
 from less_fast.hf.architecture import OUTPUTS, attention_modules, less_layers, output_weight, sizes
 from less_fast.hf.identity import fingerprint
@@ -130,7 +130,7 @@ def test_sizes_are_those_of_what_the_cache_is_given(name, kv_heads):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "opt"])
 def test_the_output_weight_is_that_of_the_projection_whichever_way_it_lies(name):
-    for module in attention_modules(tiny(name)):
+    for module in attention_modules(tiny(name)).values():
         projection = next(getattr(module, part) for part in OUTPUTS if hasattr(module, part))
         x = torch.randn(3, 32)
         torch.testing.assert_close(projection(x) - projection(torch.zeros(3, 32)), x @ output_weight(module).T)
@@ -298,15 +298,13 @@ def test_falcon_refuses_a_mask_of_ones_own(width):
         model(ids, attention_mask=own, past_key_values=LessCache.for_model(model, SMALL), use_cache=True)
 
 
-def test_kernels_are_not_made_for_models_with_other_layers_or_a_softcap():
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_kernels_are_not_made_for_models_with_a_softcap_or_sinks(name):
     from less_fast.hf.seam import predictions
     from less_fast.layer.parallel import dense
 
-    with pytest.raises(ValueError, match="layers all have full attention"):
-        predictions(tiny("gemma2"), tokens(1, 9), [dense] * 4)
-    softcap = tiny("gemma2", layer_types=["full_attention"] * 4)
-    with pytest.raises(ValueError, match="not yet with a softcap or sinks"):
-        predictions(softcap, tokens(1, 9), [dense] * 4)
+    with pytest.raises(LessError, match="not yet with a softcap or sinks"):
+        predictions(tiny(name), tokens(1, 9), lambda _, *qkv: dense(*qkv))
 
 
 # Phi-3 drops a cache where its rotation changes.

@@ -161,7 +161,7 @@ def test_each_layer_folds_through_its_own_kernels(model):
 
 
 def test_the_models_own_scaling_is_used(model):
-    for module in attention_modules(model):
+    for module in attention_modules(model).values():
         module.scaling = 0.05
     ids = tokens(2, 9)
     with torch.no_grad():

@@ -70,15 +70,19 @@ def test_the_seed_of_the_labels_decides_and_nothing_else():
 def test_eviction_times_of_all_layers_at_once_are_those_of_each(policy):
     model = make_model().float()
     layers, kernels = watch(model, tokens(2, 30), seed=0), make_kernels(model, rho=3).float()
-    for layer, features, e in zip(layers, kernels.layers, eviction_times_of(layers, policy, kernels), strict=True):
-        assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale, kernels=features))
+    times = eviction_times_of(layers, policy, kernels)
+    assert [*times] == [*layers] == [0, 1, 2]
+    for index, layer in layers.items():
+        alone = eviction_times(layer.q, layer.k, layer.v, policy, layer.scale, kernels=kernels.layers[index])
+        assert torch.equal(times[index], alone)
 
 
 def test_the_share_that_is_left_is_that_of_the_references_outputs():
     model = make_model().float()
     kernels = make_kernels(model, family="exponential").float()
     layers = watch(model, tokens(2, 30), seed=0)
-    for index, (layer, e) in enumerate(zip(layers, eviction_times_of(layers, POLICY, kernels))):
+    times = eviction_times_of(layers, POLICY, kernels)
+    for index, layer in layers.items():
         costs = np.zeros(2)
         for row in range(2):
             qkv = [getattr(layer, name)[row].double().numpy() for name in "qkv"]
@@ -87,7 +91,7 @@ def test_the_share_that_is_left_is_that_of_the_references_outputs():
                 out = less_ref.run(*qkv, reference_policy(POLICY), features, scale=layer.scale).out[7:]  # (T - 7, Hq, D)
                 change = out.transpose(1, 0, 2) - layer.full[row, :, 7:].double().numpy()
                 costs[kind] += np.square((layer.g[:, row, :, 7:].double().numpy() * change).sum((1, 3))).sum()
-        share = together.share_left(layer, e, kernels.layers[index], POLICY.budget).item()
+        share = together.share_left(layer, times[index], kernels.layers[index], POLICY.budget).item()
         assert share == pytest.approx(costs[0] / costs[1], rel=1e-3)
 
 

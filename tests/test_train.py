@@ -58,10 +58,10 @@ def test_the_loss_is_the_references_training_loss(family, group):
 @torch.no_grad()
 def validation_errors(model, layers, windows=None):
     windows = tokens(6, 40, seed=1) if windows is None else windows
-    for index, (module, kernels) in enumerate(zip(attention_modules(model), layers)):
+    for index, module in attention_modules(model).items():
         q, k, v, scale = recorded(model, windows, index)
         data = prepare(q, k, v, H2O(3, 3), scale)
-        yield loss(kernels, data, module.o_proj.weight.T, 6).item()
+        yield loss(layers[index], data, module.o_proj.weight.T, 6).item()
 
 
 def test_training_reduces_the_error_that_it_reports(trained):

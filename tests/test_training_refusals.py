@@ -86,7 +86,7 @@ def test_a_model_made_in_inference_mode_is_refused(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_a_model_whose_layers_attend_in_another_way_is_refused_and_leaves_no_work_behind(name, tmp_path):
     model = tiny(name)
     with pytest.raises(LessError, match="kernels and budget tables are made for"):

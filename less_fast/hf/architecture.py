@@ -86,10 +86,10 @@ def device_of(*modules: torch.nn.Module | None) -> torch.device:
     return torch.device(devices[0]) if devices else device
 
 
-def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The model's attention modules in the order of their layers."""
-    modules = [module for module in model.modules() if hasattr(module, "layer_idx") and _output(module) is not None]
-    return sorted(modules, key=attrgetter("layer_idx"))
+def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """The model's attention modules by the index of their layer, in this order."""
+    modules: Any = [module for module in model.modules() if hasattr(module, "layer_idx") and _output(module) is not None]
+    return {module.layer_idx: module for module in sorted(modules, key=attrgetter("layer_idx"))}
 
 
 def output_weight(module: torch.nn.Module) -> torch.Tensor:

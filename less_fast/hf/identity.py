@@ -278,7 +278,7 @@ def fingerprint(model: PreTrainedModel) -> list[float]:
             raise TypeError("weights are quantised")
         return torch.stack([weight.detach().float().norm() for weight in weights]).norm().item()
 
-    return [round(norm(module), 4) for module in attention_modules(model)]
+    return [round(norm(module), 4) for module in attention_modules(model).values()]
 
 
 def _difference_of_norms(norms: list[float], model) -> str | None:
@@ -304,7 +304,7 @@ def _difference_of_signatures(signature: list[float], model) -> str | None:
 
     here = []
     try:
-        for module in attention_modules(model):
+        for module in attention_modules(model).values():
             weights = [weight.detach().float().flatten(1) for weight in module.parameters() if weight.ndim > 1]
             here += [torch.stack([w.norm() for w in weights]).norm().log().item(), sum(map(points, weights)).item()]
     except (AttributeError, TypeError, RuntimeError):

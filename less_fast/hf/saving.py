@@ -90,7 +90,7 @@ def load(
     check_saved(path, about["model"], model)
     asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about.get("context"), about.get("int8", False)
     cache = kind.for_model(model, policy, kernels, *asked)
-    modules: dict[Any, torch.nn.Module] = {module.layer_idx: module for module in attention_modules(model)}
+    modules = attention_modules(model)
     heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):
         held = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{index}.")}

@@ -8,7 +8,8 @@ dense attention. A model that calls scaled_dot_product_attention by itself meets
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import transformers
@@ -96,32 +97,26 @@ class FunctionLayer(TaggingLayer):
         return 0
 
 
-def predictions(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> torch.Tensor:
-    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) if every layer that LESS serves attends by a function of its own.
+def predictions(model: PreTrainedModel, ids: torch.Tensor, attention: Callable) -> torch.Tensor:
+    """Log-probabilities (N, T, vocabulary) of texts ids (N, T) if every layer that LESS serves attends by a function.
 
-    attentions: for each layer of the model a function (q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k
-        rotated; None for the layers that LESS does not serve, which attend as they always do.
-    Raises LessError for functions that do not fit the model's layers.
+    attention: (index of the layer, q (N, Hq, T, D), k, v (N, Hkv, T, D), scale) -> (N, Hq, T, D), q and k rotated. The layers
+        that LESS does not serve attend as they always do.
+    Raises LessError for a model that LESS cannot serve, or whose layers attend by more than a plain softmax.
     """
-    logits = model(**_inputs(model, ids, attentions)).logits
+    logits = model(**_inputs(model, ids, attention)).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def read(model: PreTrainedModel, ids: torch.Tensor, attentions: Sequence[Callable | None]) -> None:
-    """The same without its predictions, for what the functions see: logits of many texts would take much memory."""
-    model.base_model(**_inputs(model, ids, attentions))
+def read(model: PreTrainedModel, ids: torch.Tensor, attention: Callable) -> None:
+    """The same without its predictions, for what the function sees: logits of many texts would take much memory."""
+    model.base_model(**_inputs(model, ids, attention))
 
 
-def _inputs(model, ids, attentions):
-    """What the model is called with, so that its layers attend by these functions."""
+def _inputs(model, ids, attention):
+    """What the model is called with, so that its layers attend by this function."""
     check_model(model)
-    by_sdpa = calls_sdpa(model)
-    layers = {i: FunctionLayer(attention, by_sdpa) for i, attention in enumerate(attentions) if attention is not None}
-    if list(layers) != less_layers(model):
-        raise LessError(
-            f"of {type(model).__name__} LESS serves the layers {less_layers(model)}: give a function for each of these and None "
-            f"for all others; kernels and budget tables are made for models whose layers all have full attention"
-        )
+    layers = {index: FunctionLayer(partial(attention, index), calls_sdpa(model)) for index in less_layers(model)}
     use_less_attention(model)
     cache = Cache(layers=layers_with(model, layers))
     return {"input_ids": ids.to(device_of(model)), "past_key_values": cache, "use_cache": True}

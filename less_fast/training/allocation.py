@@ -52,12 +52,11 @@ def allocate(
             kernels.curves[name] = measure(model, windows, policy, kernels, by=by or "kl", progress=tell)
         kernels.save_pretrained(out)
     curves = kernels.curves[name]
-    heads = sum(len(layer) for layer in curves.bare)
     for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
         less = Setting.of(sizes(model), less_layers(model), rule, kernels, "uniform")
         plus = replace(less.without_state(), policy=less.baseline_plus(model.dtype))
         for kind, setting in (("less", less), ("bare", plus)):
-            total = setting.policy.budget * heads
+            total = setting.policy.budget * curves.heads
             if budgets := table(curves, total, kind == "less"):
                 better, _ = refine(model, windows, replace(setting, budgets=budgets))
                 curves.refined.setdefault(kind, {})[str(total)] = better

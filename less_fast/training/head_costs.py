@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from ..budgets import Curves
-from ..hf.architecture import attention_modules, check_model, output_weight, sizes
+from ..hf.architecture import attention_modules, check_model, less_layers, output_weight, sizes
 from ..hf.identity import check_kernels
 from ..hf.seam import predictions
 from ..kernels import LessKernels
@@ -91,26 +91,21 @@ def measure(
     check_setting(model, settings[-1])
     if kernels is not None:
         check_kernels(model, kernels)
-    modules, kv_heads = attention_modules(model), sizes(model)["kv_heads"]
-    total = torch.zeros(len(settings), len(modules), kv_heads, len(budgets), dtype=torch.float64)
+    served, kv_heads = less_layers(model), sizes(model)["kv_heads"]
+    total = torch.zeros(len(settings), sizes(model)["layers"], kv_heads, len(budgets), dtype=torch.float64)
     parts = windows.to(model.device).split(AT_ONCE)
+    done, steps = 0, len(parts) * len(served) * len(budgets)
     if by == "gradient":
-        bare, *less = _by_gradient(model, parts, policy, budgets, settings, progress).tolist()
-        return Curves(repr(policy), budgets, bare, less[0] if less else None, T, len(windows), by)
-    done, steps = 0, len(parts) * len(modules) * len(budgets)
-    for ids in parts:
-        recorded: list = [None] * len(modules)
+        total = _by_gradient(model, parts, policy, budgets, settings, total, progress)
+    for ids in () if by == "gradient" else parts:
+        recorded: dict[int, tuple] = {}
 
-        def recorder(index, recorded=recorded):
-            def attention(*qkv):
-                recorded[index] = qkv
-                return dense(*qkv)
+        def recorder(index, *qkv, recorded=recorded):
+            recorded[index] = qkv
+            return dense(*qkv)
 
-            return attention
-
-        predicted = predictions(model, ids, [recorder(index) for index in range(len(modules))])  # (N, T, vocabulary)
-        for index, module in enumerate(modules):
-            q, k, v, scale = recorded[index]
+        predicted = predictions(model, ids, recorder)  # (N, T, vocabulary)
+        for index, (q, k, v, scale) in recorded.items():
             full = dense(q, k, v, scale)  # (N, Hq, T, D)
             for column, budget in enumerate(budgets):
                 done += 1
@@ -124,18 +119,17 @@ def measure(
                     if by == "kl":
                         costs = _divergences(model, ids, index, full, out, predicted, kv_heads)
                     else:
-                        costs = _output_errors(module, full, out, kv_heads)
+                        costs = _output_errors(attention_modules(model)[index], full, out, kv_heads)
                     total[row, index, :, column] += torch.tensor(costs) * len(ids) / len(windows)
             if not total.isfinite().all():
                 raise LessError(f"a cost in layer {index} is not finite: the weights of the model or the kernels are broken")
-    bare, *less = total.tolist()
+    bare, *less = ([row if index in served else [] for index, row in enumerate(costs)] for costs in total.tolist())
     return Curves(repr(policy), budgets, bare, less[0] if less else None, T, len(windows), by)
 
 
-def _by_gradient(model, parts, policy, budgets, settings, progress):
-    """The cost of each head at each budget, (settings, layers, KV heads, budgets), in nats per token."""
-    shape, tokens = sizes(model), sum(ids.numel() for ids in parts)
-    total = torch.zeros(len(settings), shape["layers"], shape["kv_heads"], len(budgets), dtype=torch.float64)
+def _by_gradient(model, parts, policy, budgets, settings, total, progress):
+    """What each head costs at each budget, added to total (settings, layers, KV heads, budgets), in nats per token."""
+    tokens = sum(ids.numel() for ids in parts)
     for number, ids in enumerate(parts):
         layers = watch(model, ids, seed=number)
         for column, budget in enumerate(budgets):
@@ -143,9 +137,9 @@ def _by_gradient(model, parts, policy, budgets, settings, progress):
             if budget >= ids.shape[1] - 1:
                 continue  # only the last query could miss anything, and does not
             times = eviction_times_of(layers, policy.with_budget(budget), settings[-1].kernels)
-            for index, (layer, e) in enumerate(zip(layers, times)):
+            for index, layer in layers.items():
                 for row, setting in enumerate(settings):
-                    out = linear_parallel(layer.q, layer.k, layer.v, e, setting.layer(index)[1], layer.scale)
+                    out = linear_parallel(layer.q, layer.k, layer.v, times[index], setting.layer(index)[1], layer.scale)
                     total[row, index, :, column] += layer.cost_of_heads(out).sum((0, 2)).double().cpu() / tokens
     if not total.isfinite().all():
         raise LessError("a cost is not finite: the weights of the model or the kernels are broken")
@@ -157,9 +151,9 @@ def _divergences(model, ids, index, full, out, predicted, kv_heads):
     costs = []
     for heads in torch.arange(out.shape[1]).chunk(kv_heads):
         one = full.index_copy(1, heads.to(out.device), out[:, heads])
-        attentions = [dense] * len(attention_modules(model))
-        attentions[index] = lambda *_, one=one: one
-        compressed = predictions(model, ids, attentions)  # (N, T, vocabulary)
+        compressed = predictions(
+            model, ids, lambda layer, *qkv, one=one: one if layer == index else dense(*qkv)
+        )  # (N, T, vocabulary)
         costs.append(kl_div(compressed, predicted, log_target=True, reduction="sum").item() / ids.numel())
     return costs
 

@@ -6,7 +6,7 @@ used for several steps: streaming many windows takes a GPU hardly longer than st
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..hf.architecture import sizes
 from ..hf.seam import predictions, read
 from ..layer.checks import LessError
 from ..layer.parallel import dense, eviction_times, linear_parallel
@@ -28,37 +27,35 @@ CHECKPOINT = 10  # steps between two checkpoints; where what is evicted is used 
 
 
 def divergence(
-    model: PreTrainedModel, ids: torch.Tensor, setting: Setting, times: Sequence[torch.Tensor] | None = None
+    model: PreTrainedModel, ids: torch.Tensor, setting: Setting, times: Mapping[int, torch.Tensor] | None = None
 ) -> torch.Tensor:
     """KL(full cache || streaming under the setting), in nats per token of texts ids (N, T): a scalar, differentiable in kernels.
 
-    times: when each layer evicts each token, (N, Hkv, T), as `times_in_stream` says; None: they are computed.
+    times: when each layer evicts each token, (N, Hkv, T), as `times_in_stream` says; None: it is computed.
     LessError if the texts are no tokens of the model, or the setting is for another one or evicts several tokens at once.
     """
     check_windows(model, ids, "texts")
     check_setting(model, setting)
-    count = sizes(model)["layers"]
     with torch.no_grad():
-        full = predictions(model, ids, [dense] * count)  # (N, T, vocabulary)
-    times = [None] * count if times is None else list(times)
-    streamed = predictions(model, ids, [_streamed(setting, index, times) for index in range(count)])  # (N, T, vocabulary)
+        full = predictions(model, ids, lambda _, *qkv: dense(*qkv))  # (N, T, vocabulary)
+    streamed = predictions(model, ids, _streamed(setting, dict(times or {})))  # (N, T, vocabulary)
     return kl_div(streamed, full, log_target=True, reduction="sum") / ids.numel()
 
 
 @torch.no_grad()
-def times_in_stream(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> list[torch.Tensor]:
-    """When each layer evicts each token of texts ids (N, T) that the model streams under the setting: (N, Hkv, T) for each."""
-    times: list = [None] * sizes(model)["layers"]
-    read(model, ids, [_streamed(setting, index, times) for index in range(len(times))])
+def times_in_stream(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> dict[int, torch.Tensor]:
+    """When each layer evicts each token of texts ids (N, T) that the model streams under the setting: (N, Hkv, T) by layer."""
+    times: dict[int, torch.Tensor] = {}
+    read(model, ids, _streamed(setting, times))
     return times
 
 
-def _streamed(setting: Setting, index: int, times: list) -> Callable[..., torch.Tensor]:
-    """The attention of a layer under the setting, by the layer's eviction times; if they are None they are put there."""
-    policy, features = setting.layer(index)
+def _streamed(setting: Setting, times: dict[int, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The attention of layers under the setting, by each layer's eviction times; where there are none they are put there."""
 
-    def attention(q, k, v, scale):
-        if times[index] is None:
+    def attention(index, q, k, v, scale):
+        policy, features = setting.layer(index)
+        if index not in times:
             times[index] = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale, kernels=features)
         return linear_parallel(q, k, v, times[index], features, scale).to(q.dtype)
 
@@ -78,7 +75,7 @@ class Stream:
         self.size = recipe.batch if self.uses == 1 else min(recipe.together_windows, len(windows))
         self.of_round = -(-self.size * self.uses // self.batch)  # steps
         self.round = -1
-        self.times: dict[int, list[torch.Tensor]] = {}
+        self.times: dict[int, dict[int, torch.Tensor]] = {}  # by setting, by layer
 
     def loss(self, step: int) -> torch.Tensor:
         """The divergence on the windows of this step, under its setting: a scalar."""
@@ -93,7 +90,7 @@ class Stream:
             return divergence(self.model, self.ids[rows], self.settings[which])
         if which not in self.times:
             self.times[which] = times_in_stream(self.model, self.ids, self.settings[which])
-        times = [e[rows.to(e.device)] for e in self.times[which]]
+        times = {index: e[rows.to(e.device)] for index, e in self.times[which].items()}
         return divergence(self.model, self.ids[rows], self.settings[which], times)
 
 

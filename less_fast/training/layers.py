@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..hf.architecture import attention_modules, output_weight
+from ..hf.architecture import attention_modules, less_layers, output_weight
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.features import FAMILIES, Features
@@ -30,7 +30,7 @@ def train_layers(
     work: Work,
     disk: float,
 ) -> list[dict[str, float]]:
-    """Trains every layer of the kernels, in place. Returns the errors of each on the validation windows: bare policy, LESS.
+    """Trains every layer that LESS serves, in place. Returns the errors of each on the validation windows: bare policy, LESS.
 
     windows (N, T), validation (V, T) int64. disk: bytes that recordings may take, but one layer is always recorded.
     Under torchrun the processes share out the recording and the layers.
@@ -39,10 +39,11 @@ def train_layers(
     recordings = [Recording(work.folder / name, part, policy) for name, part in (("train", windows), ("valid", validation))]
     each = bytes_on_disk(model, torch.cat([windows, validation]), policy, 1)
     at_once = max(1, int(disk // each))
-    pending = [index for index in range(len(modules)) if not work.has(f"layer-{index:03}")]
+    served = less_layers(model)
+    pending = [index for index in served if not work.has(f"layer-{index:03}")]
     mine = slice(process(), None, processes())
     wait_for_all()  # or some might see the others' layers done, and some not
-    for index in set(range(len(modules))).difference(pending):  # a kill may have left their recordings
+    for index in set(served).difference(pending):  # a kill may have left their recordings
         for recording in recordings:
             recording.forget(index)
     for first in range(0, len(pending), at_once):
@@ -56,15 +57,16 @@ def train_layers(
         with tqdm(total=recipe.epochs * len(now[mine]), desc="layers", unit="epoch", disable=process() > 0) as progress:
             for index in now[mine]:
                 projection = output_weight(modules[index]).detach().float().T  # (Hq * D, hidden size)
-                _train_layer(kernels.sizes, index, recordings[0], recordings[1], projection, recipe, work, progress)
+                _train_layer(kernels.sizes | {"rank": recipe.rank}, index, recordings, projection, recipe, work, progress)
         wait_for_all()
         for index in now[mine]:
             for recording in recordings:
                 recording.forget(index)
-    trained = [work.load(f"layer-{index:03}") for index in range(len(modules))]
-    for layer, saved in zip(kernels.layers, trained):
+    trained = {index: work.load(f"layer-{index:03}") for index in served}
+    for index, saved in trained.items():
+        layer = kernels.layers[index]
         layer.load_state_dict(layer.state_dict() | saved["weights"])
-    return [{"bare": saved["bare"], "less": saved["less"]} for saved in trained]
+    return [{"bare": saved["bare"], "less": saved["less"]} for saved in trained.values()]
 
 
 def loss(kernels: Features, data: Recorded, projection: torch.Tensor, budget: int) -> torch.Tensor:
@@ -80,8 +82,9 @@ def projected_error(out: torch.Tensor, full: torch.Tensor, projection: torch.Ten
     return ((out - full).transpose(1, 2).flatten(2) @ projection).square().mean()
 
 
-def _train_layer(sizes, index, recording, validation, projection, recipe, work, progress):
+def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
     """Saves the weights of the best epoch as `layer-...`, with the errors on the validation windows. sizes: of the kernels."""
+    recording, validation = recordings
     device, budget, count = projection.device, recording.policy.budget, len(recording.windows)
     held_out = [rows.tolist() for rows in torch.arange(len(validation.windows)).split(SHARD)]
 

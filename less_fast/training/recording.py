@@ -83,20 +83,18 @@ class Recording:
         parts = list(enumerate(self.windows.split(SHARD)))[shards]
         for shard, ids in parts:
             missing = [layer for layer in layers if not self.file(layer, shard).exists()]
-            attentions = [dense] * sizes(model)["layers"]
-            for layer in missing:
-                attentions[layer] = self._recorder(layer, shard, kernels.layers[layer])
             if missing:
-                predictions(model, ids, attentions)
+                predictions(model, ids, self._recorder(missing, shard, kernels))
             progress()
 
-    def _recorder(self, layer, shard, features):
-        def attention(q, k, v, scale):
-            data = prepare(q, k, v, self.policy, scale, features)
-            if not (data.exact.isfinite().all() and data.full.isfinite().all()):
-                raise LessError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
-            with aside(self.file(layer, shard)) as file:
-                save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, file)
+    def _recorder(self, layers, shard, kernels):
+        def attention(layer, q, k, v, scale):
+            if layer in layers:
+                data = prepare(q, k, v, self.policy, scale, kernels.layers[layer])
+                if not (data.exact.isfinite().all() and data.full.isfinite().all()):
+                    raise LessError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
+                with aside(self.file(layer, shard)) as file:
+                    save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, file)
             return dense(q, k, v, scale)
 
         return attention

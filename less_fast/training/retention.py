@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..hf.architecture import sizes
+from ..hf.architecture import less_layers
 from ..hf.seam import read
 from ..kernels import LessKernels
 from ..layer.checks import LessError
@@ -56,23 +56,20 @@ class Seen:
 
 
 def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Seen]:
-    """Every layer of the model reading texts ids (N, T) with T > 2, in float32 or wider. seed: of the moments."""
-    layers, (N, T) = sizes(model)["layers"], ids.shape
+    """Every layer that LESS serves reading texts ids (N, T) with T > 2, in float32 or wider. seed: of the moments."""
+    N, T = ids.shape
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(T - 2, generator=generator)[:MOMENTS] + 1 for _ in range(N)])  # (N, M)
-    out: list = [None] * layers
+    out: list[Seen] = []
 
-    def watcher(index):
-        def attention(q, k, v, scale):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            parts = (row.to(wide) for row in (q.unflatten(1, (k.shape[1], -1)), k, v))
-            out[index] = _seen(*parts, chosen.to(q.device), q.shape[-1] ** -0.5 if scale is None else scale)
-            return dense(q, k, v, scale)
-
-        return attention
+    def watcher(_, q, k, v, scale):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        parts = (row.to(wide) for row in (q.unflatten(1, (k.shape[1], -1)), k, v))
+        out.append(_seen(*parts, chosen.to(q.device), q.shape[-1] ** -0.5 if scale is None else scale))
+        return dense(q, k, v, scale)
 
     with torch.no_grad():
-        read(model, ids, [watcher(index) for index in range(layers)])
+        read(model, ids, watcher)
     return out
 
 
@@ -101,8 +98,8 @@ def train_rho(
     the least there can be, the entropy of what they aim at. Raises LessError if a loss is not finite. Unfinished work is saved.
     """
     saved, first = work.load("rho") if work.has("rho") else None, 0
-    layers: Any = kernels.layers
-    rhos: Any = torch.nn.ModuleList(layer.rho for layer in layers)
+    layers: Any = None
+    rhos: Any = torch.nn.ModuleList(kernels.layers[index].rho for index in less_layers(model))  # type: ignore[misc]
     if saved is not None and "figures" in saved:
         rhos.load_state_dict(saved["rho"])
         return saved["figures"]

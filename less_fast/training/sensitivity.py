@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..hf.architecture import sizes
+from ..hf.architecture import less_layers, sizes
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError
@@ -55,51 +55,52 @@ class Watched:
         return products.unflatten(2, (self.k.shape[1], -1)).sum(3).square().mean(0) / 2
 
 
-def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Watched]:
-    """Every layer of the model reading texts ids (N, T), in float32 or wider. seed: of the labels that are drawn.
+def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> dict[int, Watched]:
+    """Every layer that LESS serves reading texts ids (N, T), in float32 or wider. seed: of the labels that are drawn.
 
     LessError if the model's predictions are not finite.
     """
     shape, (N, T) = sizes(model), ids.shape
-    changes = [
-        torch.zeros(N, shape["query_heads"], T, shape["head_dim"], device=model.device, dtype=model.dtype, requires_grad=True)
-        for _ in range(shape["layers"])
-    ]
-    seen: list = [None] * len(changes)
+    changes = {
+        index: torch.zeros(
+            N, shape["query_heads"], T, shape["head_dim"], device=model.device, dtype=model.dtype, requires_grad=True
+        )
+        for index in less_layers(model)
+    }
+    seen: dict[int, tuple] = {}
     wide = torch.promote_types(model.dtype, torch.float32)
 
-    def watcher(index):
-        def attention(q, k, v, scale):
-            seen[index] = q.detach(), k.detach(), v.detach(), scale
-            return dense(q, k, v, scale) + changes[index]
-
-        return attention
+    def watcher(index, q, k, v, scale):
+        seen[index] = q.detach(), k.detach(), v.detach(), scale
+        return dense(q, k, v, scale) + changes[index]
 
     with torch.inference_mode(False):  # with gradients, in whatever mode the caller is
-        logits = predictions(model, ids.clone(), [watcher(index) for index in range(len(changes))])  # (N, T, vocabulary)
+        logits = predictions(model, ids.clone(), watcher)  # (N, T, vocabulary)
         if not logits.isfinite().all():
             raise LessError("the model's predictions are not finite: its weights or the text are broken")
         generator = torch.Generator(logits.device).manual_seed(seed)
         labels = torch.multinomial(logits.detach().exp().flatten(0, 1), SAMPLES, True, generator=generator).view(N, T, SAMPLES)
         gradients = [
-            torch.autograd.grad(logits.gather(2, labels[..., i, None]).sum(), changes, retain_graph=i < SAMPLES - 1)
+            torch.autograd.grad(logits.gather(2, labels[..., i, None]).sum(), [*changes.values()], retain_graph=i < SAMPLES - 1)
             for i in range(SAMPLES)
         ]
     with torch.no_grad():
-        return [
-            Watched(q.to(wide), k.to(wide), v.to(wide), scale, dense(q, k, v, scale).to(wide), torch.stack(g).to(wide))
-            for (q, k, v, scale), g in zip(seen, zip(*gradients))
-        ]
+        return {
+            index: Watched(q.to(wide), k.to(wide), v.to(wide), scale, dense(q, k, v, scale).to(wide), torch.stack(g).to(wide))
+            for (index, (q, k, v, scale)), g in zip(seen.items(), zip(*gradients))
+        }
 
 
 @torch.no_grad()
-def eviction_times_of(layers: Sequence[Watched], policy: Policy, kernels: LessKernels | None) -> Sequence[torch.Tensor]:
+def eviction_times_of(layers: dict[int, Watched], policy: Policy, kernels: LessKernels | None) -> dict[int, torch.Tensor]:
     """e (N, Hkv, T) of each layer, all layers at once: they are rows of one batch or, if the policy is learned, heads of one
     layer, because each layer has a rho of its own."""
+    first = next(iter(layers.values()))
+    along = 1 if policy.learned else 0
+    q, k, v = (torch.cat([getattr(layer, name) for layer in layers.values()], along) for name in "qkv")
+    rhos = None
     if policy.learned:
-        q, k, v = (torch.cat([getattr(layer, name) for layer in layers], 1) for name in "qkv")
         rhos = NoState(q.shape[1], k.shape[1], k.shape[3])
-        rhos.rho = Rho.join([layer.rho for layer in kernels.layers])  # type: ignore[misc]
-        return eviction_times(q, k, v, policy, layers[0].scale, kernels=rhos).split(layers[0].k.shape[1], 1)
-    q, k, v = (torch.cat([getattr(layer, name) for layer in layers]) for name in "qkv")
-    return eviction_times(q, k, v, policy, layers[0].scale).split(len(layers[0].q))
+        rhos.rho = Rho.join([kernels.layers[index].rho for index in layers])  # type: ignore[misc]
+    times = eviction_times(q, k, v, policy, first.scale, kernels=rhos)
+    return dict(zip(layers, times.split(first.k.shape[along], along)))

@@ -142,7 +142,7 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
         raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
     setting = Setting(sizes(model), tuple(less_layers(model)), policy)
     settings = [replace(setting, policy=rule.with_budget(budget)) for budget in budgets for rule in _rules(policy, recipe)]
-    predictions(model, windows[:1, :2], [dense] * sizes(model)["layers"])  # refuses models whose layers attend in another way
+    predictions(model, windows[:1, :2], lambda _, *qkv: dense(*qkv))  # refuses models whose layers attend in another way
     return settings
 
 
@@ -155,7 +155,7 @@ def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
 
 def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
-    wanted: dict[str, Any] = sizes(model) | dict(rank=recipe.rank, hidden=recipe.hidden, family=recipe.family)
+    wanted: dict[str, Any] = sizes(model) | dict(rank=_ranks(model, recipe), hidden=recipe.hidden, family=recipe.family)
     hidden = recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho")
     with torch.random.fork_rng(devices=[]):  # the same weights whenever it is begun
         torch.manual_seed(recipe.seed)
@@ -175,6 +175,14 @@ def _begin(model, recipe, policy, about, start):
             "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
         )
     return kernels
+
+
+def _ranks(model, recipe):
+    """The recipe's rank or, if LESS does not serve all layers, a table of it, with 0 in the others."""
+    layers, kv_heads = sizes(model)["layers"], sizes(model)["kv_heads"]
+    if len(served := less_layers(model)) == layers:
+        return recipe.rank
+    return [[recipe.rank if index in served else 0] * kv_heads for index in range(layers)]
 
 
 def _curves(kernels, model, windows, policy, recipe, work):

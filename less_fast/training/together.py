@@ -77,7 +77,8 @@ class Round:
         rows = torch.arange(number * size, (number + 1) * size) % len(windows)
         batches = rows.split(recipe.batch)
         parts = [watch(model, windows[batch], recipe.seed + int(batch[0])) for batch in batches]
-        self.layers, self.number, self.settings = [Watched.join(part) for part in zip(*parts)], number, settings
+        self.layers = {index: Watched.join([part[index] for part in parts]) for index in parts[0]}
+        self.number, self.settings = number, settings
         self.clip = recipe.clip
         self.e = [eviction_times_of(self.layers, setting.policy, setting.kernels) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
@@ -87,8 +88,9 @@ class Round:
         """One step of every layer on the next windows; returns what each layer's kernels left of the bare policy's cost."""
         rows, policy, shares = self.order[within * batch : (within + 1) * batch], self.settings[setting].policy, []
         descent.adam.zero_grad()
-        for index, (layer, e) in enumerate(zip(self.layers, self.e[setting])):
+        for index, layer in self.layers.items():
             _, features = self.settings[setting].layer(index)
+            e = self.e[setting][index]
             rows = rows.to(e.device)
             share = share_left(layer.rows(rows), e[rows], features, policy.budget)
             share.backward()
@@ -106,8 +108,7 @@ def shares_left(model: PreTrainedModel, windows: torch.Tensor, setting: Setting,
         layers = watch(model, ids, recipe.seed)
         times = eviction_times_of(layers, setting.policy, setting.kernels)
         shares = [
-            share_left(layer, e, setting.layer(index)[1], setting.policy.budget)
-            for index, (layer, e) in enumerate(zip(layers, times))
+            share_left(layer, times[index], setting.layer(index)[1], setting.policy.budget) for index, layer in layers.items()
         ]
         parts.append(torch.stack(shares) * len(ids) / len(windows))
     return torch.stack(parts).sum(0).tolist()

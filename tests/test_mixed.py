@@ -1,0 +1,135 @@
+"""Models with other layers beside those that LESS serves: kernels, rho and budget tables are made for these alone."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from models import make_kernels, tokens
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
+
+from less_fast import H2O, LessCache, LessError, LessKernels, Retention
+from less_fast.hf.architecture import less_layers, sizes
+from less_fast.setting import Setting
+from less_fast.training import RECIPES, train
+from less_fast.training.head_costs import measure
+from less_fast.training.joint import divergence
+from paper_checks.architectures import tiny
+
+MIXED = {"gemma3_text": "a sliding window of 6 tokens", "qwen3_5_text": "recurrence"}
+RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, windows=6, joint_rate=0.02)
+LAYERS_ALONE = replace(RECIPE, epochs=2, joint_steps=4, table_steps=4)
+AT_ONCE = replace(
+    RECIPE, epochs=0, rho_steps=8, together_steps=8, together_windows=4, together_uses=2, joint_steps=0, table_steps=0
+)
+
+
+def mixed_model(name):
+    return tiny(name).double().requires_grad_(False)
+
+
+def ranks(model, rank):
+    kv_heads = sizes(model)["kv_heads"]
+    return [[rank if index in less_layers(model) else 0] * kv_heads for index in range(sizes(model)["layers"])]
+
+
+def kernels_of(model, **more):
+    """Random ones, with a state that matters."""
+    return make_kernels(model, rank=ranks(model, 2), family="exponential", **more)
+
+
+@pytest.fixture(scope="module", params=MIXED)
+def model(request):
+    return mixed_model(request.param)
+
+
+@pytest.fixture(scope="module", params=["layers alone", "at once"])
+def trained(request, model):
+    recipe = {"layers alone": LAYERS_ALONE, "at once": AT_ONCE}[request.param]
+    return train(model.float(), tokens(10, 30), tokens(4, 30, seed=1), H2O(3, 3), recipe, curves=True)
+
+
+def test_kernels_have_weights_in_the_layers_that_less_serves_and_in_no_others(model, trained):
+    assert 0 < len(less_layers(model)) < sizes(model)["layers"]
+    for index, layer in enumerate(trained.layers):
+        served = index in less_layers(model)
+        assert layer.ranks == [2 * served] * sizes(model)["kv_heads"]
+        assert bool(layer.memory()) == served
+        assert (layer.rho is not None) == (served and "rho" in trained.sizes)
+
+
+def test_training_learns_something_and_reports_it_for_each_layer_that_less_serves(model, trained):
+    count = len(less_layers(model))
+    if "validation" in trained.about:
+        assert len(trained.about["validation"]) == count
+        assert all(figures["less"] < figures["bare"] for figures in trained.about["validation"])
+    else:
+        assert np.shape(trained.about["together"]["left"]) == (6, count)  # three budgets, with H2O and Retention
+        assert len(trained.about["rho"]["after"]) == count
+        assert np.mean(trained.about["rho"]["after"]) < np.mean(trained.about["rho"]["before"])
+
+
+def test_what_was_trained_is_saved_found_again_and_used_with_its_tables(model, trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    again = LessKernels.from_pretrained(tmp_path)
+    assert again.curves == trained.curves
+    assert f"for {len(less_layers(model))} of {sizes(model)['layers']} layers" in (tmp_path / "README.md").read_text()
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+    policy, ids = H2O(3, 3), tokens(2, 30, seed=2)
+    table = again.budgets_for(policy)
+    heads = len(less_layers(model)) * sizes(model)["kv_heads"]
+    assert sum(map(sum, table)) == 6 * heads
+    assert [index for index, row in enumerate(table) if row] == less_layers(model)
+    cache = LessCache.for_model(model, policy, again, chunk=1)
+    assert cache.setting.budgets == table
+    with torch.no_grad():
+        ours = model(ids, past_key_values=cache).logits
+        wanted = model(ids, past_key_values=LessCache.for_model(model, policy, again, table, chunk=1)).logits
+    assert torch.equal(ours, wanted)
+    for index, layer in zip(less_layers(model), cache.less_layers, strict=True):
+        for kv_heads, positions in layer.state.positions():
+            held = torch.tensor(table[index])[kv_heads]  # (h,)
+            assert torch.equal((positions >= 0).sum(-1), held.expand(2, -1))
+    if "linear_attention" in model.config.layer_types:
+        return  # a cache with recurrent layers cannot be saved
+    cache.save(tmp_path / "text")
+    loaded, more = LessCache.load(tmp_path / "text", model, again), tokens(2, 1, seed=3)
+    with torch.no_grad():
+        assert torch.equal(model(more, past_key_values=loaded).logits, model(more, past_key_values=cache).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [H2O(3, 2), Retention(5, 2)])
+def test_the_divergence_is_that_of_the_streaming_cache_from_the_full_one(model, policy):
+    ids, kernels = tokens(2, 25), kernels_of(model.double(), rho=3)
+    full = model(ids, past_key_values=DynamicCache(config=model.config)).logits.log_softmax(-1)
+    ours = model(ids, past_key_values=LessCache.for_model(model, policy, kernels, chunk=1)).logits.log_softmax(-1)
+    wanted = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
+    assert wanted > 1e-6
+    setting = Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform")
+    assert divergence(model, ids, setting).item() == pytest.approx(wanted, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_head_costs_what_a_cache_says_that_compresses_it_alone(model):
+    ids, policy, kernels, kv_heads = tokens(3, 20), H2O(2, 2), kernels_of(model.double()), sizes(model)["kv_heads"]
+    curves = measure(model, ids, policy, kernels, budgets=[2, 5])
+    assert [index for index, row in enumerate(curves.less) if row] == less_layers(model)
+    full = model(ids).logits.log_softmax(-1)
+    for layer, head, (column, budget) in product(less_layers(model), range(kv_heads), enumerate([2, 5])):
+        table = [[20] * kv_heads if index in less_layers(model) else [] for index in range(sizes(model)["layers"])]
+        table[layer][head] = budget
+        ours = model(ids, past_key_values=LessCache.for_model(model, policy, kernels, table, chunk=1)).logits.log_softmax(-1)
+        wanted = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
+        assert curves.less[layer][head][column] == pytest.approx(wanted, rel=1e-4, abs=1e-12)
+
+
+def test_ranks_that_no_layer_could_have_are_refused(model):
+    kv_heads = sizes(model)["kv_heads"]
+    with pytest.raises(LessError, match="rank 0 in all layers are none"):
+        LessKernels(**sizes(model), rank=[[0] * kv_heads] * sizes(model)["layers"])
+    with pytest.raises(LessError, match="the rank of kernels must be an integer from 1"):
+        LessKernels(**sizes(model), rank=[[8] * (kv_heads - 1) + [0]] * sizes(model)["layers"])
