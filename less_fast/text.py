@@ -15,11 +15,14 @@ def windows(
 ) -> torch.Tensor:
     """`count` non-overlapping windows of the texts in a seeded random order, all of them if None: int64 (count, length).
 
-    The texts are joined in their order, each followed by the end-of-text token if the tokenizer has one.
+    The texts are joined in their order, each followed by the end-of-text token if the tokenizer has one. If it begins texts with a
+    token of its own (Llama's and Gemma's do, and such models need it), every window begins with that.
     Raises LessError, with the numbers, if there are fewer than `count` windows, or none.
     """
     stream = np.concatenate([np.empty(0, np.int64), *tokenized(tokenizer, texts)])  # (tokens,)
-    available = len(stream) // length
+    begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    room = length - len(begin)
+    available = len(stream) // room if room > 0 else 0
     count = available if count is None else count
     if available < max(count, 1):
         raise LessError(
@@ -27,7 +30,8 @@ def windows(
             f"give more text, fewer windows or a shorter length"
         )
     chosen = np.random.default_rng(seed).permutation(available)[:count]  # (count,)
-    return torch.from_numpy(stream[: available * length].reshape(available, length)[chosen])
+    of_text = torch.from_numpy(stream[: available * room].reshape(available, room)[chosen])
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), of_text], 1)
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:

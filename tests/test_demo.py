@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -57,6 +58,19 @@ def test_windows_are_the_same_for_the_same_seed_and_come_from_the_text(embedded)
     assert all(tokenizer.decode(window).strip("\ufffd") in joined for window in first)
     with pytest.raises(LessError, match="give more text"):
         windows(tokenizer, ["short"], 64, 1)
+
+
+def test_every_window_begins_with_what_the_tokenizer_puts_before_a_text():
+    tokenizer, texts = AutoTokenizer.from_pretrained(MODEL), ["one text of some words", "and another one"]
+    plain, stream = windows(tokenizer, texts, 4), np.concatenate(tokenized(tokenizer, texts))
+    assert sorted(plain.tolist()) == sorted(stream[: plain.numel()].reshape(-1, 4).tolist())
+    begin = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    begun = windows(tokenizer, texts, 5)
+    assert torch.equal(begun[:, 0], torch.full((len(plain),), begin[1]))
+    assert torch.equal(begun[:, 1:], plain)
+    with pytest.raises(LessError, match="a shorter length"):
+        windows(tokenizer, texts, 1)
 
 
 def test_texts_come_from_a_data_set_until_there_are_enough(tmp_path):

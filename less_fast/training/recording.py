@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..files import aside
 from ..hf.architecture import sizes
-from ..hf.seam import predictions
+from ..hf.seam import read
 from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.features import Features
@@ -84,7 +84,7 @@ class Recording:
         for shard, ids in parts:
             missing = [layer for layer in layers if not self.file(layer, shard).exists()]
             if missing:
-                predictions(model, ids, self._recorder(missing, shard, kernels))
+                read(model, ids, self._recorder(missing, shard, kernels))
             progress()
 
     def _recorder(self, layers, shard, kernels):
