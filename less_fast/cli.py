@@ -393,6 +393,9 @@ def train(
     rho_steps: Annotated[
         int, typer.Option(min=0, help="Steps of rho, which says what is worth keeping: for the policy retention.")
     ] = 0,
+    rho_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Of rho's training; 0.01 by default, less for heads of more than 64 numbers.")
+    ] = None,
     round_of: Annotated[int | None, typer.Option("--round", min=1, help="Windows read at a time; 32 by default.")] = None,
     joint_uses: Annotated[
         int | None, typer.Option(min=1, help="Joint steps for which a window is streamed once; 1 by default, more suits a GPU.")
@@ -429,7 +432,7 @@ def train(
         if epochs:
             raise LessError("--at-once and --start are instead of --epochs: leave it out")
         steps = {name: number or 0 for name, number in steps.items()} | dict(together_steps=at_once)
-    several = dict(rho_steps=rho_steps, together_windows=round_of, joint_uses=joint_uses)
+    several = dict(rho_steps=rho_steps, rho_rate=rho_rate, together_windows=round_of, joint_uses=joint_uses)
     recipe = _recipe(family, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps, **several)
     own = not (text or dataset)  # the standard library's, which has a split for validation
     texts, source = load_texts(text, dataset, "train", 8 * length * (sequences + validation))

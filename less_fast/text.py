@@ -15,8 +15,8 @@ def windows(
 ) -> torch.Tensor:
     """`count` non-overlapping windows of the texts in a seeded random order, all of them if None: int64 (count, length).
 
-    The texts are joined in their order, each followed by the end-of-text token if the tokenizer has one. If it begins texts with a
-    token of its own (Llama's and Gemma's do, and such models need it), every window begins with that.
+    The texts are joined in their order, each followed by the end-of-text token if the tokenizer has one. If it begins texts
+    with a token of its own (Llama's and Gemma's do, and such models need it), every window begins with that.
     Raises LessError, with the numbers, if there are fewer than `count` windows, or none.
     """
     stream = np.concatenate([np.empty(0, np.int64), *tokenized(tokenizer, texts)])  # (tokens,)

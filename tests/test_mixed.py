@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import make_kernels, tokens
+from short_training import validation_errors
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
@@ -69,6 +70,13 @@ def test_training_learns_something_and_reports_it_for_each_layer_that_less_serve
         assert np.shape(trained.about["together"]["left"]) == (6, count)  # three budgets, with H2O and Retention
         assert len(trained.about["rho"]["after"]) == count
         assert np.mean(trained.about["rho"]["after"]) < np.mean(trained.about["rho"]["before"])
+
+
+def test_each_layer_is_trained_before_its_own_projection(model):
+    recipe, held_out = replace(LAYERS_ALONE, joint_steps=0), tokens(4, 30, seed=1)
+    kernels = train(model.float(), tokens(10, 30), held_out, H2O(3, 3), recipe)
+    said = [figures["less"] for figures in kernels.about["validation"]]
+    assert validation_errors(model, kernels, held_out, H2O(3, 3)) == pytest.approx(said, rel=1e-4)
 
 
 def test_what_was_trained_is_saved_found_again_and_used_with_its_tables(model, trained, tmp_path):

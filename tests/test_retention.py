@@ -111,6 +111,11 @@ def test_training_brings_rho_nearer_to_its_aim_whether_it_was_killed_or_not(tmp_
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_rho_that_ends_farther_from_its_aim_than_it_began_is_refused():
+    with pytest.raises(LessError, match=r"rho learned nothing: its cross-entropy was .*; lower rho_rate \(--rho-rate\)"):
+        quick_training(recipe=replace(RHO, rho_rate=20.0))
+
+
 def test_with_rho_the_stages_train_for_the_policy_and_for_retention_in_turns():
     kernels = quick_training(recipe=replace(RHO, joint_steps=2, table_steps=4), curves=True)
     assert {*kernels.curves} == {"H2O", "Retention"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import make_model, recorded, reference_kernels, reference_policy, tokens
 from safetensors.torch import load_file, save_file
+from short_training import validation_errors
 
 import less_ref
 from less_fast import H2O, LayerKernels, LessCache, LessError, LessKernels, Window
@@ -55,20 +56,11 @@ def test_the_loss_is_the_references_training_loss(family, group):
     assert loss(kernels, data, projection, policy.budget).item() == pytest.approx(np.mean(wanted), rel=1e-4)
 
 
-@torch.no_grad()
-def validation_errors(model, layers, windows=None):
-    windows = tokens(6, 40, seed=1) if windows is None else windows
-    for index, module in attention_modules(model).items():
-        q, k, v, scale = recorded(model, windows, index)
-        data = prepare(q, k, v, H2O(3, 3), scale)
-        yield loss(layers[index], data, module.o_proj.weight.T, 6).item()
-
-
 def test_training_reduces_the_error_that_it_reports(trained):
     model, kernels, recipe = trained
     untrained = quick_training(model, replace(recipe, learning_rate=0.0))
     assert [figures["less"] for figures in kernels.about["validation"]] == pytest.approx(
-        list(validation_errors(model, kernels.layers))
+        validation_errors(model, kernels, tokens(6, 40, seed=1), H2O(3, 3))
     )
     for after, before in zip(kernels.about["validation"], untrained.about["validation"]):
         assert after["bare"] == before["bare"]
@@ -83,7 +75,7 @@ def test_the_best_epoch_is_kept_not_the_last_nor_the_first(trained):
     lowest = [[figures["less"] for figures in kernels.about["validation"]] for kernels in run]
     assert (np.diff(lowest, axis=0) <= 0).all()
     assert (np.diff(lowest, axis=0) < 0).any()
-    assert list(validation_errors(model, run[-1].layers)) == pytest.approx(lowest[-1])
+    assert validation_errors(model, run[-1], tokens(6, 40, seed=1), H2O(3, 3)) == pytest.approx(lowest[-1])
 
 
 @EVERY_FAMILY
