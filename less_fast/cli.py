@@ -27,7 +27,7 @@ from .budgets import table as budget_table
 from .chat import Conversation
 from .demo import KERNELS, PAPER_KERNELS
 from .hf import LessCache
-from .hf.architecture import sizes
+from .hf.architecture import less_layers, sizes
 from .hf.positions import can_move, trained_length
 from .hub import CONFIG
 from .kernels import LessKernels, make_folder
@@ -46,8 +46,9 @@ from .setting import POLICIES, policy_named
 from .text import windows as cut_windows
 from .training import RECIPES, Recipe, allocation
 from .training import train as train_kernels
+from .training.costs import Costs
 from .training.head_costs import MEASURES, check_policy
-from .training.stages import CURVE_WINDOWS
+from .training.recipe import CURVE_WINDOWS
 
 LONGEST = 2**31 - 2  # positions are int32
 
@@ -446,7 +447,7 @@ def train(
         held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, validation, seed)
     work = out / ".training"
     begin = load_kernels(network, model, start) if start else None
-    learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves, begin)
+    learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves, begin, _tell)
     if learned is None:
         return
     learned.about |= {"model": model or "embedded", "text": source, "versions": versions()}
@@ -458,7 +459,7 @@ def train(
     together = learned.about.get("together", {"budgets": [], "left": []})
     for tokens, left in zip(together["budgets"], together["left"]):
         print(f"{tokens} tokens: of what the bare policy costs, layers leave {sum(left) / len(left):.3f} on average")
-    for index, figures in enumerate(learned.about.get("validation", [])):
+    for index, figures in zip(less_layers(network), learned.about.get("validation", [])):
         print(f"layer {index}: error {figures['less'] / figures['bare']:.3f} of the bare policy's")
     for stage, spread in (("joint", "uniform"), ("tables", "by head")):
         figures = learned.about.get(stage, {"budgets": [], "before": [], "after": []})
@@ -613,6 +614,10 @@ def _join_torchrun(device):
         return device
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for the others' layers
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+
+
+def _tell(costs: Costs) -> None:
+    print(f"this training takes {costs}, by a probe; interrupted, it goes on where it was", flush=True)
 
 
 def _recipe(family: FamilyName, **changes: Any) -> Recipe:

@@ -457,7 +457,7 @@ def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family)
 
 def test_train_gives_rho_to_kernels_that_are_there_and_compare_ranks_by_it(command, story, tmp_path):
     out, small = tmp_path / "kernels", ["--sequences", 6, "--validation", 2, "--length", 64, "--batch", 3, "--budget", 16]
-    rest = ["--start", KERNELS, "--rho-steps", 4, "--round", 6]
+    rest = ["--start", KERNELS, "--rho-steps", 4, "--rho-rate", 0.001, "--round", 6]
     code, printed, _ = command("train", "--text", story, "--out", out, *small, *rest, "--no-curves")
     assert code == 0
     assert "rho: cross-entropy" in printed

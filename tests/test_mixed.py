@@ -70,6 +70,7 @@ def test_training_learns_something_and_reports_it_for_each_layer_that_less_serve
         assert np.shape(trained.about["together"]["left"]) == (6, count)  # three budgets, with H2O and Retention
         assert len(trained.about["rho"]["after"]) == count
         assert np.mean(trained.about["rho"]["after"]) < np.mean(trained.about["rho"]["before"])
+        assert all(trained.layers[index].rho.r2.any() for index in less_layers(model))  # it starts at zero
 
 
 def test_each_layer_is_trained_before_its_own_projection(model):

@@ -50,6 +50,9 @@ class Features(nn.Module):
         """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider."""
         raise NotImplementedError
 
+    def begin(self, lse: torch.Tensor) -> None:
+        """Told before the first step what the held tokens weigh: the log-sum-exp of their logits, (N, Hq, L)."""
+
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
         """The kernels of these KV heads, which have equal ranks, and of the query heads that read them. Without weights of their
         own heads differ in rho alone."""
@@ -173,9 +176,11 @@ class Exponential(Learned):
         phi(q) = exp(q Q0 + gelu(q Q1) Q2)        psi(k) = exp(k K0 + gelu(k K1) K2 + b)        exact GELU
 
     A softmax weight is an exponential of something linear in q and in k, which a rank of 8 then has to sum up; so a narrow
-    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, so that training
-    starts from the bare policy.
+    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, and `begin` adds
+    what the held tokens weigh, so that training starts from the bare policy, and near it.
     """
+
+    START = -10.0
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 32):
         super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=0)
@@ -186,7 +191,12 @@ class Exponential(Learned):
         self.k0 = nn.Parameter(torch.randn(kv_heads, head_dim, R) * head_dim**-0.5)  # (Hkv, D, R)
         self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
         self.k2 = nn.Parameter(torch.zeros(kv_heads, hidden, R))  # (Hkv, h, R)
-        self.k3 = nn.Parameter(torch.full((kv_heads, R), -10.0))  # (Hkv, R), b
+        self.k3 = nn.Parameter(torch.full((kv_heads, R), self.START))  # (Hkv, R), b
+
+    @torch.no_grad()
+    def begin(self, lse):
+        if (self.k3 == self.START).all():
+            self.k3 += lse.unflatten(1, (self.kv_heads, -1)).mean((0, 2, 3)).clamp(max=40)[:, None]
 
     def phi(self, q):
         return self._padded(_by_row(self._exponential(_by_head(q), self.q0, self.q1, self.q2), q))

@@ -6,6 +6,8 @@ from ..layer.checks import LessError, integer
 from ..layer.features import FAMILIES, MOST, RHO_HIDDEN, Learned
 from .checks import number
 
+CURVE_WINDOWS = 8  # windows on which it is measured what heads cost
+JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
 STEPS = ("rho_steps", "together_steps", "joint_steps", "table_steps")
 ROUNDS = ("together_windows", "together_uses", "joint_uses")
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]

@@ -9,6 +9,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import chain
@@ -31,16 +32,14 @@ from ..layer.parallel import dense
 from ..layer.policies import Policy
 from ..setting import POLICIES, Setting
 from .checks import check_streamed, check_windows, number
+from .costs import Costs, estimate
 from .head_costs import check_policy, grid, measure
 from .joint import distill
 from .layers import train_layers
-from .recipe import Recipe
+from .recipe import CURVE_WINDOWS, JOINT_VALIDATION, Recipe
 from .retention import train_rho
 from .together import train_together
 from .work import Work, process, processes, wait_for_all
-
-CURVE_WINDOWS = 8  # windows on which costs are measured
-JOINT_VALIDATION = 4  # windows on which the stages of all layers are judged
 
 
 @torch.inference_mode(False)  # with gradients, in whatever mode the caller is
@@ -54,6 +53,7 @@ def train(
     disk: float = 20e9,
     curves: bool = False,
     start: LessKernels | None = None,
+    tell: Callable[[Costs], object] | None = None,
 ) -> LessKernels | None:
     """Kernels for `model`, trained for streaming with `policy` on token windows.
 
@@ -62,6 +62,7 @@ def train(
     weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit, at least one.
     curves: measure at the end what each head costs at each budget, for budget tables.
     start: kernels to go on with, of the recipe's family, rank and hidden width, and with their curves; None: new ones.
+    tell: told what the training will take, from a probe, before it begins; not where it goes on, or several processes share it.
     Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
     Raises LessError, before anything is written, if the model, windows or policy cannot be trained on or with; later if a layer's
     attention is not finite, training diverges, or the folder holds other work. OSError if the disk is full.
@@ -85,12 +86,20 @@ def train(
     settings = [replace(setting, kernels=kernels) for setting in settings]
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         work, started = Work(Path(place), order), time.perf_counter()
+        rules = [rule for rule in _rules(policy, recipe) if curves and type(rule).__name__ not in kernels.curves]
         if work.resumed:
             check_saved(place, work.order, model)
+        elif tell is not None and processes() == 1:
+            tell(estimate(model, windows, len(validation), kernels, settings, policy, recipe, disk, rules))
         if recipe.rho_steps:
             if process() > 0:
                 wait_for_all()  # then what process 0 has saved is read: a learned policy records by it
-            about["rho"] = train_rho(model, windows, validation, kernels, recipe, work)
+            about["rho"] = figures = train_rho(model, windows, validation, kernels, recipe, work)
+            before, after = (sum(figures[when]) / len(figures[when]) for when in ("before", "after"))
+            if not after < before:
+                raise LessError(
+                    f"rho learned nothing: its cross-entropy was {before:.3f} and is {after:.3f}; lower rho_rate (--rho-rate)"
+                )
             if process() == 0:
                 wait_for_all()
         if recipe.epochs:
@@ -104,9 +113,8 @@ def train(
         if recipe.joint_steps:
             steps = recipe.joint_steps
             about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
-        if curves:
-            for rule in (rule for rule in _rules(policy, recipe) if type(rule).__name__ not in kernels.curves):
-                kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], rule, recipe, work)
+        for rule in rules:
+            kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], rule, recipe, work)
         uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.table_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]

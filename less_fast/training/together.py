@@ -55,6 +55,8 @@ def train_together(
             if round_now is None or round_now.number != number:
                 round_now = None  # its memory is needed
                 round_now = Round(model, windows[order], settings, recipe, number)
+            if step == 0:
+                round_now.begin(recipe.batch)
             shares = round_now.step(within, step % len(settings), recipe.batch, descent)
             if not all(share < float("inf") for share in shares):
                 raise LessError(f"training diverged at step {step}: lower the learning rate")
@@ -83,6 +85,14 @@ class Round:
         self.e = [eviction_times_of(self.layers, setting.policy, setting.kernels) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
         self.order = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
+
+    @torch.no_grad()
+    def begin(self, batch: int) -> None:
+        """Tells new kernels what the tokens weigh that the first setting holds of so many windows."""
+        for index, layer in self.layers.items():
+            policy, features = self.settings[0].layer(index)
+            _, lse = exact_part(layer.q[:batch], layer.k[:batch], layer.v[:batch], self.e[0][index][:batch], layer.scale)
+            features.begin(lse[:, :, policy.budget + 1 :])
 
     def step(self, within: int, setting: int, batch: int, descent: Descent) -> list[float]:
         """One step of every layer on the next windows; returns what each layer's kernels left of the bare policy's cost."""

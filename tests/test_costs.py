@@ -1,0 +1,94 @@
+"""What a training is said to take, before it begins."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import make_model, tokens
+from short_training import POLICY, RECIPE, quick_training
+
+from less_fast.training import costs
+from less_fast.training.costs import Costs
+from less_fast.training.recording import bytes_on_disk
+
+READING, STEP = 3.0, 0.25  # seconds of a clock that only the stages move
+RHO = replace(RECIPE, rho_steps=40, rho_hidden=3, together_windows=4, together_uses=3)  # 6 steps of 2 windows in a round
+AT_ONCE = replace(RHO, epochs=0, together_steps=9, joint_steps=0, table_steps=0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stages that take so long for each window and each step, and compute nothing."""
+    now = [0.0]
+
+    def takes(windows, steps):
+        now[0] += READING * windows + STEP * steps
+
+    def rho(model, windows, validation, kernels, recipe, work):
+        takes(
+            -(-recipe.rho_steps * recipe.batch // (len(windows) * recipe.together_uses)) * len(windows) + len(validation),
+            recipe.rho_steps,
+        )
+
+    def layers(kernels, model, windows, validation, policy, recipe, work, disk):
+        takes(len(windows) + len(validation), recipe.epochs * -(-len(windows) // recipe.batch))
+
+    def together(model, windows, validation, settings, recipe, work):
+        takes(len(windows) + len(validation) * len(settings), recipe.together_steps)
+
+    def joint(name, model, windows, validation, settings, judged, steps, recipe, work):
+        takes(2 * len(settings) * len(validation), steps)
+
+    for name, stage in dict(train_rho=rho, train_layers=layers, train_together=together, distill=joint).items():
+        monkeypatch.setattr(costs, name, stage)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+def told(recipe, **more):
+    """What 10 windows, of which 4 more judge, are said to take."""
+    found = []
+    quick_training(recipe=recipe, tell=found.append, **more)
+    (one,) = found
+    return one
+
+
+def test_a_stage_takes_what_its_windows_and_its_steps_do(clock):
+    said = told(replace(RHO, epochs=3, joint_steps=5))
+    assert said.seconds == {
+        "rho": pytest.approx(READING * (7 * 4 + 4) + STEP * 40),  # seven rounds of four windows
+        "layers": pytest.approx(READING * (6 + 4) + STEP * 3 * 4),  # its four windows judge each epoch, of three steps
+        "joint": pytest.approx(READING * 2 * 6 * 4 + STEP * (5 + RHO.table_steps)),  # three budgets, with two policies
+    }
+    assert told(AT_ONCE).seconds["all layers at once"] == pytest.approx(READING * (2 * 4 + 4 * 6) + STEP * 9)
+
+
+def test_all_stages_have_costs_that_are_told_once_and_change_no_weight(tmp_path):
+    recipe, said = replace(RHO, joint_steps=2, table_steps=2), []
+    kernels = quick_training(tmp_path, recipe, curves=True, tell=said.append)
+    again = quick_training(tmp_path, recipe, curves=True, tell=said.append)  # what is done is done
+    (one,) = said
+    assert [*one.seconds] == ["rho", "layers", "joint", "curves"]
+    assert all(seconds > 0 for seconds in one.seconds.values())
+    untold = quick_training(recipe=recipe, curves=True)
+    for name, weight in kernels.state_dict().items():
+        assert torch.equal(weight, untold.state_dict()[name]), name
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert kernels.curves == untold.curves
+
+
+@pytest.mark.parametrize(("disk", "layers"), [(1e9, 3), (1.0, 1)])
+def test_as_many_layers_lie_on_disk_as_may_and_at_least_one(clock, disk, layers):
+    recorded = bytes_on_disk(make_model(), tokens(6 + 4, 30), POLICY, layers)
+    assert told(RECIPE, disk=disk).disk == recorded
+    assert told(AT_ONCE, disk=disk).disk == 0
+
+
+def test_a_longer_round_takes_more_memory_and_is_said_to(clock):
+    small, large = (told(replace(AT_ONCE, together_windows=size)).memory for size in (2, 10))
+    assert large - small == 8 * costs._bytes_of_round(make_model(), 30) > 0
+
+
+def test_costs_are_spelled_in_units_that_a_reader_would_take():
+    said = Costs({"rho": 40.0, "layers": 600.0, "joint": 7560.0}, disk=2_345_000_000, memory=900_000_000)
+    assert str(said) == ("about 2.3 hours (rho 40 seconds, layers 10 minutes, joint 2.1 hours), 2.3 GB on disk, 0.9 GB of memory")
