@@ -233,7 +233,7 @@ from short_training import quick_training
 from dataclasses import replace
 from short_training import RECIPE
 from less_fast import H2O, Retention
-kernels = quick_training(Path({folder!r}), replace(RECIPE, rho_steps={rho}, rho_rate=0.05, windows=10), {policy}, disk=1.5e5)
+kernels = quick_training(Path({folder!r}), replace(RECIPE, rho_steps={rho}, rho_rate=0.01, windows=10), {policy}, disk=1.5e5)
 assert (kernels is None) == (torch.distributed.get_rank() > 0)
 if kernels:
     kernels.save_pretrained({folder!r} + "/kernels")
@@ -248,7 +248,7 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path, policy, rho
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    alone = quick_training(recipe=replace(RECIPE, rho_steps=rho, rho_rate=0.05, windows=10), policy=policy)
+    alone = quick_training(recipe=replace(RECIPE, rho_steps=rho, rho_rate=0.01, windows=10), policy=policy)
     assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
 
 

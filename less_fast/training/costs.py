@@ -6,7 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -76,7 +78,8 @@ def estimate(
             small = replace(recipe, epochs=count, windows=None, together_windows=len(few), together_uses=count, joint_uses=1)
             with TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                run(small, count, Work(Path(folder), {}))
+                with redirect_stderr(StringIO()):  # progress bars
+                    run(small, count, Work(Path(folder), {}))
                 taken.append(time.perf_counter() - start)
         step = max(0.0, taken[1] - taken[0]) / (STEPS[1] - STEPS[0])
         seconds[name] = steps * step + read * max(0.0, taken[0] - STEPS[0] * step) / probed

@@ -83,7 +83,8 @@ def projected_error(out: torch.Tensor, full: torch.Tensor, projection: torch.Ten
 
 
 def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
-    """Saves the weights of the best epoch as `layer-...`, with the errors on the validation windows. sizes: of the kernels."""
+    """Saves the weights of the best epoch, or those from before the first, as `layer-...`, with the errors on the validation
+    windows. sizes: of the kernels."""
     recording, validation = recordings
     device, budget, count = projection.device, recording.policy.budget, len(recording.windows)
     held_out = [rows.tolist() for rows in torch.arange(len(validation.windows)).split(SHARD)]
@@ -105,6 +106,7 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
         steps = -(-count // recipe.batch)  # of an epoch
         halve_every = recipe.halve_every and recipe.halve_every * steps
         descent = Descent(kernels, recipe.learning_rate, recipe.epochs * steps, halve_every, recipe.clip)
+        start, begun = copy.deepcopy(kernels.state_dict()), mean(lambda data: loss(kernels.eval(), data, projection, budget))
         best, lowest, first = None, float("inf"), 0
         if work.has(f"layer-{index:03}-epoch"):
             saved = work.load(f"layer-{index:03}-epoch")
@@ -126,6 +128,8 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
             progress.set_postfix_str(f"layer {index}: error {lowest / bare:.3f} of the bare policy's")
     if best is None:
         raise LessError(f"training layer {index} diverged: its error was never finite; lower the learning rate")
+    if not lowest < begun:
+        best, lowest = start, begun
     work.save(f"layer-{index:03}", {"weights": best, "bare": bare, "less": lowest})
 
 
