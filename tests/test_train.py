@@ -87,6 +87,27 @@ def test_training_starts_from_the_bare_policy(family):
     assert loss(FAMILIES[family](2, 2, 8), data, torch.eye(16), 4).item() == pytest.approx(bare.item(), rel=1e-2)
 
 
+def test_new_kernels_begin_beside_what_the_held_tokens_weigh_and_trained_ones_stay():
+    """Logits are about 25: e^-10 beside e^25 has no gradient that Adam would follow."""
+    torch.manual_seed(0)
+    q, k, v = 3 + torch.randn(2, 4, 60, 8) / 4, 3 + torch.randn(2, 2, 60, 8) / 4, torch.randn(2, 2, 60, 8)
+    data, kernels = prepare(q, k, v, H2O(3, 3), None), FAMILIES["exponential"](4, 2, 8)
+    before = kernels.k3.clone()
+    error = loss(kernels, data, torch.eye(32), 6)
+    error.backward()
+    flat, kernels.k3.grad = kernels.k3.grad.abs().max(), None
+    kernels.begin(data.lse)
+    for head in range(2):  # of its two query heads
+        assert torch.allclose(kernels.k3[head] - before[head], data.lse[:, 2 * head : 2 * head + 2].mean(), rtol=1e-5)
+    again = loss(kernels, data, torch.eye(32), 6)
+    again.backward()
+    assert kernels.k3.grad.abs().max() > 1e4 * flat
+    assert again.item() == pytest.approx(error.item(), rel=1e-2)  # the bare policy's still
+    trained = kernels.k3.clone()
+    kernels.begin(data.lse)
+    assert torch.equal(kernels.k3, trained)
+
+
 def test_the_same_seed_gives_the_same_kernels_whatever_the_global_generator_does_and_another_seed_others(trained):
     model, kernels, recipe = trained
     torch.manual_seed(99)

@@ -50,8 +50,9 @@ class Features(nn.Module):
         """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider."""
         raise NotImplementedError
 
-    def begin(self, lse: torch.Tensor) -> None:
-        """Told before the first step what the held tokens weigh: the log-sum-exp of their logits, (N, Hq, L)."""
+    def begin(self, lse: torch.Tensor, mass: torch.Tensor) -> None:
+        """Told before the first step what weighs what: held tokens, by the log-sum-exp of their logits, and folded ones by these
+        kernels, phi.z; both (N, Hq, L)."""
 
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
         """The kernels of these KV heads, which have equal ranks, and of the query heads that read them. Without weights of their
@@ -176,8 +177,9 @@ class Exponential(Learned):
         phi(q) = exp(q Q0 + gelu(q Q1) Q2)        psi(k) = exp(k K0 + gelu(k K1) K2 + b)        exact GELU
 
     A softmax weight is an exponential of something linear in q and in k, which a rank of 8 then has to sum up; so a narrow
-    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, and `begin` adds
-    what the held tokens weigh, so that training starts from the bare policy, and near it.
+    hidden layer does, or none. Exponents are cut at 40, so that products stay within float32. b starts at -10, so that training
+    starts from the bare policy; `begin` moves it near: of all but a hundredth of the queries what is folded gets less than 1 / e
+    of what is held does.
     """
 
     START = -10.0
@@ -194,9 +196,11 @@ class Exponential(Learned):
         self.k3 = nn.Parameter(torch.full((kv_heads, R), self.START))  # (Hkv, R), b
 
     @torch.no_grad()
-    def begin(self, lse):
+    def begin(self, lse, mass):
         if (self.k3 == self.START).all():
-            self.k3 += lse.unflatten(1, (self.kv_heads, -1)).mean((0, 2, 3)).clamp(max=40)[:, None]
+            over = lse - mass.clamp(min=torch.finfo(mass.dtype).tiny).log()  # (N, Hq, L)
+            over = over.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1).sort(1).values  # (Hkv, N G L)
+            self.k3 += over[:, over.shape[1] // 100, None] - 1  # the mean would leave some queries to what is folded alone
 
     def phi(self, q):
         return self._padded(_by_row(self._exponential(_by_head(q), self.q0, self.q1, self.q2), q))

@@ -102,7 +102,8 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
         shape = (sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rank", "hidden"))
         kernels = FAMILIES[recipe.family](*shape).to(device)
         kernels.dropout = recipe.dropout
-        kernels.begin(recording.rows(index, range(min(SHARD, count)), device).lse)
+        some = recording.rows(index, range(min(SHARD, count)), device)
+        kernels.begin(some.lse, low_rank_part(kernels.phi(some.q), kernels.psi(some.k), some.v, some.e)[1][:, :, budget + 1 :])
         steps = -(-count // recipe.batch)  # of an epoch
         halve_every = recipe.halve_every and recipe.halve_every * steps
         descent = Descent(kernels, recipe.learning_rate, recipe.epochs * steps, halve_every, recipe.clip)

@@ -91,8 +91,9 @@ class Round:
         """Tells new kernels what the tokens weigh that the first setting holds of so many windows."""
         for index, layer in self.layers.items():
             policy, features = self.settings[0].layer(index)
-            _, lse = exact_part(layer.q[:batch], layer.k[:batch], layer.v[:batch], self.e[0][index][:batch], layer.scale)
-            features.begin(lse[:, :, policy.budget + 1 :])
+            q, k, v, e = (rows[:batch] for rows in (layer.q, layer.k, layer.v, self.e[0][index]))
+            weights = exact_part(q, k, v, e, layer.scale)[1], low_rank_part(features.phi(q), features.psi(k), v, e)[1]
+            features.begin(*(weight[:, :, policy.budget + 1 :] for weight in weights))
 
     def step(self, within: int, setting: int, batch: int, descent: Descent) -> list[float]:
         """One step of every layer on the next windows; returns what each layer's kernels left of the bare policy's cost."""
