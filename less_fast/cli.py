@@ -43,6 +43,7 @@ from .measuring import versions
 from .measuring.caches import describe, describe_briefly
 from .measuring.pictures import check_picture
 from .setting import POLICIES, policy_named
+from .text import beginning
 from .text import windows as cut_windows
 from .training import RECIPES, Recipe, allocation
 from .training import train as train_kernels
@@ -211,7 +212,8 @@ def generate(
 ) -> None:
     """Streams text in constant memory, then says what the cache holds.
 
-    A text longer than the model was trained for stays within that length (LessCache.for_model, context), if positions can move.
+    A text longer than model and kernels were trained for stays within that length (LessCache.for_model, context), if positions
+    can move.
     """
     prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
     if not prompt:
@@ -225,14 +227,15 @@ def generate(
             conversation.answer(prompt, streamer=_answers(tokenizer), **options)
         errors.print(f"{conversation.ids.shape[1]} tokens, {describe(cache)}")
         return
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
-    length = inputs["input_ids"].shape[1] + max_new_tokens
+    ids = torch.tensor([beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=network.device)
+    length = ids.shape[1] + max_new_tokens
     check_length(network, length)
     cache = cache_for(length)
     print(prompt, end="", flush=True)
     with _settings_of_the_model():
         out = network.generate(
-            **inputs,
+            ids,
+            attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             streamer=TextStreamer(tokenizer, skip_prompt=True),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -530,15 +533,15 @@ def import_official(
 
 
 def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
-    """The model, its tokenizer, and a function that makes a cache for texts of so many tokens: beyond what the model was trained
-    for it stays within that, if the model's positions allow it."""
+    """The model, its tokenizer, and a function that makes a cache for texts of so many tokens: beyond what the model and the
+    kernels were trained for it stays within that, if the model's positions allow it."""
     rule = policy_named(policy.value, budget, None)
     network, tokenizer = load_model(model, device, dtype.value)
     learned = load_kernels(network, model, kernels, seed)
     kinds = token_kinds(tokenizer) if rule.kinds else None
 
     def cache_for(length):
-        trained = trained_length(network)
+        trained = trained_length(network, learned)
         fits = trained is not None and length > trained >= (rule.budget or math.inf)
         context = trained if fits and can_move(network) else None
         return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context, int8=int8)

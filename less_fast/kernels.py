@@ -98,6 +98,13 @@ class LessKernels(nn.Module):
         less = less and self.sizes["family"] != "none"
         return table(curves, policy.budget * curves.heads, less)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens of the windows that they were trained on, None if nobody knows: queries and keys at later positions are turned
+        in ways that they never saw."""
+        window = self.about.get("window")
+        return window if type(window) is int and window > 0 else None
+
     def without_state(self) -> "LessKernels":
         """Rho alone, for the bare policy: what is evicted is forgotten. It shares the weights."""
         heads = {name: self.sizes[name] for name in ("layers", "query_heads", "kv_heads", "head_dim")}

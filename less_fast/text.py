@@ -20,7 +20,7 @@ def windows(
     Raises LessError, with the numbers, if there are fewer than `count` windows, or none.
     """
     stream = np.concatenate([np.empty(0, np.int64), *tokenized(tokenizer, texts)])  # (tokens,)
-    begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    begin = beginning(tokenizer)
     room = length - len(begin)
     available = len(stream) // room if room > 0 else 0
     count = available if count is None else count
@@ -32,6 +32,11 @@ def windows(
     chosen = np.random.default_rng(seed).permutation(available)[:count]  # (count,)
     of_text = torch.from_numpy(stream[: available * room].reshape(available, room)[chosen])
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), of_text], 1)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts before every text, if it does."""
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:

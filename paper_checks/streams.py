@@ -2,11 +2,12 @@
 
     python paper_checks/streams.py --ways within,anew,growing    # the embedded model, 8 streams of 12,500 held-out tokens
     python paper_checks/streams.py --tokens 100000 --streams 1 --policies retention --caches less --ways within --out FILE
-    python paper_checks/streams.py --model smollm2 --text book.txt --tokens 20000 --streams 4
+    python paper_checks/streams.py --model smollm2 --text book.txt --tokens 8192 --streams 4 --ways within,growing
 
-Held-out text goes through each cache token by token: as one stream that stays within the context
-(`LessCache.for_model(context=...)`), anew for every window of the context's length, and, if asked, as one whose positions grow.
-Beside them the full cache, which is anew alone. Writes the nats per token of each tenth to results/streams_MODEL.json.
+Held-out text goes through each cache token by token: as one stream that stays within the context, which is what the model and
+its kernels were trained for (`LessCache.for_model(context=...)`), anew for every window of the context's length, and, if asked,
+as one whose positions grow. Beside them the full cache, which is anew alone. Writes the nats per token of each tenth to
+results/streams_MODEL.json.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--policies", default="h2o,retention", help="separated by commas; a window stands beside them")
     parser.add_argument("--caches", default="full,bare,less", help="some of these")
     parser.add_argument("--ways", default="within,anew", help="of within, anew and growing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model and its slots")
     parser.add_argument("--out", type=Path, help="results/streams_MODEL.json by default")
     chosen = parser.parse_args(arguments)
     try:
@@ -68,7 +70,9 @@ def main(arguments=None) -> int:
         print(f"paper_checks/streams.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     out = chosen.out or HERE / "results" / f"streams_{Path(chosen.model).name or 'embedded'}.json"
-    about = {name: getattr(chosen, name) for name in ("model", "tokens", "streams", "budget", "policies", "caches", "ways")}
+    about = {
+        name: getattr(chosen, name) for name in ("model", "tokens", "streams", "budget", "policies", "caches", "ways", "dtype")
+    }
     with aside(out) as file:
         file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
     return 0
@@ -81,8 +85,9 @@ def measure(chosen) -> list[dict]:
     caches, ways = chosen.caches.split(","), chosen.ways.split(",")
     if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
         raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
-    model, tokenizer = load_model(chosen.model)
-    kernels, length = load_kernels(model, chosen.model, ""), trained_length(model)
+    model, tokenizer = load_model(chosen.model, dtype=chosen.dtype)
+    kernels = load_kernels(model, chosen.model, "")
+    length = trained_length(model, kernels)
     if kernels is None or length is None:
         raise LessError("streams are about kernels and a trained context, and this model lacks one: choose another")
     texts, _ = load_texts(chosen.text, "", "test")
@@ -103,7 +108,7 @@ def measure(chosen) -> list[dict]:
 
     start = time.perf_counter()
     if "full" in caches:
-        note("full", None, "anew", anew(model, ids, length, lambda: None), time.perf_counter() - start)
+        note("full", None, "anew", anew(model, ids, trained_length(model) or length, lambda: None), time.perf_counter() - start)
     rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]
     for rule in [Window(rules[0].budget), *rules]:
         bare = kernels.without_state() if rule.learned else None

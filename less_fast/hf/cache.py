@@ -65,10 +65,11 @@ class LessCache(WatchedCache):
         compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
             takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
             GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
-        context: for streams without end over a model with rotary positions: how many positions it was trained for
-            (config.max_position_embeddings). Up to there nothing changes. Where a token would stand beyond, what is held moves
-            back by half of them, what moved the whole way stays at position 0, and the low-rank state begins anew; pieces of a
-            text that come then are no longer than that half. None: positions grow with the text.
+        context: for streams without end over a model with rotary positions: how many positions it and the kernels were trained
+            for (config.max_position_embeddings, kernels.window). Up to there nothing changes. Where a token would stand beyond,
+            what is held moves back by half of them, what moved the whole way stays at position 0, and the low-rank state begins
+            anew; pieces of a text that come then are no longer than that half. None: positions grow with the text, and a warning
+            says where it becomes longer than the windows of the kernels.
         int8: keys and values are rounded to eight bits when they enter, with a scale for each, so that a slot takes about half of
             the bytes that it takes in bfloat16, and a budget can be twice as large. head_dim must be a multiple of 4.
         Raises LessError if the model, its kernels or the budgets cannot work; nothing is changed then.
@@ -99,6 +100,8 @@ class LessCache(WatchedCache):
         cache = cls(layers=layers_with(model, layers))
         cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
         cache.keepers = keepers_of_positions(model)
+        if kernels is not None and kernels.window is not None and (context is None or context > kernels.window):
+            cache.trained = kernels.window
         if policy.kinds and token_kinds is not None:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):

@@ -6,6 +6,7 @@ from itertools import product
 import torch
 from transformers import PreTrainedModel
 
+from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.context import Rotary
 from .architecture import decoder_of
@@ -42,9 +43,11 @@ def rotaries(model: PreTrainedModel) -> list[Rotary]:
     return found
 
 
-def trained_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model was trained for, as its config says."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def trained_length(model: PreTrainedModel, kernels: LessKernels | None = None) -> int | None:
+    """For how many positions the model was trained, as its config says, and the kernels for it; None if nobody knows."""
+    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = own, None if kernels is None else kernels.window
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def can_move(model: PreTrainedModel) -> bool:

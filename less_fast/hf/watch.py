@@ -5,6 +5,7 @@ The hooks on the model's decoder are functions of this module, so that a model t
 
 import copy
 import inspect
+import warnings
 import weakref
 from typing import Any
 
@@ -18,6 +19,10 @@ from .layer import LessLayer
 from .seam import check_mask
 
 BROKEN_OFF = "the forward pass before was broken off, so layers have seen different tokens: reset() the cache first"
+BEYOND = (
+    "this text has {0} tokens, and the kernels were trained on windows of {1}: beyond these LESS can be far worse than the bare "
+    "policy. Make the cache with context={1}, leave the kernels out, or train some on longer windows (less-kv train --length)"
+)
 ANOTHER_MODEL = "this model is not the one that the cache was made for: make one with LessCache.for_model"
 
 
@@ -26,7 +31,8 @@ class WatchedCache(Cache):
 
     open: a pass has begun and not ended. token_kinds: (vocabulary,), for policies that ask.
     keepers: modules of the model that keep positions outside the cache, by name (see `keepers_of_positions`). positions: what
-    they held for each row after the last pass, or None before the first one.
+    they held for each row after the last pass, or None before the first one. trained: for how many tokens the kernels were, until
+    it has been said that there are more; None if that is no matter.
     """
 
     model: weakref.ref[PreTrainedModel]
@@ -34,6 +40,7 @@ class WatchedCache(Cache):
     open = False
     positions: list[tuple[int, ...]] | None = None
     token_kinds: torch.Tensor | None = None
+    trained: int | None = None
 
     @property
     def less_layers(self) -> list[LessLayer]:
@@ -90,6 +97,9 @@ class WatchedCache(Cache):
                 self.less_layers[0].check_past(None)
             elif mask is not None and mask.ndim == 2:
                 check_mask(mask, seen, new, self.less_layers[0])
+        if self.trained and new and seen + new > self.trained:
+            warnings.warn(BEYOND.format(seen + new, self.trained), stacklevel=2)
+            self.trained = None  # once
         limit = rotates_in_another_way_beyond(decoder.config)
         if limit and new and 0 < seen <= limit < seen + new:
             raise LessError(
