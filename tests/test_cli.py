@@ -16,11 +16,14 @@ import pytest
 import torch
 from authors import read, save_as_the_authors
 from models import SIZES, make_kernels, make_kinds, make_model, make_talking, tokens
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from less_fast import H2O, LessCache, LessError, LessKernels, cli
 from less_fast.chat import Conversation
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
+from less_fast.hf.architecture import sizes
+from less_fast.hf.identity import identity
 from less_fast.loading import find_device, load_kernels, load_model
 from less_fast.measuring.caches import held_bytes
 from less_fast.measuring.compare import Row, baseline_plus, plot, share_recovered
@@ -330,6 +333,31 @@ def test_texts_longer_than_the_model_was_trained_for_stay_within_its_context(com
     for new, anew in ((40, False), (300, True)):
         code, _, err = command("generate", "Hello", "--model", folder, "--kernels", "elu", "--max-new-tokens", new, *TALK)
         assert (code, "features (anew every 128 tokens);" in " ".join(err.split())) == (0, anew)
+
+
+def test_texts_longer_than_the_windows_of_the_kernels_stay_within_these(command, talking, tmp_path):
+    folder, _ = talking
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    kernels = LessKernels(**sizes(model), rank=2, hidden=3, about={"window": 32, "identity": identity(model)})
+    kernels.save_pretrained(tmp_path / "kernels")
+    for new, anew in ((10, False), (60, True)):
+        rest = ["--kernels", tmp_path / "kernels", "--max-new-tokens", new]
+        code, _, err = command("generate", "Hello", "--model", folder, *rest, *TALK)
+        assert (code, "features (anew every 16 tokens);" in " ".join(err.split())) == (0, anew)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_generate_begins_a_text_as_the_tokenizer_does(command, talking, tmp_path, begins):
+    folder, _ = talking
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if begins:
+        begin = tokenizer.bos_token, tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+        tokenizer.save_pretrained(tmp_path / "model")
+    code, _, err = command("generate", "Hello", "--model", tmp_path / "model", "--max-new-tokens", 3, *TALK)
+    tokens = len(tokenizer("Hello", add_special_tokens=False)["input_ids"]) + begins + 3
+    assert (code, f"{tokens} tokens, " in " ".join(err.split())) == (0, True)
 
 
 def test_generate_with_chat_prints_the_answer_to_one_turn_alone(command, talking):

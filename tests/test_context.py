@@ -14,7 +14,7 @@ from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, EVICTING, cases, ch
 import less_fast
 import less_ref
 from less_fast import H2O, FastGen, Full, Lambda, LayerState, LessCache, LessError, Retention, Window
-from less_fast.hf.positions import rotaries
+from less_fast.hf.positions import rotaries, trained_length
 from less_fast.layer.context import Context, Rotary
 from paper_checks.architectures import tiny
 
@@ -164,6 +164,37 @@ def test_a_stream_is_the_same_in_every_way_to_feed_it(policy, compile):
         pieces = torch.cat([MODEL(part, past_key_values=in_two).logits for part in ids.split([23, 27], 1)], 1)
     assert_close(at_once, one_by_one)
     assert_close(pieces, one_by_one)
+
+
+@pytest.mark.parametrize("context", [None, LENGTH, 2 * LENGTH])
+@pytest.mark.parametrize("prompt", [1, LENGTH])
+def test_more_tokens_than_the_kernels_were_trained_on_are_warned_of_once_or_the_stream_stays_within(context, prompt, recwarn):
+    kernels = make_kernels(MODEL)
+    kernels.about["window"] = LENGTH
+    cache = LessCache.for_model(MODEL, H2O(3, 2), kernels, context=context)
+    stream_logits(MODEL, tokens(2, LENGTH, seed=6), cache, prompt)
+    assert not [one for one in recwarn if "trained on windows" in str(one.message)]
+    with torch.no_grad():
+        for _ in range(3):
+            MODEL(tokens(2, 1), past_key_values=cache)
+    said = [str(one.message) for one in recwarn if "trained on windows" in str(one.message)]
+    assert len(said) == (context != LENGTH)
+    assert all(f"has {LENGTH + 1} tokens" in one and f"context={LENGTH}, leave the kernels out" in one for one in said)
+
+
+def test_a_bare_policy_and_kernels_of_unknown_windows_are_not_warned_of(recwarn):
+    for kernels in (None, KERNELS):
+        stream_logits(MODEL, tokens(2, 3 * LENGTH, seed=6), LessCache.for_model(MODEL, H2O(3, 2), kernels))
+    assert not [one for one in recwarn if "trained on windows" in str(one.message)]
+
+
+@pytest.mark.parametrize("window", [None, 0, -3, 2.5, "20", True, 20, 10**6])
+def test_the_trained_length_is_the_least_that_model_and_kernels_know(window):
+    kernels = make_kernels(MODEL)
+    kernels.about |= {} if window is None else {"window": window}
+    own = MODEL.config.max_position_embeddings
+    assert trained_length(MODEL, kernels) == (20 if window == 20 else own)
+    assert trained_length(MODEL) == own
 
 
 def test_until_the_context_is_full_nothing_changes():
