@@ -397,9 +397,7 @@ def train(
     rho_steps: Annotated[
         int, typer.Option(min=0, help="Steps of rho, which says what is worth keeping: for the policy retention.")
     ] = 0,
-    rho_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Of rho's training; 0.01 by default, less for heads of more than 64 numbers.")
-    ] = None,
+    rho_rate: Annotated[float | None, typer.Option(min=0.0, help="Of rho's training; 0.01 by default.")] = None,
     round_of: Annotated[int | None, typer.Option("--round", min=1, help="Windows read at a time; 32 by default.")] = None,
     joint_uses: Annotated[
         int | None, typer.Option(min=1, help="Joint steps for which a window is streamed once; 1 by default, more suits a GPU.")

@@ -123,7 +123,8 @@ def distill(
         kernels.load_state_dict(saved["kernels"])
         return saved["figures"]
     kernels.requires_grad_().train()
-    descent = Descent(kernels, recipe.joint_rate, steps, None, recipe.clip)
+    rate = recipe.rate(recipe.joint_rate, kernels.sizes["head_dim"])
+    descent = Descent(kernels, rate, steps, None, recipe.clip)
     stream = Stream(model, windows, settings, recipe)
     start = copy.deepcopy(kernels.state_dict())
     if saved is None:

@@ -106,7 +106,9 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
         kernels.begin(some.lse, low_rank_part(kernels.phi(some.q), kernels.psi(some.k), some.v, some.e)[1][:, :, budget + 1 :])
         steps = -(-count // recipe.batch)  # of an epoch
         halve_every = recipe.halve_every and recipe.halve_every * steps
-        descent = Descent(kernels, recipe.learning_rate, recipe.epochs * steps, halve_every, recipe.clip)
+        descent = Descent(
+            kernels, recipe.rate(recipe.learning_rate, kernels.head_dim), recipe.epochs * steps, halve_every, recipe.clip
+        )
         start, begun = copy.deepcopy(kernels.state_dict()), mean(lambda data: loss(kernels.eval(), data, projection, budget))
         best, lowest, first = None, float("inf"), 0
         if work.has(f"layer-{index:03}-epoch"):

@@ -28,6 +28,7 @@ class Recipe:
     the multiples `joint_budgets` of the policy's budget in turn, except those with which nothing is evicted.
     joint_uses: how many steps of a round of `together_windows` use what was evicted from a window once; 1: each step computes it.
     table_steps: the same under the budget tables for these budgets, if curves are measured; every other step under uniform ones.
+    Rates are for heads of up to 64 numbers, and less in proportion for wider ones.
     LessError for values with which nothing can be trained.
     """
 
@@ -73,6 +74,11 @@ class Recipe:
             )
         multiples = tuple(number("joint_budgets of a recipe", multiple, 1e-3, 1e3) for multiple in self.joint_budgets)
         object.__setattr__(self, "joint_budgets", multiples)
+
+    @staticmethod
+    def rate(rate: float, head_dim: int) -> float:
+        """A rate of the recipe for heads of so many numbers: a step moves an exponent by each of them."""
+        return rate * min(1.0, 64 / head_dim)
 
     def _set(self, name, check, *limits):
         value = getattr(self, name)

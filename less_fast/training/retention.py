@@ -104,7 +104,8 @@ def train_rho(
         rhos.load_state_dict(saved["rho"])
         return saved["figures"]
     rhos.requires_grad_()
-    descent = Descent(rhos, recipe.rho_rate, recipe.rho_steps, None, None)
+    rate = recipe.rate(recipe.rho_rate, kernels.sizes["head_dim"])
+    descent = Descent(rhos, rate, recipe.rho_steps, None, None)
     if saved is not None:
         first = saved["step"]
         descent.load_state_dict(saved["descent"])

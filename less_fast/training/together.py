@@ -42,7 +42,8 @@ def train_together(
         kernels.load_state_dict(saved["kernels"])
         return {"left": saved["left"]}
     kernels.requires_grad_().train()
-    descent = Descent(kernels, recipe.learning_rate, recipe.together_steps, None, None)
+    rate = recipe.rate(recipe.learning_rate, kernels.sizes["head_dim"])
+    descent = Descent(kernels, rate, recipe.together_steps, None, None)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
     of_round = -(-min(recipe.together_windows, len(windows)) * recipe.together_uses // recipe.batch)  # steps
     if saved is not None:
