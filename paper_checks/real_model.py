@@ -41,6 +41,7 @@ from .__main__ import texts_of
 EIGHTHS = 8  # parts of a window whose loss is written down
 NEW = 64  # tokens of a summary
 ROWS = 1000  # of a data set, among which summaries are drawn
+NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
 NUMBERS = 64  # that are to be found, of each kind
 
 
@@ -188,9 +189,10 @@ def measure(chosen) -> None:
         _, measured, chunk, shares = PARTS[part]
         rules = [policy_named(name, kept, length) for kept in chosen.budgets or shares for name in chosen.policies.split(",")]
         for rule in rules:
-            for contender in contenders(model, [rule], {"": kernels}, kinds):
+            for contender in contenders(model, [rule], {"": kernels}, kinds, context=chosen.context):
                 label = {"part": part, "dtype": chosen.dtype, "rule": None if contender.cache == "full" else repr(rule)}
                 label |= {"cache": contender.cache, "budgets": contender.budgets}
+                label |= {"context": None if contender.cache == "full" else chosen.context}
                 known = any(label.items() <= record.items() for record in done["results"])
                 if known or (chosen.caches and contender.cache not in chosen.caches.split(",")):
                     continue
@@ -274,11 +276,11 @@ def report(chosen) -> None:
     found: dict = {}
     rows = []
     for record in measured["results"]:
-        part, dtype, rule, cache, budgets = (record[name] for name in ("part", "dtype", "rule", "cache", "budgets"))
-        found[part, dtype, rule, cache, budgets] = values = columns(part, inputs, record, tasks)
-        row = {name: record[name] for name in ("part", "dtype", "cache", "budgets", "rule", "kept", "seconds")} | {"figures": []}
+        part, dtype, rule, cache, budgets, context = (record[name] for name in NAMES)
+        found[part, dtype, rule, cache, budgets, context] = values = columns(part, inputs, record, tasks)
+        row = {name: record[name] for name in (*NAMES, "kept", "seconds")} | {"figures": []}
         for name, own in values.items():
-            keys = (None, "full", None), (rule, "bare", "uniform"), (rule, "baseline+", budgets)
+            keys = (None, "full", None, None), (rule, "bare", "uniform", context), (rule, "baseline+", budgets, context)
             full, bare, plus = (found.get((part, dtype, *key), {}).get(name) for key in keys)
             bare, plus = bare if cache in ("baseline+", "less") else None, plus if cache == "less" else None
             row["figures"].append(figure(name, own, full, bare, plus))
@@ -312,7 +314,8 @@ def markdown(rows: list[dict]) -> str:
         names = [f"{one['column']} (n = {one['n']})" for one in own[0]["figures"]]
         lines += [f"\n{part}, {dtype}:\n", f"| cache | kept | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
         for row in own:
-            name = ", ".join(filter(None, (row["cache"], row["rule"], row["budgets"])))
+            within = row["context"] and f"within {row['context']}"
+            name = ", ".join(filter(None, (row["cache"], row["rule"], row["budgets"], within)))
             lines.append(f"| {name} | {row['kept'] or 'all'} | {' | '.join(map(cell, row['figures']))} |")
     return "\n".join(lines)
 
@@ -341,6 +344,7 @@ def options(arguments):
         "--budgets", type=lambda text: text.split(","), help="tokens kept, or shares of a window, instead of each part's own"
     )
     verb.add_argument("--caches", default="", help="full, bare, baseline+ or less, separated by commas; all by default")
+    verb.add_argument("--context", type=int, help="positions that all caches but the full one stay within; as many as tokens")
     verb.add_argument("--batch", type=int, default=512, help="windows or questions in one forward pass")
     verb.add_argument("--seconds", type=float, default=float("inf"), help="after which no further cache is begun")
     for verb in verbs.choices.values():

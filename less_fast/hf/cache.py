@@ -100,8 +100,9 @@ class LessCache(WatchedCache):
         cache = cls(layers=layers_with(model, layers))
         cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
         cache.keepers = keepers_of_positions(model)
-        if kernels is not None and kernels.window is not None and (context is None or context > kernels.window):
-            cache.trained = kernels.window
+        known = None if kernels is None or kernels.sizes["family"] == "none" else kernels.window
+        if known is not None and (context is None or context > known):
+            cache.trained = known
         if policy.kinds and token_kinds is not None:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):

@@ -141,8 +141,12 @@ def contenders(
     kernels: dict[str, LessKernels],
     token_kinds: torch.Tensor | None = None,
     int8: bool = False,
+    context: int | None = None,
 ) -> Iterator[Contender]:
-    """The caches that `compare` measures, in its order. Kernels without rho sit a learned policy out."""
+    """The caches that `compare` measures, in its order. Kernels without rho sit a learned policy out.
+
+    context: as `LessCache.for_model` takes it, for all but the full cache.
+    """
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     rho = next((learned.without_state() for learned in kernels.values() if "rho" in learned.sizes), None)
@@ -152,7 +156,8 @@ def contenders(
 
         def make(chunk):
             own = kernels.get(name, alone)
-            return LessCache.for_model(model, policy, own, table or "uniform", chunk, token_kinds, int8=int8)
+            budgets = table or "uniform"
+            return LessCache.for_model(model, policy, own, budgets, chunk, token_kinds, context=context, int8=int8)
 
         return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
 
