@@ -571,12 +571,19 @@ def test_the_tables_of_a_real_model_come_in_three_parts_and_measuring_goes_on_wh
         code, measured, _ = tables("measure", "--caches", "full", "--parts", "perplexity")
         assert (code, len(json.loads(measured.read_text())["results"])) == (0, 1)
         assert tables("measure", "--budgets", "10%", "--caches", "full,bare,baseline+,less")[0] == 0
+        within = ("--budgets", "10%", "--caches", "less,bare", "--parts", "long", "--context", "32")
+        assert tables("measure", *within)[0] == 0
     capsys.readouterr()
     code, measured, out = tables("report")
     rows, results = json.loads(out.read_text())["rows"], json.loads(measured.read_text())["results"]
-    assert len(rows) == len(results) == len(real_model.PARTS) * 6  # each once
+    assert len(rows) == len(results) == len(real_model.PARTS) * 6 + 3  # each once
+    grown, moved = (
+        next(row for row in rows if (row["part"], row["cache"], row["context"]) == ("long", "less", context))
+        for context in (None, 32)
+    )
+    assert grown["figures"][0]["value"] != moved["figures"][0]["value"]
     assert [row["cache"] for row in rows[:4]] == ["full", "bare", "baseline+", "less"]
-    figures = {(row["part"], row["cache"], row["budgets"]): {one["column"]: one for one in row["figures"]} for row in rows}
+    figures = {(row["part"], row["cache"], row["budgets"]): {one["column"]: one for one in row["figures"]} for row in rows[:-3]}
     assert figures["tasks", "full", None]["prints, acc"]["value"] == 1
     assert figures["tasks streaming", "full", None]["prints, acc"]["n"] == 2
     full, bare = (figures[key]["text, perplexity"] for key in (("perplexity", "full", None), ("perplexity", "bare", "uniform")))

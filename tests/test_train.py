@@ -16,7 +16,8 @@ from less_fast.hf.architecture import attention_modules
 from less_fast.hub import CONFIG, WEIGHTS
 from less_fast.layer.features import FAMILIES, _dropout_mask
 from less_fast.layer.parallel import low_rank_part
-from less_fast.training import RECIPES, Recipe, train
+from less_fast.training import RECIPES, Recipe, joint, layers, retention, together, train
+from less_fast.training.descent import Descent
 from less_fast.training.layers import loss, projected_error
 from less_fast.training.recording import prepare
 
@@ -77,6 +78,38 @@ def test_the_best_epoch_is_kept_not_the_last_nor_the_first(trained):
     assert (np.diff(lowest, axis=0) <= 0).all()
     assert (np.diff(lowest, axis=0) < 0).any()
     assert validation_errors(model, run[-1], tokens(6, 40, seed=1), H2O(3, 3)) == pytest.approx(lowest[-1])
+
+
+def test_a_layer_that_no_epoch_improves_keeps_the_weights_it_began_with():
+    model, recipe = make_model().float(), replace(QUICK["exponential"], epochs=1, learning_rate=0.0)
+    began, kept = quick_training(model, recipe).about["validation"], 0
+    for rate in (30.0, 1e3, 1e5):
+        kernels = quick_training(model, replace(recipe, learning_rate=rate))
+        for index, (before, after) in enumerate(zip(began, kernels.about["validation"])):
+            assert after["less"] <= before["less"]
+            kept += not kernels.layers[index].q2.any()  # they begin at zero
+        errors = validation_errors(model, kernels, tokens(6, 40, seed=1), H2O(3, 3))
+        assert [figures["less"] for figures in kernels.about["validation"]] == pytest.approx(errors)
+    assert kept
+
+
+@pytest.mark.parametrize(("head_dim", "share"), [(8, 1.0), (64, 1.0), (128, 0.5)])
+def test_every_stage_takes_smaller_steps_for_wider_heads(monkeypatch, head_dim, share):
+    rates = {}
+    for module in (retention, layers, together, joint):
+
+        class Watched(Descent):
+            def __init__(self, kernels, rate, *rest, module=module):
+                rates[module.__name__.rpartition(".")[2]] = rate
+                super().__init__(kernels, rate, *rest)
+
+        monkeypatch.setattr(module, "Descent", Watched)
+    model = make_model(head_dim=head_dim, num_hidden_layers=1).float()
+    recipe = replace(QUICK["exponential"], epochs=1, rho_steps=4, rho_hidden=2, rho_rate=1e-3, joint_steps=2, together_windows=2)
+    for one in (recipe, replace(recipe, epochs=0, together_steps=2)):
+        train(model, tokens(2, 40), tokens(2, 40), H2O(3, 3), one)
+    wanted = dict(retention=1e-3, layers=recipe.learning_rate, together=recipe.learning_rate, joint=recipe.joint_rate)
+    assert rates == {name: pytest.approx(share * rate) for name, rate in wanted.items()}
 
 
 @EVERY_FAMILY
