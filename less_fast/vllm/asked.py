@@ -61,7 +61,7 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * sizes["layers"]
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if kernels is not None and len(served) < sizes["layers"]:
-        raise LessError("kernels serve mixed models in a LessCache alone, not yet behind vLLM: leave them out, for the bare policy")
+        raise LessError("behind vLLM kernels do not serve mixed models yet: leave them out, for the bare policy")
     int8 = words.get("int8", False)
     return Setting.of(sizes, served, policy, kernels, words.get("budgets"), words.get("chunk"), int8=int8)
 
