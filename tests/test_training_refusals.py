@@ -71,8 +71,8 @@ WRONG_WINDOWS = [
 def test_training_that_cannot_be_is_refused_before_the_model_runs_and_leaves_no_work_behind(
     changes, message, tmp_path, monkeypatch
 ):
-    for module in (stages, recording):
-        monkeypatch.setattr(module, "predictions", lambda *_: pytest.fail("the model ran"))
+    for module, name in ((stages, "predictions"), (recording, "read")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the model ran"))
     with pytest.raises(LessError, match=message):
         train(make_model().float(), **arguments(**changes), folder=tmp_path / "work")
     assert not (tmp_path / "work").exists()
