@@ -137,7 +137,7 @@ def _enter(group: Group, q, k, v, arrived, kinds, first_chunk) -> Entries:
     if group.policy.kinds:
         score[..., 0] = kinds[:, None]
     if group.policy.learned:
-        score[..., :4] = group.kernels.rho(q, *(unpacked(x, q.dtype) for x in (k, v)))
+        score[..., :4] = group.kernels.rho(q, *(unpacked(x, score.dtype) for x in (k, v)))
     new = Entries(k, v, position, score)
     if k.shape[2] == 1 and group.policy.one_leaves:
         row = _rows(slot_of(group, group.scratch), group.k)
