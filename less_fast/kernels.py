@@ -27,10 +27,10 @@ SHIPPED = ("shipped/*/config.json", "demo/kernels/config.json")  # within the pa
 class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
 
-    rank: features of each KV head, or a table (layers x KV heads) of them, 0 in all heads of a layer that LESS does not serve;
-    family: a name in FAMILIES; about: what is known of
-    them (the model's identity, how they were trained); curves: what each KV head costs at each budget, by the name of the
-    policy. Both are stored in config.json beside the weights. rho: the hidden width of rho (for Retention); None without.
+    rank: features of each KV head, or a table (layers x KV heads) of them, 0 in all heads of a layer that LESS does not serve.
+    family: a name in FAMILIES. about: what is known of them (the model's identity, how they were trained); curves: what each KV
+    head costs at each budget, by the name of the policy. Both are stored in config.json beside the weights. rho: the hidden width
+    of rho (for Retention); None without.
     """
 
     def __init__(
