@@ -55,6 +55,7 @@ class Policy:
         return None if self.scored else 0
 
     def update(self, score: torch.Tensor, p: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """The scores after these queries, in memory of their own or in place."""
         return score
 
     def rank(self, position: torch.Tensor, score: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -341,16 +342,24 @@ class Retention(Policy):
             raise LessError(f"Retention needs recent within the budget, not {self}")
 
     def update(self, score, p, visible):
-        real, fading = visible.any(-1), score.new_tensor(self.FADING)  # (N, H, m), (2,)
-        later = _later(real)[..., None]  # (N, H, m, 1)
+        real, got = visible.any(-1), ordered_sum(p)  # (N, H, m), (N, H, m, S)
+        if got.shape[2] == 1:  # as below, where powers for each slot would take a step longer than all else
+            one = score.new_ones(())
+            for seen, fading in zip(score[..., 4:].unbind(-1), self.FADING):  # (N, H, S) each
+                seen.mul_(torch.where(real, fading, one)).add_(got[:, :, 0])
+            return score
+        fading = score.new_tensor(self.FADING)
         queries = real.sum(-1)[..., None, None]  # (N, H, 1, 1)
-        seen = ordered_sum(p).mT.to(score.dtype) @ fading**later  # (N, H, S, 2)
-        return torch.cat([score[..., :4], torch.addcmul(seen, score[..., 4:], fading**queries)], -1)
+        got = got.mT.to(score.dtype) @ fading ** _later(real)[..., None]  # (N, H, S, 2)
+        score[..., 4:].mul_(fading**queries).add_(got)
+        return score
 
     def rank(self, position, score, n):
-        logs = (score[..., 4:] + self.LEAST).log()  # (N, H, S, 2)
+        a, b, c, d, *seen = score.unbind(-1)  # (N, H, S) each
         age = (n - position).to(score.dtype)  # (N, H, S), one more than the age
-        worth = score[..., 0] - score[..., 1] * age.log() + (score[..., 2:4] * logs).sum(-1)
+        worth = torch.addcmul(a, b, age.log(), value=-1)
+        for weight, attention in zip((c, d), seen):
+            worth = torch.addcmul(worth, weight, (attention + self.LEAST).log())
         return worth.masked_fill(position >= n - self.recent, torch.inf)
 
     def with_budget(self, budget: int) -> "Retention":
