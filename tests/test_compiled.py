@@ -163,6 +163,22 @@ def test_a_cache_compiles_its_steps_once_for_all_layers_prompts_and_caches(no_re
     assert counters["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize(("policy", "context"), [(H2O(heavy=3, recent=2), None), (H2O(heavy=2, recent=4), 16)])
+def test_a_stream_is_compiled_once_whatever_the_lengths_of_its_pieces(no_recompiles, policy, context):
+    model, ids = make_model(), tokens(2, 40)
+    kernels = make_kernels(model)
+
+    def logits(*cuts, compile=True):
+        cache = LessCache.for_model(model, policy, kernels, chunk=1, compile=compile, context=context)
+        return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in zip((0, *cuts), (*cuts, 40))], 1)
+
+    wanted, before = logits(compile=False), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(logits(7, 30), wanted, rtol=0, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    with no_recompiles():
+        torch.testing.assert_close(logits(1, 2, 21), wanted, rtol=0, atol=1e-9)
+
+
 def test_more_kinds_of_layers_are_compiled_than_torch_holds_variants_of_one_function():
     """Here one; by default eight. Each layer has budgets of its own."""
     model, ids = make_model(), tokens(1, 16)

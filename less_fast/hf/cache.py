@@ -62,9 +62,10 @@ class LessCache(WatchedCache):
             piece, with dense attention over the prompt. 1: one token at a time (streaming), as if all of it were generated.
         token_kinds: (vocabulary,) integers, the kind of each token id, for policies that ask (FastGen): `token_kinds(tokenizer)`.
             The cache then reads the input ids of every forward pass.
-        compile: decoding steps run as one compiled function for each kind of layer (torch.compile; the first step of a kind
-            takes some ten seconds and, on a CPU, a C++ compiler). For long generations on a CPU, or loops of one's own. On a
-            GPU `generate` compiles the whole model by itself, as with any cache of fixed shape, and this may stay False.
+        compile: steps of single tokens, decoding or by chunk=1, run as one compiled function for each kind of layer
+            (torch.compile; the first step of a kind takes some ten seconds and, on a CPU, a C++ compiler). For long texts on a
+            CPU, or loops of one's own. On a GPU `generate` compiles the whole model by itself, as with any cache of fixed shape,
+            and streams are graphs, so this may stay False.
         context: for streams without end over a model with rotary positions: how many positions it and the kernels were trained
             for (config.max_position_embeddings, kernels.window). Up to there nothing changes. Where a token would stand beyond,
             what is held moves back by half of them, what moved the whole way stays at position 0, and the low-rank state begins

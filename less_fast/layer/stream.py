@@ -1,12 +1,12 @@
-"""Tokens one at a time: `extend` for each of them. On a GPU the step is captured once as a CUDA graph and replayed, because
-launching its many small kernels one by one takes longer than running them."""
+"""Tokens one at a time: `extend` for each of them, or the same compiled. On a GPU the step is captured once as a CUDA graph and
+replayed, because launching its many small kernels one by one takes longer than running them."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
 from .state import LayerState
-from .step import extend
+from .step import compiled, extend
 
 WARM_UP = 3  # steps before a graph is captured, as torch asks for
 FEW = 16  # steps for which no graph is captured
@@ -22,18 +22,30 @@ def stream(
     kinds: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    compile: bool = False,
 ) -> torch.Tensor:
-    """`extend` with m tokens that enter alone, one after the other: shapes, output and errors as there."""
+    """`extend` with m tokens that enter alone, one after the other: shapes, output and errors as there.
+
+    compile: by `compiled` steps, as they are described there; a graph needs none.
+    """
+    m = q.shape[2]
+    as_graph = can_replay(state, m)
+    compile = compile and not as_graph
+    one = compiled(state, q[:, :, :1], softcap, sinks is not None) if compile else extend
+    if compile and valid is None:  # compiled code is for masks or for none, and for one layout
+        valid = torch.ones(len(q), m, dtype=torch.bool, device=q.device)
 
     def of_step(x, index, dim: int):
-        return None if x is None else x.index_select(dim, index) if torch.is_tensor(index) else x.narrow(dim, index, 1)
+        if x is None or torch.is_tensor(index):
+            return x if x is None else x.index_select(dim, index)
+        x = x.narrow(dim, index, 1)
+        return x.clone(memory_format=torch.contiguous_format) if compile else x
 
     def step(index):
         token = (of_step(x, index, 2) for x in (q, k, v))
-        return extend(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
+        return one(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
 
-    m = q.shape[2]
-    if not can_replay(state, m):
+    if not as_graph:
         return torch.cat([step(index) for index in range(m)], 2)
     out, at = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros(1, dtype=torch.int64, device=q.device)
 
