@@ -1,5 +1,6 @@
 """What a training is said to take, before it begins."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -92,3 +93,10 @@ def test_a_longer_round_takes_more_memory_and_is_said_to(clock):
 def test_costs_are_spelled_in_units_that_a_reader_would_take():
     said = Costs({"rho": 40.0, "layers": 600.0, "joint": 7560.0}, disk=2_345_000_000, memory=900_000_000)
     assert str(said) == ("about 2.3 hours (rho 40 seconds, layers 10 minutes, joint 2.1 hours), 2.3 GB on disk, 0.9 GB of memory")
+
+
+def test_where_the_system_tells_no_memory_the_rest_is_said(clock, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    said = told(AT_ONCE)
+    assert said.memory is None
+    assert str(said).endswith("GB on disk")

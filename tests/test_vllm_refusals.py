@@ -30,6 +30,7 @@ ENGINES = [
         "tensor parallelism takes them apart",
     ),
     (dict(runner="pooling"), "leave --runner pooling out"),
+    (dict(max_model_len=1025, less={**H2O, "kernels": "shipped"}), "add --max-model-len 1024"),
 ]
 SETTINGS = [
     (None, "add --additional-config"),

@@ -1,7 +1,7 @@
 """LessLayer: one layer of a LessCache, a LayerState that transformers sees as a layer of its own cache."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,8 +77,7 @@ class LessLayer(TaggingLayer):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
-        step: Callable = extend
-        kinds, self.kinds, outs = self.kinds, None, []
+        step, kinds, self.kinds, outs = extend, self.kinds, None, []
         if self.chunk == 1 and (m > 1 or self.compile):
             step = partial(stream, compile=self.compile)
         elif m == 1 and self.compile:

@@ -111,7 +111,7 @@ class Learned(Features):
 
     def _hidden_layer(self, x, weight):
         """x (H, N m, D) -> (H, N m, h): one matrix product for each head, weights never expanded."""
-        hidden = gelu(x @ weight)
+        hidden = gelu(torch.bmm(x, weight))
         if self.training and self.dropout > 0:
             hidden = hidden * _dropout_mask(hidden, self.dropout)
         return hidden
@@ -211,10 +211,8 @@ class Exponential(Learned):
     def _exponential(self, x, linear, first, second, bias=None):
         """x (H, N m, D) -> (H, N m, R)."""
         x = x.to(linear.dtype)
-        exponent = x @ linear + self._hidden_layer(x, first) @ second
-        if bias is not None:
-            exponent = exponent + bias[:, None]
-        return exponent.clamp(max=40).exp()
+        exponent = torch.bmm(x, linear) if bias is None else torch.baddbmm(bias[:, None], x, linear)
+        return torch.baddbmm(exponent, self._hidden_layer(x, first), second).clamp(max=40).exp()
 
     def _padded(self, features):
         """features (N, H, m, R), with zeros beyond the rank of each head."""

@@ -2,7 +2,6 @@
 for four."""
 
 import copy
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,16 +35,17 @@ STEPS = 2, 4  # of the probe
 
 @dataclass(frozen=True)
 class Costs:
-    """seconds: of each stage, by name; disk, memory: bytes, at most at one time."""
+    """seconds: of each stage, by name; disk, memory: bytes, at most at one time; memory None where no system tells (Windows)."""
 
     seconds: dict[str, float]
     disk: int
-    memory: int
+    memory: int | None
 
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {_spelled(seconds)}" for name, seconds in self.seconds.items())
         whole = _spelled(sum(self.seconds.values()))
-        return f"about {whole} ({stages}), {self.disk / 1e9:.1f} GB on disk, {self.memory / 1e9:.1f} GB of memory"
+        memory = "" if self.memory is None else f", {self.memory / 1e9:.1f} GB of memory"
+        return f"about {whole} ({stages}), {self.disk / 1e9:.1f} GB on disk{memory}"
 
 
 def estimate(
@@ -117,7 +117,9 @@ def estimate(
             runs = 2 * (len(grid(rule, T)) - 1) * len(less_layers(model)) * sizes(model)["kv_heads"] + 1
         seconds["curves"] = seconds.get("curves", 0.0) + (time.perf_counter() - start) * runs * min(CURVE_WINDOWS, N)
     recorded = bytes_on_disk(model, windows[:used], policy, 1) * (used + validation) / used if recipe.epochs else 0
-    held = _peak(model.device) + (size - len(few)) * _bytes_of_round(model, T) * bool(recipe.rho_steps or recipe.together_steps)
+    more = (size - len(few)) * _bytes_of_round(model, T) * bool(recipe.rho_steps or recipe.together_steps)
+    peak = _peak(model.device)
+    held = None if peak is None else peak + more
     return Costs(seconds, int(max(recorded, min(disk, recorded * len(less_layers(model))))), held)
 
 
@@ -134,7 +136,11 @@ def _bytes_of_round(model, T):
 
 
 def _peak(device):
-    """The most bytes that were taken so far."""
+    """The most bytes that were taken so far, None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

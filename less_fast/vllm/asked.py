@@ -130,6 +130,12 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
         dtype not in ("float32", "bfloat16"),
         f"LESS on vLLM is for float32 and bfloat16, not for {dtype}: add --dtype bfloat16",
     )
+    window = setting.kernels and setting.kernels.window
+    refuse(
+        window is not None and model.max_model_len > window,
+        f"the kernels were trained on texts of {window} tokens and break in longer ones, which come up to "
+        f"{model.max_model_len}: add --max-model-len {window}",
+    )
     refuse(
         vllm_config.speculative_config is not None,
         "speculation takes tokens back, and what LESS has folded does not return: leave --speculative-config out",
