@@ -101,6 +101,20 @@ def unequal_budgets(length: int, rounds: int, compile: bool):
     yield rows
 
 
+def retention_step(rounds: int, compile: bool):
+    """One token through a layer of the embedded model with its kernels, 51 tokens kept: the policy that asks rho, against H2O."""
+    kernels, raw = LessKernels.from_pretrained(KERNELS).layers[0], []
+    contenders = {"H2O": (half_and_half(51), kernels), "Retention": (Retention(32, 4).with_budget(51), kernels)}
+    for batch in (1, 8):
+        rows = attention_steps(layer_of(4), contenders, batch, 1024, rounds, torch.float32, "cpu", compile)
+        took = {row.cache: row.seconds for row in rows}
+        for mode in MODES[: 1 + compile]:
+            what = f"attention step with LESS, 4 heads, batch {batch}, Retention / H2O{mode}"
+            yield Bar(what, took["Retention" + mode] / took["H2O" + mode], most=1)
+        raw += rows
+    yield raw
+
+
 def end_to_end(length: int, rounds: int, compile: bool):
     """A Llama of 6 layers and hidden size 512 decodes 8 sequences with a budget of 5 %."""
     model, kernels = model_and_kernels()
@@ -264,6 +278,7 @@ def parts(quick: bool) -> dict[str, Iterator]:
     return {
         "attention": attention_step(640 if quick else 8192, 2 if quick else 30),
         "unequal": unequal_budgets(640 if quick else 8192, 2 if quick else 15, not quick),
+        "retention": retention_step(2 if quick else 30, not quick),
         "decoding": end_to_end(256 if quick else 4096, 1 if quick else 6, not quick),
         "by-head": by_head((256,) if quick else (1024, 4096), 1 if quick else 15, not quick),
         "prompts": prompts(256 if quick else 4096, 1 if quick else 7),
