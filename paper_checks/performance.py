@@ -183,12 +183,15 @@ def prompts(length: int, rounds: int):
         yield Bar(f"prefill, bare {type(policy).__name__} / DynamicCache", own.seconds / full.seconds, most=1.05)
     others += attention_prompt(length, half_and_half(length // 20), rounds)
     yield Bar("prefill, attention of a layer, H2O / SDPA", others[-1].seconds / others[-2].seconds, most=1.25)
+    chunked = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds, chunk=max(2, length // 8))
     with busy():
         beside = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
     took = {row.cache: row.seconds for row in beside}
     for name in ("bare", "LESS"):
         yield Bar(f"prefill beside another process, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.6)
-    yield rows + longer + others + [replace(one, what="prefill beside another process") for one in beside]
+    for what, some in {"prefill in eight chunks": chunked, "prefill beside another process": beside}.items():
+        others += [replace(one, what=what) for one in some]
+    yield rows + longer + others
 
 
 def attention_prompt(length: int, policy: H2O, rounds: int) -> list[Row]:

@@ -218,12 +218,14 @@ def prefill(
     length: int,
     rounds: int,
     int8: bool = False,
+    chunk: int | None = None,
 ) -> list[Row]:
-    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode."""
+    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode;
+    chunk: how many tokens of it enter LESS's caches together, None for all."""
     twin, ids = _twin(model), _tokens(model, batch, length)
     makers: dict[str, tuple] = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
     for name, kernels in contenders.items():
-        makers[name] = model, partial(LessCache.for_model, model, policy, kernels, int8=int8)
+        makers[name] = model, partial(LessCache.for_model, model, policy, kernels, chunk=chunk, int8=int8)
     spent: dict[str, list[float]] = {name: [] for name in makers}
     peaks, size = {}, {}
 
