@@ -6,6 +6,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm has an 
 
 from vllm_engines import refusal
 
+from less_fast import LessKernels
 from less_fast.demo import KERNELS
 
 H2O = {"policy": "h2o", "budget": 51}
@@ -30,7 +31,6 @@ ENGINES = [
         "tensor parallelism takes them apart",
     ),
     (dict(runner="pooling"), "leave --runner pooling out"),
-    (dict(max_model_len=1025, less={**H2O, "kernels": "shipped"}), "add --max-model-len 1024"),
 ]
 SETTINGS = [
     (None, "add --additional-config"),
@@ -59,6 +59,15 @@ def test_an_engine_that_would_compute_something_else_is_refused(changes, sentenc
 @pytest.mark.parametrize(("less", "sentence"), SETTINGS, ids=[sentence for _, sentence in SETTINGS])
 def test_a_setting_that_is_none_is_refused(less, sentence):
     assert sentence in refusal(less=less)
+
+
+def test_texts_longer_than_what_the_kernels_were_trained_on_are_refused(tmp_path):
+    kernels = LessKernels.from_pretrained(KERNELS)
+    kernels.about["window"] = 512
+    kernels.save_pretrained(tmp_path)
+    less = {**H2O, "kernels": str(tmp_path)}
+    assert "add --max-model-len 512" in refusal(less=less)
+    assert refusal(less=less, max_model_len=512) is None
 
 
 def test_what_can_run_is_not_refused():
