@@ -57,7 +57,7 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     others = set(words) - WORDS - {field.name for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
     if others:
         raise LessError(f"no word of the setting is {sorted(others)[0]!r}: they are {', '.join(sorted(WORDS))}")
-    sizes, kernels = sizes_of(config), _kernels(words.get("kernels"), config)
+    sizes, kernels = sizes_of(config), kernels_at(words.get("kernels"), config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * sizes["layers"]
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if kernels is not None and len(served) < sizes["layers"]:
@@ -89,7 +89,7 @@ def _policy(words: dict[str, Any]) -> Policy:
 _LOADED: dict[Any, LessKernels] = {}
 
 
-def _kernels(where: Any, config: Any) -> LessKernels | None:
+def kernels_at(where: Any, config: Any) -> LessKernels | None:
     """The kernels in a folder or a repository of the hub, or for "shipped" those of the package that have the model's sizes.
     Whether they are this model's own is asked when it has its weights: see identity.py."""
     if where is None or where == "none":
