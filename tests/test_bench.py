@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,18 @@ def test_the_peak_is_that_of_the_block_alone():
     assert 60e6 < peak.bytes < 200e6
     assert nothing.bytes < 60e6
     assert kept.sum() == 60_000_000
+
+
+def test_speed_is_measured_beyond_the_windows_of_the_kernels_without_a_warning():
+    model = make_model()
+    kernels = make_kernels(model)
+    kernels.about["window"] = 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = bench.decode(model, H2O(3, 3), {"LESS": kernels}, 1, 24, 1, compile=False)
+        rows += bench.prefill(model, H2O(3, 3), {"LESS": kernels}, 1, 24, 1)
+    assert [row.cache for row in rows] == ["DynamicCache", "StaticCache", "LESS", "DynamicCache", "LESS"]
+    assert kernels.window == 8
 
 
 @pytest.mark.parametrize("script", ["performance", "table6_latency"])

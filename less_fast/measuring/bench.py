@@ -125,6 +125,13 @@ def without_tables(kernels: LessKernels) -> LessKernels:
     return twin
 
 
+def boundless(kernels: LessKernels) -> LessKernels:
+    """The same kernels, weights shared, without a word on what texts they know: speed alone is measured, at any length."""
+    twin = copy.copy(kernels)
+    twin.about = {name: said for name, said in kernels.about.items() if name != "window"}
+    return twin
+
+
 def steps_of(rounds: int) -> int:
     """Decoding steps that so many rounds take, warm-up included."""
     return (WARM_UP + rounds) * BURST
@@ -198,6 +205,7 @@ def decode(
     """
     if compile:  # torch holds few variants of a model's code, and those of earlier measurements count
         torch._dynamo.reset()
+    contenders = {name: kernels and boundless(kernels) for name, kernels in contenders.items()}
     makers = dict(_full_caches(model, batch, length, steps_of(rounds) + 1, compile))
     makers |= dict(_less_caches(model, policy, contenders, batch, length, compile, int8))
     caches, steps = {}, {}
@@ -225,7 +233,8 @@ def prefill(
     twin, ids = _twin(model), _tokens(model, batch, length)
     makers: dict[str, tuple] = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
     for name, kernels in contenders.items():
-        makers[name] = model, partial(LessCache.for_model, model, policy, kernels, chunk=chunk, int8=int8)
+        own = kernels and boundless(kernels)
+        makers[name] = model, partial(LessCache.for_model, model, policy, own, chunk=chunk, int8=int8)
     spent: dict[str, list[float]] = {name: [] for name in makers}
     peaks, size = {}, {}
 

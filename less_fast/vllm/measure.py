@@ -101,9 +101,6 @@ class Engine:
 
 
 def main() -> None:
-    from ..demo import MODEL
-    from ..gguf import unpacked
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="")
@@ -119,6 +116,13 @@ def main() -> None:
     if arguments.serve:
         serve(json.loads(arguments.serve))
         return
+    from transformers import AutoConfig
+
+    from ..demo import MODEL
+    from ..gguf import unpacked
+    from ..measuring.bench import boundless
+    from .asked import kernels_at
+
     folder = unpacked(arguments.model) if arguments.model else str(MODEL)
     lengths, counts = ([int(part) for part in text.split(",")] for text in (arguments.lengths, arguments.sequences))
     longest = max(lengths) + 2 * STEPS + max(counts)
@@ -126,9 +130,9 @@ def main() -> None:
     shared |= dict(enforce_eager=not arguments.compile, distributed_executor_backend="uni", enable_prefix_caching=False)
     far = {"max_position_embeddings": max(8192, longest)}
     asked = {"policy": "h2o", "budget": arguments.budget, "kernels": "shipped", "budgets": "uniform"}
-    with TemporaryDirectory() as boundless:
-        _without_window(folder, boundless)
-        less = dict(enable_chunked_prefill=False, additional_config={"less": asked | {"kernels": boundless}})
+    with TemporaryDirectory() as place:
+        boundless(kernels_at("shipped", AutoConfig.from_pretrained(folder))).save_pretrained(place)
+        less = dict(enable_chunked_prefill=False, additional_config={"less": asked | {"kernels": place}})
         less["hf_overrides"] = {"architectures": ["LessLlamaForCausalLM"], **far}
         engines = {
             "plain": Engine({**shared, "hf_overrides": far}, arguments.gigabytes),
@@ -152,17 +156,6 @@ def main() -> None:
                 _write(arguments, asked, rows)
     for engine in engines.values():
         engine.close()
-
-
-def _without_window(model: str, folder: str) -> None:
-    """Puts the model's shipped kernels there without a word on what texts they know: speed alone is measured, at any length."""
-    from transformers import AutoConfig
-
-    from .asked import kernels_at
-
-    kernels = kernels_at("shipped", AutoConfig.from_pretrained(model))
-    kernels.about = {name: said for name, said in kernels.about.items() if name != "window"}
-    kernels.save_pretrained(folder)
 
 
 def _room(engine: Engine, name: str, length: int) -> int:
