@@ -45,9 +45,12 @@ def stream(
         token = (of_step(x, index, 2) for x in (q, k, v))
         return one(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
 
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # a thousand small ones would tear memory into pieces
     if not as_graph:
-        return torch.cat([step(index) for index in range(m)], 2)
-    out, at = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros(1, dtype=torch.int64, device=q.device)
+        for index in range(m):
+            out.narrow(2, index, 1).copy_(step(index))
+        return out
+    at = torch.zeros(1, dtype=torch.int64, device=q.device)
 
     def next_step():
         out.index_copy_(2, at, step(at))
