@@ -181,6 +181,18 @@ def test_a_stream_is_compiled_once_whatever_the_lengths_of_its_pieces(no_recompi
         torch.testing.assert_close(logits(1, 2, 21), wanted, rtol=0, atol=1e-9)
 
 
+def test_a_compiled_stream_knows_pads():
+    model, (ids, mask) = make_model(), left_padded([24, 17], 24)
+    kernels, rows = make_kernels(model), mask.bool()
+
+    def logits(compile):
+        cache = LessCache.for_model(model, H2O(heavy=3, recent=2), kernels, chunk=1, compile=compile)
+        first = model(ids[:, :15], attention_mask=mask[:, :15], past_key_values=cache).logits
+        return torch.cat([first, model(ids[:, 15:], attention_mask=mask, past_key_values=cache).logits], 1)[rows]
+
+    torch.testing.assert_close(logits(True), logits(False), rtol=0, atol=1e-9)
+
+
 def test_more_kinds_of_layers_are_compiled_than_torch_holds_variants_of_one_function():
     """Here one; by default eight. Each layer has budgets of its own."""
     model, ids = make_model(), tokens(1, 16)
