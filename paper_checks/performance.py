@@ -198,9 +198,15 @@ def attention_prompt(length: int, policy: H2O, rounds: int) -> list[Row]:
     """One attention layer of that model reads a prompt: causal attention alone, and under a policy."""
     qkv = torch.randn(3, 1, 8, length, 64)
     full = partial(scaled_dot_product_attention, *qkv, is_causal=True)
-    steps = {"full": full, "bare": lambda: extend(LayerState.allocate(policy, 1, **layer_of(8)), *qkv)}
-    spent = in_turns(steps, rounds, qkv.device, burst=1)
-    return [row("attention prompt", name, 1, length, seconds, 0, length) for name, seconds in spent.items()]
+
+    def read() -> LayerState:
+        state = LayerState.allocate(policy, 1, **layer_of(8))
+        extend(state, *qkv)
+        return state
+
+    size = {"full": qkv[1:].nbytes, "bare": sum(read().memory().values())}
+    spent = in_turns({"full": full, "bare": read}, rounds, qkv.device, burst=1)
+    return [row("attention prompt", name, 1, length, seconds, size[name], length) for name, seconds in spent.items()]
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--caches", default="full,bare,less", help="some of these")
     parser.add_argument("--ways", default="within,anew", help="of within, anew and growing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model and its slots")
-    parser.add_argument("--compile", action="store_true", help="steps: twice to four times as fast on a CPU, after a minute")
+    parser.add_argument("--compile", action="store_true", help="steps: faster in long streams on a CPU, after a minute")
     parser.add_argument("--out", type=Path, help="results/streams_MODEL.json by default")
     chosen = parser.parse_args(arguments)
     try:

@@ -78,7 +78,7 @@ class LessLayer(TaggingLayer):
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
         step, kinds, self.kinds, outs = extend, self.kinds, None, []
-        if self.chunk == 1 and (m > 1 or self.compile):
+        if self.chunk == 1 and (m > 1 or self.compile):  # compiled, one token is laid out as those of longer pieces
             step = partial(stream, compile=self.compile)
         elif m == 1 and self.compile:
             step = compiled(self.state, query, softcap, sinks is not None)
