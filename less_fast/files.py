@@ -1,16 +1,19 @@
-"""Files: written aside, then renamed, so that no half-written one is ever seen; and saved states, with version and checksum."""
+"""Files: written aside, then renamed, so that no half-written one is ever seen; and saved states, with version and checksum.
+
+What is read is read whole: nothing stays tied to a file that others may change."""
 
 import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .layer.checks import LessError
 
@@ -18,19 +21,48 @@ FORMAT, VERSION = "less-kv state", "1"
 
 
 @contextmanager
-def aside(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to, of this writer alone; at the end it takes the place of `path`, or is gone after an error.
+def aside(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file beside `path` to write to, of this writer alone; at the end it takes the place of `path`, or is gone after an error.
 
-    Among several writers of one path the last one wins, and every file is whole.
+    It is as a file that is opened there would be: links are followed, and its mode is that of the file before or, for a new one,
+    what the umask leaves. Among several writers of one path the last one wins, and every file is whole.
+    Raises OSError if nothing can be written there.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem[:100]}.{uuid.uuid4().hex}{path.suffix}")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no file that can be replaced'}: choose another name")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.less-kv")
     try:
-        yield temporary
-        temporary.chmod(0o644)  # some writers write for their owner alone
+        with temporary.open("xb") as file:
+            yield file
+        with suppress(OSError):  # some file systems have no modes
+            temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """The text as UTF-8 in a file, written aside. OSError if that fails."""
+    with aside(path) as file:
+        file.write(text.encode(errors="replace"))
+
+
+def write_tensors(file: BinaryIO, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The tensors, by name, as a safetensors file."""
+    file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU and in memory of their own, whatever happens to the file; and its metadata.
+
+    Raises OSError if there is none, SafetensorError if it is none.
+    """
+    data = Path(path).read_bytes()
+    with torch.inference_mode(False), torch.device("cpu"):
+        tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 def write(path: str | os.PathLike, tensors: dict[str, torch.Tensor], about: dict) -> None:
@@ -38,13 +70,9 @@ def write(path: str | os.PathLike, tensors: dict[str, torch.Tensor], about: dict
 
     OSError if that fails, because the disk is full for example; a file that was there before is whole until the new one is.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(about)
-    with aside(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={FORMAT: VERSION, "about": said, "sha256": digest(tensors, said)})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+    with aside(path) as file:
+        write_tensors(file, tensors, {FORMAT: VERSION, "about": said, "sha256": digest(tensors, said)})
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
@@ -54,9 +82,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
     written.
     """
     try:
-        with torch.inference_mode(False), safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        tensors, metadata = read_tensors(path)
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .budgets import Curves, Table, table
-from .files import aside
+from .files import aside, read_tensors, write_tensors
 from .hub import CARD, CARD_BEGINS, CONFIG, WEIGHTS, card, locate, upload
 from .layer.checks import LessError, integer
 from .layer.features import FAMILIES, MOST, Rho
@@ -132,9 +132,9 @@ class LessKernels(nn.Module):
             weights_file, config_file, card_file = (
                 together.enter_context(aside(folder / name)) for name in (WEIGHTS, CONFIG, CARD)
             )
-            save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, weights_file)
-            config_file.write_text(config)
-            card_file.write_text(readme)
+            write_tensors(weights_file, self.state_dict())
+            config_file.write(config.encode())
+            card_file.write(readme.encode(errors="replace"))
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Uploads the kernels, their config and the model card to a repository of the hub; returns its address."""
@@ -148,11 +148,11 @@ class LessKernels(nn.Module):
         """
         weights, config = locate(where)
         try:
-            stored = json.loads(config.read_text())
+            stored = json.loads(config.read_text(encoding="utf-8"))
             curves = {name: Curves(**fields) for name, fields in stored.pop("curves", {}).items()}
             with torch.device("meta"):  # sizes that are not those of the weights shall take no memory
                 kernels = cls(**stored, curves=curves)
-            kernels.load_state_dict(_fitting(load_file(weights), kernels.state_dict()), assign=True)
+            kernels.load_state_dict(_fitting(read_tensors(weights)[0], kernels.state_dict()), assign=True)
             card(kernels)  # what is said about them is enough to save them again
         except (RuntimeError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError, SafetensorError) as error:
             raise LessError(f"the kernels in {where} are broken, or do not fit their {CONFIG}: {error}") from error
@@ -200,9 +200,11 @@ class LessKernels(nn.Module):
 
 
 def make_folder(folder: str | os.PathLike) -> Path:
-    """The folder, there now, for kernels. OSError if there can be none, or files of other things would be replaced."""
+    """The folder, there now, for kernels. OSError if there can be none, nothing can be written there, or files of other things
+    would be replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
     if taken := [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).is_dir()]:
         raise IsADirectoryError(f"{folder / taken[0]} is a folder, and kernels have a file of that name: choose another folder")
     if (readme := folder / CARD).exists() and not readme.read_bytes().startswith(CARD_BEGINS.encode()):

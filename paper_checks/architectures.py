@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import less_ref
 from less_fast import H2O, LessCache
+from less_fast.files import write_text
 from less_fast.hf.architecture import less_layers
 
 SIZES = dict(
@@ -214,7 +215,7 @@ def main():
         print(row, flush=True)
     if chosen.out:
         head = HEAD.format(version=transformers.__version__, torch=torch.__version__)
-        chosen.out.write_text(f"{head}{summary(rows)}\n## One by one\n\n{markdown(rows)}")
+        write_text(chosen.out, f"{head}{summary(rows)}\n## One by one\n\n{markdown(rows)}")
 
 
 HEAD = """# Architectures

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from less_fast import H2O, LessError
 from less_fast.demo import build_model
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.measuring import versions
 from less_fast.measuring.compare import compare, spell_share
 from less_fast.training import RECIPES, train
@@ -143,8 +143,7 @@ def main(arguments=None) -> int:
         for name in chosen.domains.split(","):
             found[name], rows = measure(name, chosen.tokens, chosen.windows)
             print(markdown(name, found[name], rows), flush=True)
-            with aside(chosen.out) as file:
-                file.write_text(json.dumps(found, indent=1) + "\n")
+            write_text(chosen.out, json.dumps(found, indent=1) + "\n")
     except ImportError as error:
         print(f"paper_checks/domains.py: {error}: pip install scikit-image heartpy", file=sys.stderr)
         return 2

@@ -309,7 +309,7 @@ SIDES: dict[str, tuple[Callable[..., Iterator[Contender]], tuple[str, ...]]] = {
 
 def serve(name: str, options: dict[str, Any]) -> None:
     """The process of one side: it says what it is, then reads requests from standard input and answers, a line of JSON each."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print is no answer
 
     def answer(said: dict[str, Any]) -> None:
@@ -376,7 +376,7 @@ class Side:
             environment.pop("PYTHONPATH", None)
             environment["PYTHONSAFEPATH"] = "1"
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
         self.about = self._answer()
         self.contenders = self.about.pop("contenders")
 
@@ -415,7 +415,7 @@ def python_of(environment: Path) -> Path:
 def is_made(environment: Path) -> bool:
     """Whether the environment is there and complete. Refused if something else lies there."""
     mark = environment / MADE
-    if mark.is_file() and mark.read_text().split() == list(PEERS):
+    if mark.is_file() and mark.read_text(encoding="utf-8").split() == list(PEERS):
         return True
     if environment.exists() and any(environment.iterdir()):
         raise Refused(f"{environment} is no environment of {', '.join(PEERS)}, or not all of it: delete it, or name another")
@@ -424,18 +424,18 @@ def is_made(environment: Path) -> bool:
 
 def make_environment(environment: Path) -> None:
     """A virtual environment of this Python with PEERS, under our constraints but for what kvpress wants older."""
-    lines = CONSTRAINTS.read_text().splitlines()
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.partition("==")[0].lower() not in OLDER]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(kept) + "\n")
+        constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
         install = [str(python_of(environment)), "-m", "pip", "install", "--quiet", "-c", str(constraints), *PEERS]
         for command in ([sys.executable, "-m", "venv", str(environment)], install):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
                 raise Refused(f"the environment of kvpress cannot be made: {said}; delete {environment} before another try")
-    (environment / MADE).write_text("\n".join(PEERS) + "\n")
+    (environment / MADE).write_text("\n".join(PEERS) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------ both sides together
@@ -624,7 +624,7 @@ def main(arguments: list[str] | None = None) -> int:
         serve(chosen.side, chosen.options)
         return 0
     from less_fast import LessError
-    from less_fast.files import aside
+    from less_fast.files import write_text
 
     setup = Setup(1024, (51, 102), (1, 8), chosen.rounds, chosen.threads)
     if chosen.quick:
@@ -653,8 +653,7 @@ def main(arguments: list[str] | None = None) -> int:
         said = f"python paper_checks/peers.py --rounds {setup.rounds} --threads {setup.threads}{' --quick' * chosen.quick}"
         hardware = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
         head = {"command": said, "hardware": hardware, "skipped": skipped}
-        with aside(chosen.out) as file:
-            file.write_text(json.dumps(head | record, indent=1) + "\n")
+        write_text(chosen.out, json.dumps(head | record, indent=1) + "\n")
     return 0
 
 

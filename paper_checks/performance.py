@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels, Retention
 from less_fast.demo import KERNELS
 from less_fast.demo import MODEL as DEMO
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.hf.architecture import sizes
 from less_fast.layer.step import compiled, extend
 from less_fast.loading import load_model
@@ -308,7 +308,7 @@ def main():
 
 def write(name: str, bars: list[Bar], rows: list[dict]) -> None:
     out = HERE / "results" / "performance.json"
-    record = json.loads(out.read_text()) if out.exists() else {}
+    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     record[name] = {
         "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
@@ -316,8 +316,7 @@ def write(name: str, bars: list[Bar], rows: list[dict]) -> None:
         "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars],
         "rows": rows,
     }
-    with aside(out) as file:
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

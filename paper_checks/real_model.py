@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from less_fast import LessError
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.layer.fastgen import token_kinds
 from less_fast.loading import load_kernels, load_model
 from less_fast.measuring import versions
@@ -127,8 +127,7 @@ def unpacked(part: dict) -> list[tuple]:
 
 
 def write(file: Path, content: dict) -> None:
-    with aside(file) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
+    write_text(file, json.dumps(content) + "\n")
 
 
 # --- measure: every cache reads everything
@@ -173,9 +172,9 @@ PARTS: dict[str, tuple[str, Callable, int | None, tuple[str, ...]]] = {
 
 def measure(chosen) -> None:
     began = time.perf_counter()
-    inputs, done = json.loads(chosen.inputs.read_text()), {"results": []}
+    inputs, done = json.loads(chosen.inputs.read_text(encoding="utf-8")), {"results": []}
     if chosen.results.exists():
-        done = json.loads(chosen.results.read_text())
+        done = json.loads(chosen.results.read_text(encoding="utf-8"))
     model, tokenizer = load_model(chosen.model, chosen.device, chosen.dtype)
     kernels = load_kernels(model, chosen.model, chosen.kernels)
     if kernels is None:
@@ -267,7 +266,7 @@ def per_word(rows: list[list[float]], words: list[int]) -> tuple[float, float]:
 
 
 def report(chosen) -> None:
-    inputs, measured = (json.loads(file.read_text()) for file in (chosen.inputs, chosen.results))
+    inputs, measured = (json.loads(file.read_text(encoding="utf-8")) for file in (chosen.inputs, chosen.results))
     tasks: list = []
     if any(PARTS[record["part"]][0] == "tasks" for record in measured["results"]):
         from .harness import load_tasks

@@ -30,8 +30,8 @@ def write(folder: Path, checks: dict[str, tuple[object, Finding, float]], about:
     files["report.md"] = markdown(checks, about).encode()
     files["report.html"] = page(checks, about, pictures).encode()
     for name, content in files.items():
-        with aside(folder / name) as temporary:
-            temporary.write_bytes(content)
+        with aside(folder / name) as file:
+            file.write(content)
 
 
 def picture(draw) -> bytes:

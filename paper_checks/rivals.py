@@ -32,7 +32,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from less_fast import LessError
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.hf.architecture import calls_sdpa
 from less_fast.hf.seam import FunctionLayer, layers_with, use_less_attention
 from less_fast.layer.parallel import dense
@@ -319,8 +319,7 @@ def main(arguments=None) -> int:
     about = {name: getattr(chosen, name) for name in ("model", "windows", "length", "budgets", "policies", "caches", "bytes")}
 
     def write(rows):
-        with aside(out) as file:
-            file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
+        write_text(out, json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
 
     try:
         measure(chosen, write)

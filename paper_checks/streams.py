@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from less_fast import LessCache, LessError, Window
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.hf.positions import trained_length
 from less_fast.loading import load_kernels, load_model, load_texts
 from less_fast.measuring import versions
@@ -73,8 +73,7 @@ def main(arguments=None) -> int:
     out = chosen.out or HERE / "results" / f"streams_{Path(chosen.model).name or 'embedded'}.json"
     names = ("model", "tokens", "streams", "budget", "policies", "caches", "ways", "dtype", "compile")
     about = {name: getattr(chosen, name) for name in names}
-    with aside(out) as file:
-        file.write_text(json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
+    write_text(out, json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_fast import H2O, LessError, LessKernels
-from less_fast.files import aside
+from less_fast.files import write_text
 from less_fast.hf.architecture import sizes
 from less_fast.loading import SHAPES, find_device
 from less_fast.measuring import versions
@@ -146,8 +146,7 @@ def main():
         "versions": versions(),
         "cells": [asdict(cell) for cell in cells],
     }
-    with aside(HERE / "results" / f"table6_{chosen.shape}.json") as file:
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(HERE / "results" / f"table6_{chosen.shape}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
     }
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     replace_folder(options.out, partial)
     print(f"saved to {options.out} after {record['seconds']} s")
 

@@ -34,7 +34,7 @@ def picture(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     try:
         yield figure, axes
-        with aside(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+        with aside(path) as file:
+            figure.savefig(file, dpi=150, format="png")
     finally:
         plt.close(figure)

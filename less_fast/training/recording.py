@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..files import aside
+from ..files import aside, write_tensors
 from ..hf.architecture import sizes
 from ..hf.seam import read
 from ..kernels import LessKernels
@@ -94,7 +93,7 @@ class Recording:
                 if not (data.exact.isfinite().all() and data.full.isfinite().all()):
                     raise LessError(f"the attention of layer {layer} is not finite: the model's weights or the text are broken")
                 with aside(self.file(layer, shard)) as file:
-                    save_file({name: tensor.contiguous() for name, tensor in vars(data).items()}, file)
+                    write_tensors(file, vars(data))
             return dense(q, k, v, scale)
 
         return attention

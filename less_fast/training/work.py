@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..files import aside
+from ..files import aside, write_text
 from ..layer.checks import LessError
 
 FORMAT = 2  # of the files; a change of what they hold takes the next number
@@ -28,8 +28,7 @@ class Work:
         if self.resumed:
             self.order = self._begun(file)
         elif process() == 0:
-            with aside(file) as temporary:
-                temporary.write_text(json.dumps(self.order, indent=2) + "\n")
+            write_text(file, json.dumps(self.order, indent=2) + "\n")
         wait_for_all()
         if file not in folder.iterdir():
             raise LessError(f"process {process()} does not see {folder}: give a folder that all processes see")
@@ -37,7 +36,7 @@ class Work:
     def _begun(self, file: Path) -> dict[str, Any]:
         """The order in the file. LessError if it is another one, or none."""
         try:
-            begun = json.loads(file.read_text())
+            begun = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             begun = None
         if not isinstance(begun, dict):

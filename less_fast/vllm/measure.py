@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 def serve(options: dict[str, Any]) -> None:
     """The process of one engine: it reads [sequences, length] from standard input, and answers in JSON."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
     import torch
     from vllm import LLM, SamplingParams
@@ -81,7 +81,7 @@ class Engine:
     def __init__(self, options: dict[str, Any], gigabytes: int):
         command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--serve", json.dumps(options)]
         environment = os.environ | ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(gigabytes)}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
         self.gigabytes, self.about = gigabytes, self._answer()
 
     def measure(self, sequences: int, length: int) -> dict[str, Any]:
@@ -177,8 +177,7 @@ def _write(arguments, asked, rows):
         about |= {"compiled": arguments.compile, "vllm": vllm.__version__, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
         about |= {"gigabytes": arguments.gigabytes, "steps": STEPS, "rounds": arguments.rounds}
         about |= {"machine": platform.machine(), "command": " ".join(sys.argv[1:])}
-        with open(arguments.out, "w") as file:
-            json.dump(about | {"rows": rows}, file, indent=1)
+        write_text(arguments.out, json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
