@@ -20,7 +20,6 @@ import transformers
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import TextStreamer
 from typer.core import TyperGroup
 
 from .budgets import table as budget_table
@@ -43,7 +42,7 @@ from .measuring import versions
 from .measuring.caches import describe, describe_briefly
 from .measuring.pictures import check_picture
 from .setting import POLICIES, policy_named
-from .text import beginning
+from .text import Printer, beginning
 from .text import windows as cut_windows
 from .training import RECIPES, Recipe, allocation
 from .training import train as train_kernels
@@ -224,7 +223,7 @@ def generate(
         cache = cache_for(math.inf)
         conversation = Conversation(network, tokenizer, cache)
         with _settings_of_the_model():
-            conversation.answer(prompt, streamer=_answers(tokenizer), **options)
+            conversation.answer(prompt, streamer=Printer(tokenizer), **options)
         errors.print(f"{conversation.ids.shape[1]} tokens, {describe(cache)}")
         return
     ids = torch.tensor([beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=network.device)
@@ -237,7 +236,7 @@ def generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            streamer=TextStreamer(tokenizer, skip_prompt=True),
+            streamer=Printer(tokenizer, ids[0].tolist()),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **options,
         )
@@ -271,7 +270,7 @@ def chat(
     options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     for line in _lines():
         with _settings_of_the_model(), _cut_off_by_ctrl_c() as criterion:
-            conversation.answer(line, streamer=_answers(tokenizer), stopping_criteria=[criterion], **options)
+            conversation.answer(line, streamer=Printer(tokenizer), stopping_criteria=[criterion], **options)
         errors.print(describe_briefly(cache), style="dim", highlight=False)
 
 
@@ -550,11 +549,6 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
 def _sampling(temperature, seed):
     torch.manual_seed(seed)
     return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-
-
-def _answers(tokenizer):
-    """Prints an answer while it comes."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _utf8(read: Callable[[], str]) -> str:

@@ -41,5 +41,7 @@ def _weights(state: dict) -> dict[str, torch.Tensor]:
         for name in ("kernel_k_mat1", "kernel_k_mat2", "interaction_k")
     )
     first, second = (state[name].float()[0, :, 0] for name in ("scalingD", "scalingD2"))  # (Hkv, R)
-    k3 = torch.diag_embed(first.abs()) @ (torch.eye(first.shape[-1]) + mixed @ torch.diag_embed(second))
+    k3 = torch.diag_embed(first.abs()) @ (
+        torch.eye(first.shape[-1], dtype=torch.float32, device="cpu") + mixed @ torch.diag_embed(second)
+    )
     return {"q1": state["kernel_q_mat1"].float(), "q2": state["kernel_q_mat2"].float(), "k1": k1, "k2": k2, "k3": k3}

@@ -1,13 +1,20 @@
 """Texts as tokens: windows for training and measuring."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from .layer.checks import LessError
+
+LETTERS_AT_ONCE = 2**20  # that are tokenized together: a tokenizer takes some 150 bytes for each
+LETTERS_BEFORE = 64  # a cut, which say what a tokenizer makes of the beginning of a piece
+CUTS = re.compile(r"\n|\S(?=\s)")  # where a text may be cut: behind a line or a word
+TOKENS_BEFORE = 8  # new ones, which say how the text of these is spelled
 
 
 def windows(
@@ -16,7 +23,7 @@ def windows(
     """`count` non-overlapping windows of the texts in a seeded random order, all of them if None: int64 (count, length).
 
     The texts are joined in their order, each followed by the end-of-text token if the tokenizer has one. If it begins texts
-    with a token of its own (Llama's and Gemma's do, and such models need it), every window begins with that.
+    with tokens of its own (Llama's, Gemma's and GLM's do, and such models need them), every window begins with these.
     Raises LessError, with the numbers, if there are fewer than `count` windows, or none.
     """
     stream = np.concatenate([np.empty(0, np.int64), *tokenized(tokenizer, texts)])  # (tokens,)
@@ -31,20 +38,74 @@ def windows(
         )
     chosen = np.random.default_rng(seed).permutation(available)[:count]  # (count,)
     of_text = torch.from_numpy(stream[: available * room].reshape(available, room)[chosen])
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), of_text], 1)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64, device="cpu").expand(count, -1), of_text], 1)
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that the tokenizer puts before every text, if it does."""
-    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    """The tokens that the tokenizer puts before every text, whatever it calls them."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return next(whole[:at] for at in range(len(whole) + 1) if whole[at : at + len(text)] == text or at == len(whole))
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:
     """One int64 array of tokens for each text, the end-of-text token last."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = list(texts)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [np.array([*ids, *end], dtype=np.int64) for ids in encoded]
+    return [np.concatenate([*_in_pieces(tokenizer, text), np.array(end, np.int64)]) for text in texts]
+
+
+def _in_pieces(tokenizer, text: str) -> Iterator[np.ndarray]:
+    """The tokens of a text, of some letters at a time: a long text is cut where that changes no token."""
+
+    def encoded(start, end):
+        return tokenizer(text[max(0, start) : end], add_special_tokens=False, verbose=False)["input_ids"]
+
+    def is_between_tokens(end):
+        before = encoded(end - LETTERS_BEFORE, end)
+        return encoded(end - LETTERS_BEFORE, end + LETTERS_BEFORE)[: len(before)] == before
+
+    end = 0
+    while end < len(text):
+        start, ends = end, (found.end() for found in CUTS.finditer(text, end + LETTERS_AT_ONCE))
+        end = next(filter(is_between_tokens, ends), len(text))
+        before = encoded(start - LETTERS_BEFORE, start)
+        yield np.array(encoded(start - LETTERS_BEFORE, end)[len(before) :], dtype=np.int64)
+
+
+def text_behind(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new: Sequence[int]) -> str:
+    """What the text becomes longer by if the tokens `new` stand behind those before: alone they may be spelled in another way
+    (Llama 2's tokenizer takes the first space off). Special tokens are left out."""
+    before = list(before[-TOKENS_BEFORE:])
+    shown, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in (before, [*before, *new])
+    )
+    return whole[len(shown) :]
+
+
+class Printer(BaseStreamer):
+    """A streamer for `generate` that prints what is new, each character as soon as all of its tokens are there.
+
+    before: the tokens that stand before, in whose text the new one is spelled; without them it is spelled alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()):
+        self.tokenizer, self.before, self.prompt = tokenizer, list(before), True
+        self.new: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:  # it comes first
+            self.prompt = False
+            return
+        self.new += value.flatten().tolist()
+        if not text_behind(self.tokenizer, self.before, self.new).endswith("\ufffd"):
+            self._print()
+
+    def end(self) -> None:
+        self._print("\n")
+        self.prompt = True
+
+    def _print(self, end=""):
+        print(text_behind(self.tokenizer, self.before, self.new), end=end, flush=True)
+        self.before, self.new = [*self.before, *self.new][-TOKENS_BEFORE:], []
 
 
 def read_text(file: Path) -> str:

@@ -1,6 +1,7 @@
 """Models that come as one file, and the kernels that come with the package."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -23,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def one_file(tmp_path, monkeypatch):
     """A file that transformers, as far as these tests go, reads as a GGUF file of the embedded model; how often it did."""
-    file, read = tmp_path / "small.gguf", []
+    file, read, missing = tmp_path / "small.gguf", [], []
     file.write_bytes(b"GGUF and so on")
 
     class Auto:
@@ -33,17 +34,18 @@ def one_file(tmp_path, monkeypatch):
         def from_pretrained(self, pretrained_model_name_or_path, gguf_file, **kwargs):
             read.append((pretrained_model_name_or_path / gguf_file).read_bytes())
             loaded = self.load(MODEL, **kwargs)
-            if hasattr(loaded, "config"):
-                loaded.config.quantization_config = {"quant_method": "gguf"}
+            if isinstance(loaded, tuple):
+                loaded[0].config.quantization_config = {"quant_method": "gguf"}
+                loaded[1]["missing_keys"] = missing
             return loaded
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(gguf, name, Auto(getattr(gguf, name).from_pretrained))
-    return file, read
+    return file, read, missing
 
 
 def test_a_file_is_unpacked_once_and_loads_as_its_model(cache, one_file):
-    file, read = one_file
+    file, read, _ = one_file
     model, tokenizer = load_model(str(file))
     assert len(read) == 2  # model and tokenizer
     expected, _ = load_model("")
@@ -57,7 +59,7 @@ def test_a_file_is_unpacked_once_and_loads_as_its_model(cache, one_file):
 
 
 def test_another_file_of_the_same_name_has_a_folder_of_its_own(cache, one_file):
-    file, read = one_file
+    file, read, _ = one_file
     first = gguf.unpacked(str(file))
     file.write_bytes(b"GGUF and more")
     assert gguf.unpacked(str(file)) != first
@@ -75,9 +77,41 @@ def test_after_an_error_there_is_no_folder(cache, one_file, monkeypatch):
 
 
 def test_a_folder_that_another_process_made_meanwhile_stays(cache, one_file):
-    (cache / "small" / "theirs").mkdir(parents=True)
     gguf._unpack(one_file[0], cache / "small")
-    assert [path.relative_to(cache).as_posix() for path in cache.rglob("*")] == ["small", "small/theirs"]
+    made = (cache / "small").stat().st_ino
+    gguf._unpack(one_file[0], cache / "small")
+    assert (cache / "small").stat().st_ino == made
+    assert [path.name for path in cache.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("harm", ["a file is gone", "a file is shorter", "it was made before there were listings"])
+def test_a_folder_that_is_not_whole_is_made_anew(cache, one_file, harm):
+    file, read, _ = one_file
+    folder = Path(gguf.unpacked(str(file)))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    if harm == "a file is gone":
+        (folder / "config.json").unlink()
+    elif harm == "a file is shorter":
+        weights.write_bytes(whole[:-1])
+    else:
+        (folder / gguf.LISTING).unlink()
+        weights.write_bytes(whole[:-4] + b"\0\0\0\0")
+    assert gguf.unpacked(str(file)) == str(folder)
+    assert len(read) == 4
+    assert weights.read_bytes() == whole
+    assert gguf.unpacked(str(file)) == str(folder)
+    assert len(read) == 4
+
+
+def test_a_file_that_lacks_weights_is_refused_and_nothing_is_kept(cache, one_file):
+    """The first of several parts, for example: what is missing would be random."""
+    file, read, missing = one_file
+    missing += ["model.layers.3.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
+    for _ in range(2):
+        with pytest.raises(LessError, match=r"lacks 2 of the weights \(model.layers.2.mlp.*join them first"):
+            gguf.unpacked(str(file))
+    assert not cache.exists()
 
 
 def test_what_is_missing_is_said(cache, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ class LessCache(WatchedCache):
     def lengths(self) -> torch.Tensor:
         """(N,) int64: how many tokens each row has seen, pads left out, which is the position of its next one."""
         state = self.less_layers[0].state
-        return torch.zeros(0, dtype=torch.int64) if state is None else state.n.clone()  # (N,)
+        return torch.zeros(0, dtype=torch.int64, device="cpu") if state is None else state.n.clone()  # (N,)
 
     @property
     def is_compileable(self) -> bool:
@@ -203,11 +203,11 @@ class LessCache(WatchedCache):
     def batch_select_indices(self, indices) -> None:
         """Row i becomes what row indices[i] was; indices: as one indexes a tensor."""
         if self.batch_size > 0:
-            self.reorder_cache(torch.arange(self.batch_size)[indices])
+            self.reorder_cache(torch.arange(self.batch_size, device="cpu")[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows."""
-        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0), device="cpu").repeat_interleave(repeats))
 
     def activate_past_recording(self):
         raise LessError(NO_CROP)

@@ -136,7 +136,7 @@ def line(
     """
     parts = []
     for x in (q, k, v):
-        heads = x.double().cpu()  # (T, H, D)
+        heads = x.cpu().double()  # (T, H, D), on the CPU first: some devices have no float64
         directions = _directions(rank * heads.shape[1], *heads.shape[1:])  # (DIRECTIONS, H, D)
         sums = torch.cat([heads.square().sum((1, 2))[:, None], torch.einsum("thd,rhd->tr", heads, directions)], 1)
         sums = sums if add is None else add(sums).cpu()  # (T, 1 + DIRECTIONS)
@@ -148,14 +148,14 @@ def line(
 def _directions(first: int, heads: int, head_dim: int) -> torch.Tensor:
     """Numbers (DIRECTIONS, heads, head_dim) that look random, of mean 0 and variance 1, for the heads from `first` on."""
     sizes = (0, DIRECTIONS), (first, first + heads), (0, head_dim)
-    r, h, d = torch.meshgrid(*(torch.arange(*size, dtype=torch.float64) for size in sizes), indexing="ij")
+    r, h, d = torch.meshgrid(*(torch.arange(*size, dtype=torch.float64, device="cpu") for size in sizes), indexing="ij")
     wave = (37.719 * r + 78.233 * h + 12.9898 * d + 1).sin() * 43758.5453
     return (wave - wave.floor() - 0.5) * math.sqrt(12)
 
 
 def probe(config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The probe's tokens (NEAR + FAR,), some of the first of the vocabulary, and their positions. config: the text config."""
-    i, near, far = torch.arange(NEAR + FAR), torch.arange(NEAR), torch.arange(FAR)
+    i, near, far = (torch.arange(count, device="cpu") for count in (NEAR + FAR, NEAR, FAR))
     last = (getattr(config, "max_position_embeddings", None) or 2048) - 2  # where a dynamic RoPE is not yet stretched
     reach = min(REACH, last)
     positions = torch.cat([near * (reach - 1) // (NEAR - 1), reach + far * (last - reach) // (FAR - 1)])  # (NEAR + FAR,)
@@ -263,7 +263,7 @@ def _difference(one: dict, other: dict, parts: list[slice], tolerances: list[tup
 
 def _parsed(line: str) -> torch.Tensor:
     """(tokens, 3, 1 + DIRECTIONS)"""
-    return torch.tensor([*map(float, line.split())], dtype=torch.float64).view(NEAR + FAR, 3, 1 + DIRECTIONS)
+    return torch.tensor([*map(float, line.split())], dtype=torch.float64, device="cpu").view(NEAR + FAR, 3, 1 + DIRECTIONS)
 
 
 # Files of less-kv 0.1.0 tell a model by its weights.

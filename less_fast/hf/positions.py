@@ -30,14 +30,14 @@ def rotaries(model: PreTrainedModel) -> list[Rotary]:
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise LessError(f"{name} takes no position_ids, so nobody can tell what its positions mean: leave context out")
     last = trained_length(model) or 2048
-    positions, later = torch.arange(NEAR + FAR) * max(1, last // 64), last // 2
+    positions, later = torch.arange(NEAR + FAR, device="cpu") * max(1, last // 64), last // 2
     here, there = observed(model, positions), observed(model, positions + later)
     buffers = [buffer for place, buffer in decoder.named_buffers() if place.endswith("inv_freq") and buffer.ndim == 1]
     known = dict.fromkeys(tuple(buffer.double().tolist()) for buffer in buffers)
     candidates = [Rotary(()), *(Rotary(*both) for both in product(known, (False, True)))]
     found = []
     for one, other in zip(here, there):
-        fitting = (rotary for rotary in candidates if _fits(rotary, one.qkv, other.qkv, torch.tensor([[later]])))
+        fitting = (rotary for rotary in candidates if _fits(rotary, one.qkv, other.qkv, torch.tensor([[later]], device="cpu")))
         if (rotary := next(fitting, None)) is None:
             raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
         found.append(rotary)

@@ -23,8 +23,9 @@ class Rotary:
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """x (N, H, S, D) as if it stood `by` positions later, integers that broadcast to (N, H, S)."""
         F, wide = len(self.frequencies), torch.promote_types(x.dtype, torch.float32)
-        angle = by[..., None] * torch.tensor(self.frequencies, dtype=torch.float64, device=x.device)  # (N, H, S, F)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        exact = "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
+        angle = by.to(exact)[..., None] * torch.tensor(self.frequencies, dtype=torch.float64, device=exact)  # (N, H, S, F)
+        cos, sin = (wave.to(x.device, wide) for wave in (angle.cos(), angle.sin()))
         one, other = (slice(0, 2 * F, 2), slice(1, 2 * F, 2)) if self.interleaved else (slice(F), slice(F, 2 * F))
         turned, x, y = x.clone(), x[..., one].to(wide), x[..., other].to(wide)  # x and y (N, H, S, F)
         turned[..., one] = (x * cos - y * sin).to(turned.dtype)

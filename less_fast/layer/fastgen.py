@@ -101,7 +101,7 @@ def token_kinds(tokenizer) -> torch.Tensor:
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     special = {*tokenizer.all_special_ids, *added}
     count = max(*tokenizer.get_vocab().values(), *special) + 1
-    kinds = torch.zeros(count, dtype=torch.int64)
+    kinds = torch.zeros(count, dtype=torch.int64, device="cpu")
     for index, text in enumerate(tokenizer.batch_decode([[index] for index in range(count)], clean_up_tokenization_spaces=False)):
         kinds[index] = bool(text.strip()) and set(text.strip()) <= set(string.punctuation)
     kinds[list(special)] = 2

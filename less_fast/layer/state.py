@@ -33,8 +33,10 @@ class Ragged:
     @classmethod
     def of(cls, groups: list["Group"], heads: list[list[int]]) -> "Ragged":
         slots = {head: group.k.shape[2] for group, some in zip(groups, heads) for head in some}  # of each head, as they lie
-        order = torch.tensor(list(slots))  # (H,)
-        owner = order.repeat_interleave(torch.tensor(list(slots.values()))) == order.sort().values[:, None]  # (H, S)
+        order = torch.tensor(list(slots), device="cpu")  # (H,)
+        owner = (
+            order.repeat_interleave(torch.tensor(list(slots.values()), device="cpu")) == order.sort().values[:, None]
+        )  # (H, S)
         budget = owner.sum(1, keepdim=True) - 1  # (H, 1)
         tables = owner, owner.int().argmax(1, keepdim=True), budget, order.argsort()
         return cls(groups, heads, *(table.to(groups[0].z.device) for table in tables))

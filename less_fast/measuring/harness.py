@@ -18,6 +18,7 @@ from ..layer.checks import LessError, integer
 from ..layer.fastgen import token_kinds
 from ..loading import load_config, load_kernels, load_model
 from ..setting import policy_named
+from ..text import beginning
 from .compare import contenders
 from .reading import Reader
 
@@ -56,10 +57,12 @@ class CachedLM(Reader, TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts; what is longer than max_length goes in windows, each through a cache of its own."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        first = tuple(beginning(self.tokenizer)) or (self.prefix_token_id,)
         windows = [
             [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)]
             for ids in texts
         ]
+        windows = [[(first, pairs[0][1]), *pairs[1:]] if pairs else [] for pairs in windows]
         scores = iter(self._loglikelihood_tokens([(None, *pair) for pairs in windows for pair in pairs], disable_tqdm))
         return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
@@ -75,7 +78,7 @@ class CachedLM(Reader, TemplateLM):
                 wish["max_new_tokens"] = wish.pop("max_gen_toks")
                 if not wish.setdefault("do_sample", False):
                     wish.pop("temperature", None)
-                contexts = [self.tok_encode(requests[index].args[0]) for index in indices]
+                contexts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
                 texts = self.generate(contexts, **wish, stop_strings=stop, tokenizer=self.tokenizer)
                 for index, text in zip(indices, texts):
                     written[index] = postprocess_generated_text(text, stop, None)

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..layer.checks import LessError
+from ..text import text_behind
 
 ROWS = 256  # requests in one forward pass
 LOGITS_AT_ONCE = 4096  # tokens whose logits, as wide as the vocabulary, are there together
@@ -81,9 +82,8 @@ class Reader:
         last, _ = self._padded([context[-1:] for context, _ in pairs])  # (R, 1)
         mask = torch.cat([mask[rows], torch.ones_like(last), new[:, :-1]], 1)  # (R, C - 1 + M)
         hidden = self._read(body, cache, torch.cat([last, said[:, :-1]], 1), mask)  # (R, M, hidden)
-        told = torch.zeros(
-            2, *said.shape, dtype=torch.float64
-        )  # (2, R, M): nats, and whether greedy decoding says something else
+        # nats, and whether greedy decoding says something else
+        told = torch.zeros(2, *said.shape, dtype=torch.float64, device="cpu")  # (2, R, M)
         parts = []
         for tokens, targets in zip(hidden[new > 0].split(LOGITS_AT_ONCE), said[new > 0].split(LOGITS_AT_ONCE)):
             logits = head(tokens).float()  # (LOGITS_AT_ONCE, vocabulary)
@@ -112,6 +112,8 @@ class Reader:
             raise LessError(
                 f"{max_new_tokens} new tokens leave no room for a context in max_length={self.max_length}: make it larger"
             )
+        if not all(contexts):
+            raise LessError("a context holds no token, and nothing can be written after nothing: begin it with a token")
         ids, mask = self._padded([context[-room:] for context in contexts])
         out = self.model.generate(
             input_ids=ids,
@@ -121,7 +123,8 @@ class Reader:
             pad_token_id=self.tokenizer.eos_token_id,
             **kwargs,
         )
-        return self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        new = ids.shape[1]
+        return [text_behind(self.tokenizer, row[:new], row[new:]) for row in out.tolist()]
 
     def batches(self, indices: list[int], what: str, disable_tqdm: bool) -> Iterator[list[int]]:
         """batch_size of the indices at a time, with a progress bar that says what they are."""

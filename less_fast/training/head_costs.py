@@ -92,7 +92,7 @@ def measure(
     if kernels is not None:
         check_kernels(model, kernels)
     served, kv_heads = less_layers(model), sizes(model)["kv_heads"]
-    total = torch.zeros(len(settings), sizes(model)["layers"], kv_heads, len(budgets), dtype=torch.float64)
+    total = torch.zeros(len(settings), sizes(model)["layers"], kv_heads, len(budgets), dtype=torch.float64, device="cpu")
     parts = windows.to(model.device).split(AT_ONCE)
     done, steps = 0, len(parts) * len(served) * len(budgets)
     if by == "gradient":
@@ -120,7 +120,9 @@ def measure(
                         costs = _divergences(model, ids, index, full, out, predicted, kv_heads)
                     else:
                         costs = _output_errors(attention_modules(model)[index], full, out, kv_heads)
-                    total[row, index, :, column] += torch.tensor(costs) * len(ids) / len(windows)
+                    total[row, index, :, column] += (
+                        torch.tensor(costs, dtype=torch.float64, device="cpu") * len(ids) / len(windows)
+                    )
             if not total.isfinite().all():
                 raise LessError(f"a cost in layer {index} is not finite: the weights of the model or the kernels are broken")
     bare, *less = ([row if index in served else [] for index, row in enumerate(costs)] for costs in total.tolist())
@@ -149,7 +151,7 @@ def _by_gradient(model, parts, policy, budgets, settings, total, progress):
 def _divergences(model, ids, index, full, out, predicted, kv_heads):
     """For each KV head of layer `index`: KL(predicted || with this head's outputs from `out`), in nats per token."""
     costs = []
-    for heads in torch.arange(out.shape[1]).chunk(kv_heads):
+    for heads in torch.arange(out.shape[1], device="cpu").chunk(kv_heads):
         one = full.index_copy(1, heads.to(out.device), out[:, heads])
         compressed = predictions(
             model, ids, lambda layer, *qkv, one=one: one if layer == index else dense(*qkv)
@@ -165,5 +167,5 @@ def _output_errors(module, full, out, kv_heads):
     def size(x, heads):  # (N,)
         return torch.einsum("nhtd,ohd->nto", x[:, heads], weight[:, heads]).square().sum((1, 2))
 
-    every = torch.arange(out.shape[1])
+    every = torch.arange(out.shape[1], device="cpu")
     return [(size(out - full, heads) / size(full, every)).mean().item() for heads in every.chunk(kv_heads)]

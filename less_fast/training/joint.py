@@ -71,7 +71,7 @@ class Stream:
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, settings: Sequence[Setting], recipe: Recipe):
         self.model, self.settings, self.batch, self.seed = model, settings, recipe.batch, recipe.seed
         self.uses = recipe.joint_uses
-        self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
+        self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed), device="cpu")]
         self.size = recipe.batch if self.uses == 1 else min(recipe.together_windows, len(windows))
         self.of_round = -(-self.size * self.uses // self.batch)  # steps
         self.round = -1
@@ -82,9 +82,9 @@ class Stream:
         number, within = divmod(step, self.of_round)
         if number != self.round:
             self.round, self.times = number, {}
-            self.ids = self.windows[torch.arange(number * self.size, (number + 1) * self.size) % len(self.windows)]
+            self.ids = self.windows[torch.arange(number * self.size, (number + 1) * self.size, device="cpu") % len(self.windows)]
         draw = torch.Generator().manual_seed(self.seed + number)
-        order = torch.cat([torch.randperm(self.size, generator=draw) for _ in range(self.uses)])
+        order = torch.cat([torch.randperm(self.size, generator=draw, device="cpu") for _ in range(self.uses)])
         rows, which = order[within * self.batch : (within + 1) * self.batch], step % len(self.settings)
         if self.uses == 1:
             return divergence(self.model, self.ids[rows], self.settings[which])

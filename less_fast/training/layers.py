@@ -87,7 +87,7 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
     windows. sizes: of the kernels."""
     recording, validation = recordings
     device, budget, count = projection.device, recording.policy.budget, len(recording.windows)
-    held_out = [rows.tolist() for rows in torch.arange(len(validation.windows)).split(SHARD)]
+    held_out = [rows.tolist() for rows in torch.arange(len(validation.windows), device="cpu").split(SHARD)]
 
     @torch.no_grad()
     def mean(error: Callable[[Recorded], torch.Tensor]) -> float:
@@ -119,7 +119,7 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
         progress.update(first)
         for epoch in range(first, recipe.epochs):
             kernels.train()
-            for rows in torch.randperm(count).split(recipe.batch):
+            for rows in torch.randperm(count, device="cpu").split(recipe.batch):
                 descent.step(loss(kernels, recording.rows(index, rows.tolist(), device), projection, budget))
             kernels.eval()
             error = mean(lambda data: loss(kernels, data, projection, budget))

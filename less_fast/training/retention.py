@@ -59,7 +59,7 @@ def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Seen]:
     """Every layer that LESS serves reading texts ids (N, T) with T > 2, in float32 or wider. seed: of the moments."""
     N, T = ids.shape
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.stack([torch.randperm(T - 2, generator=generator)[:MOMENTS] + 1 for _ in range(N)])  # (N, M)
+    chosen = torch.stack([torch.randperm(T - 2, generator=generator, device="cpu")[:MOMENTS] + 1 for _ in range(N)])  # (N, M)
     out: list[Seen] = []
 
     def watcher(_, q, k, v, scale):
@@ -109,17 +109,17 @@ def train_rho(
     if saved is not None:
         first = saved["step"]
         descent.load_state_dict(saved["descent"])
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed), device="cpu")  # (N,)
     size = min(recipe.together_windows, len(windows))
     of_round, number = -(-size * recipe.together_uses // recipe.batch), None  # steps
     with tqdm(total=recipe.rho_steps, initial=first, desc="what is worth keeping", unit="step") as progress:
         for step in range(first, recipe.rho_steps):
             if number != step // of_round:
                 number, layers = step // of_round, None  # its memory is needed
-                ids = windows[order[torch.arange(number * size, (number + 1) * size) % len(windows)]]
+                ids = windows[order[torch.arange(number * size, (number + 1) * size, device="cpu") % len(windows)]]
                 layers = _watch_all(model, ids, recipe, recipe.seed + number)
                 draw = torch.Generator().manual_seed(recipe.seed + number)
-                turns = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
+                turns = torch.cat([torch.randperm(size, generator=draw, device="cpu") for _ in range(recipe.together_uses)])
             within = step % of_round * recipe.batch
             descent.adam.zero_grad()
             losses = []

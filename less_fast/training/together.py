@@ -44,7 +44,7 @@ def train_together(
     kernels.requires_grad_().train()
     rate = recipe.rate(recipe.learning_rate, kernels.sizes["head_dim"])
     descent = Descent(kernels, rate, recipe.together_steps, None, None)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))  # (N,)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed), device="cpu")  # (N,)
     of_round = -(-min(recipe.together_windows, len(windows)) * recipe.together_uses // recipe.batch)  # steps
     if saved is not None:
         first = saved["step"]
@@ -77,7 +77,7 @@ class Round:
 
     def __init__(self, model, windows, settings, recipe, number):
         size = min(recipe.together_windows, len(windows))
-        rows = torch.arange(number * size, (number + 1) * size) % len(windows)
+        rows = torch.arange(number * size, (number + 1) * size, device="cpu") % len(windows)
         batches = rows.split(recipe.batch)
         parts = [watch(model, windows[batch], recipe.seed + int(batch[0])) for batch in batches]
         self.layers = {index: Watched.join([part[index] for part in parts]) for index in parts[0]}
@@ -85,7 +85,7 @@ class Round:
         self.clip = recipe.clip
         self.e = [eviction_times_of(self.layers, setting.policy, setting.kernels) for setting in settings]
         draw = torch.Generator().manual_seed(recipe.seed + number)
-        self.order = torch.cat([torch.randperm(size, generator=draw) for _ in range(recipe.together_uses)])
+        self.order = torch.cat([torch.randperm(size, generator=draw, device="cpu") for _ in range(recipe.together_uses)])
 
     @torch.no_grad()
     def begin(self, batch: int) -> None:

@@ -168,6 +168,8 @@ def _write(arguments, asked, rows):
     if arguments.out:
         import vllm
 
+        from ..files import write_text
+
         about = {
             "model": arguments.model or "embedded",
             "dtype": arguments.dtype,
