@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_whole_is_made_anew(cache, one_file, harm):
 
 def test_a_file_that_lacks_weights_is_refused_and_nothing_is_kept(cache, one_file):
     """The first of several parts, for example: what is missing would be random."""
-    file, read, missing = one_file
+    file, _, missing = one_file
     missing += ["model.layers.3.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
     for _ in range(2):
         with pytest.raises(LessError, match=r"lacks 2 of the weights \(model.layers.2.mlp.*join them first"):

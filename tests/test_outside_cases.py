@@ -78,7 +78,7 @@ def test_a_mask_that_says_something_else_about_the_past_is_refused(name, change)
     feed(model, ids[:, :9], cache, mask[:, :9], at_once=4)
     wrong = mask.clone()
     wrong[(1, 6) if change == "a token masked later" else (0, 2)] ^= 1
-    with pytest.raises(LessError, match=r"past than was fed, in rows \[(1|0)\].*or reset\(\) the cache and feed the whole text"):
+    with pytest.raises(LessError, match=r"one about the past, in rows \[(1|0)\].*or reset\(\) the cache and feed the whole text"):
         feed(model, ids[:, 9:], cache, wrong)
     cache.reset()
     wanted = feed(model, ids, straight, wrong)
@@ -114,7 +114,7 @@ def test_masks_are_taken_if_and_only_if_they_repeat_what_was_fed(tmp_path_factor
         feed(model, ids[:, :10], cache, mask[:, :10])
     wrong = mask.clone()
     wrong[row, column] ^= 1
-    with pytest.raises(LessError, match=rf"something else about the past than was fed, in rows \[{row}\]"):
+    with pytest.raises(LessError, match=rf"contradicts an earlier one about the past, in rows \[{row}\]"):
         feed(model, ids[:, 10:], copy.deepcopy(cache), wrong)
     feed(model, ids[:, 10:], cache, mask)
 
@@ -146,7 +146,7 @@ def test_what_came_as_a_token_is_one_even_if_it_is_nan():
     feed(model, ids[:, :6], cache, mask[:, :6])
     feed(model, ids[:, 6:7], cache, mask[:, :7])
     mask[0, 3] = 0
-    with pytest.raises(LessError, match="something else about the past"):
+    with pytest.raises(LessError, match="contradicts an earlier one"):
         feed(model, ids[:, 7:], cache, mask)
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_does_not_tell_what_was_fed_is_taken_and_asks_for_nothing_un
     feed(model, tokens(1, 1), loaded, mask)
     loaded.reset()
     feed(model, tokens(1, 8), loaded)
-    with pytest.raises(LessError, match="something else about the past"):
+    with pytest.raises(LessError, match="contradicts an earlier one"):
         feed(model, tokens(1, 1), loaded, mask)
 
 

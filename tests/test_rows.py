@@ -136,7 +136,7 @@ def test_a_mask_that_does_not_fit_the_joined_rows_is_refused():
     for length, cache in zip((9, 5), caches):
         feed(MODEL, tokens(1, length), cache, prompt=length)
     joined = LessCache.join(caches)
-    with pytest.raises(LessError, match=r"something else about the past than was fed, in rows \[1\]"):
+    with pytest.raises(LessError, match=r"contradicts an earlier one about the past, in rows \[1\]"):
         MODEL(tokens(2, 2), attention_mask=torch.ones(2, 11, dtype=torch.long), past_key_values=joined)
 
 

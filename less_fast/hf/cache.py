@@ -17,6 +17,7 @@ from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
 from .architecture import calls_sdpa, check_model, device_of, less_layers, sizes, tensor_parallel
+from .clock import Clock
 from .identity import check_kernels
 from .layer import NO_CROP, LessLayer
 from .positions import rotaries
@@ -93,13 +94,15 @@ class LessCache(WatchedCache):
             raise LessError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
         shards = {index: setting.shard(index, rank, world_size) for index in served}
         contexts = [None] * len(served) if context is None else [Context(context, rotary) for rotary in rotaries(model)]
+        clock = Clock()
         use_less_attention(model)
         layers = {
-            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), within, int8)
+            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), clock, within, int8)
             for (index, shard), within in zip(shards.items(), contexts)
         }
         cache = cls(layers=layers_with(model, layers))
         cache.model, cache.config, cache.setting, cache.world_size = weakref.ref(model), model.config, setting, world_size
+        cache.clock = clock
         cache.keepers = keepers_of_positions(model)
         known = None if kernels is None or kernels.sizes["family"] == "none" else kernels.window
         if known is not None and (context is None or context > known):
@@ -167,7 +170,8 @@ class LessCache(WatchedCache):
                 )
         joined = cls(layers=[])
         joined.__dict__.update(first.__dict__)
-        joined.layers = [LessLayer.join(layers) for layers in zip(*(cache.less_layers for cache in caches))]
+        joined.clock = Clock.join([cache.clock for cache in caches])
+        joined.layers = [LessLayer.join(layers, joined.clock) for layers in zip(*(cache.less_layers for cache in caches))]
         if first.keepers:
             joined.positions = [row for cache in caches for row in cache.positions or ()]
         return joined
@@ -187,6 +191,8 @@ class LessCache(WatchedCache):
     def reset(self) -> None:
         """Forgets everything; the number of sequences stays."""
         self.open, self.positions = False, None
+        if self.clock.begun:
+            self.clock.begin(self.batch_size, self.clock.seen.device)
         for index, layer in enumerate(DynamicCache(config=self.config).layers):
             if isinstance(self.layers[index], LessLayer):
                 self.layers[index].reset()
@@ -195,6 +201,8 @@ class LessCache(WatchedCache):
 
     def reorder_cache(self, beam_idx) -> None:
         """Row i becomes what row beam_idx[i] was."""
+        if self.clock.begun:
+            self.clock.reorder(beam_idx)
         super().reorder_cache(beam_idx)
         self._leave_inference_mode()
         if self.positions is not None:
@@ -209,8 +217,10 @@ class LessCache(WatchedCache):
         """Each row becomes `repeats` rows."""
         self.batch_select_indices(torch.arange(max(self.batch_size, 0), device="cpu").repeat_interleave(repeats))
 
-    def activate_past_recording(self):
-        raise LessError(NO_CROP)
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise LessError(NO_CROP)  # before any layer is
+
+    activate_past_recording = crop
 
     def memory(self) -> dict[str, int]:
         """Bytes held over all layers, measured from the tensors: entries, low_rank and bookkeeping of LESS's layers, and others:

@@ -8,7 +8,6 @@ adapters), and it asks nothing of the weights, which may be quantised, offloaded
 import inspect
 import json
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,11 @@ from ..layer.policies import Full
 from ..layer.state import LayerState
 from ..layer.step import extend
 from .architecture import attention_modules, calls_sdpa, check_model, decoder_of, device_of, heads_mesh, less_layers, sizes
-from .seam import TaggingLayer, layers_with, use_less_attention
+from .seam import CHANGING, TaggingLayer, layers_with, use_less_attention
 
 NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
 NEAR_ALONE, NEAR_AND_FAR = [slice(NEAR)], [slice(NEAR), slice(NEAR, None)]
 REACH = 64
-_ONE_PROBE = threading.Lock()  # at a time: what it changes and sets back, of the model and of torch.compile, is there once
 DIRECTIONS = 2  # on which q, k and v of each token are projected: in units of their norm, 1 % of error shows as about 0.01
 
 # What two identities may differ by, of the tokens near the beginning. Measured on the embedded model and on random Llamas and
@@ -78,7 +76,7 @@ def observed(model: PreTrainedModel, positions: torch.Tensor) -> list["Observed"
     it was. LessError for a model that LESS cannot serve or that does not run."""
     check_model(model)
     layers = {index: Observed(calls_sdpa(model)) for index in less_layers(model)}
-    with _ONE_PROBE, _left_as_it_was(model):
+    with CHANGING, _left_as_it_was(model):
         use_less_attention(model)
         model.eval()
         try:

@@ -14,9 +14,9 @@ from ..layer.policies import Policy
 from ..layer.state import LayerState
 from ..layer.step import compiled, extend
 from ..layer.stream import stream
+from .clock import Clock
 from .seam import TaggingLayer
 
-MULTIPLIER = 6364136223846793005  # of the hash of fed columns: odd, so that no column is ever multiplied away
 NO_CROP = (
     "a LessCache cannot be cropped (assisted generation, prompt lookup), because folded tokens do not return: leave out the "
     "assistant, or save the cache before what you may want to take back"
@@ -24,12 +24,7 @@ NO_CROP = (
 
 
 class LessLayer(TaggingLayer):
-    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come.
-
-    seen: columns of the mask that came, pads included: what transformers calls the sequence length; a tensor () as soon as there
-    is a state. counted: the same as an int, or None after compiled steps, which change the tensor alone.
-    fed: (N,) int64, a hash of what these columns said, 1 for tokens and 0 for pads; None if a file did not tell.
-    """
+    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come; `clock` the cache's."""
 
     def __init__(
         self,
@@ -38,6 +33,7 @@ class LessLayer(TaggingLayer):
         chunk: int | None,
         compile: bool,
         by_sdpa: bool,
+        clock: Clock,
         context: Context | None = None,
         int8: bool = False,
     ):
@@ -48,9 +44,7 @@ class LessLayer(TaggingLayer):
         self.compile = compile
         self.state: LayerState | None = None
         self.kinds: torch.Tensor | None = None  # (N, m), of the tokens that are about to come
-        self.seen: Any = 0
-        self.counted: int | None = 0
-        self.fed: torch.Tensor | None = None
+        self.clock = clock
 
     def allocate(
         self, batch: int, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -61,17 +55,15 @@ class LessLayer(TaggingLayer):
         self.dtype, self.device, self.is_initialized = dtype, device, True
         sizes, movable = (batch, query_heads, kv_heads, head_dim), self.context is not None
         self.state = LayerState.allocate(self.policy, *sizes, self.kernels, dtype, device, movable, self.int8)
-        with torch.inference_mode(False):  # nothing here takes over the caller's autograd mode
-            self.seen = torch.zeros((), dtype=torch.int64, device=device)  # as an int, compiled code would depend on it
-            self.fed = torch.zeros(batch, dtype=torch.int64, device=device)
+        if not self.clock.begun:
+            self.clock.begin(batch, device)
         self.pin_addresses()
 
     def pin_addresses(self) -> None:
         """CUDA graphs may only change what stays at its address."""
         if self.state is not None and self.device.type == "cuda" and self.is_compileable:
-            for tensor in (self.seen, self.fed, *(tensor for _, tensor in self.state.tensors())):
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor, guard=False)
+            for tensor in (*self.clock.tensors(), *(tensor for _, tensor in self.state.tensors())):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def attend(self, query, key, value, valid, scaling, softcap, sinks):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
@@ -91,10 +83,7 @@ class LessLayer(TaggingLayer):
                 q, k = (context.place(self.state, x) for x in (q, k))
             mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
             outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
-        self.seen += m
-        self.counted = None if torch.compiler.is_compiling() or self.counted is None else self.counted + m
-        if self.fed is not None:
-            self.fed.copy_(hash_of(self.fed.new_ones(1, m) if valid is None else valid, self.fed))
+        self.clock.m, self.clock.valid = m, valid
         out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]  # (N, Hq, m, D)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in (query, key, value)):
             return _WithoutGradients.apply(out, query, key, value)
@@ -123,61 +112,32 @@ class LessLayer(TaggingLayer):
         return self.state.n.shape[0] if self.state else -1
 
     def get_seq_length(self) -> Any:
-        """An int; a tensor for code that is being compiled, which would depend on it."""
-        if torch.compiler.is_compiling():
-            return self.seen
-        if self.counted is None:
-            self.counted = int(self.seen)
-        return self.counted
+        return self.clock.length()
 
     def get_mask_sizes(self, query_length):
         if self.state is None:
             return query_length, 0
-        seen = self.seen.view(())  # with a pointer, as the keys have: `less_mask` asks whether the mask fits the past
-        seen.less_layer = self
+        seen = self.clock.seen.view(())  # with a pointer, as the keys have: `less_mask` asks whether the mask fits the past
+        seen.less_clock = self.clock
         return query_length, seen
-
-    def check_past(self, columns):
-        if self.fed is None or not (seen := self.get_seq_length()):
-            return
-        columns = self.fed.new_ones(1, seen) if columns is None else columns.to(self.fed.device)
-        differ = (hash_of(columns, torch.zeros_like(self.fed)) != self.fed).nonzero().flatten()
-        if len(differ):
-            raise LessError(
-                f"the attention mask says something else about the past than was fed, in rows {differ.tolist()}: what came as a "
-                f"token cannot be masked later (tokens of rows that ended early in `generate`, for example), nor a pad unmasked "
-                f"(by no mask at all, for example). Pass the earlier mask with columns for the new tokens behind it, or reset() "
-                f"the cache and feed the whole text with this mask"
-            )
 
     def reset(self) -> None:
         self.unread = self.reached = False
         if self.state is not None:
             self.state.reset()
-            self.seen.zero_()
-            self.counted = 0
-            with torch.inference_mode(False):
-                self.fed = torch.zeros_like(self.state.n) if self.fed is None else self.fed.zero_()
             self.pin_addresses()
 
     def reorder_cache(self, beam_idx):
         if self.state is not None:
-            rows = beam_idx.to(self.device)
-            self.state.reorder(rows)
-            with torch.inference_mode(False):
-                self.fed = None if self.fed is None else self.fed.index_select(0, rows)
+            self.state.reorder(beam_idx.to(self.device))
             self.pin_addresses()
 
     @classmethod
-    def join(cls, layers: Sequence["LessLayer"]) -> "LessLayer":
-        """A layer with the rows of all these. Rows that have seen less get pads in front, which change no hash."""
+    def join(cls, layers: Sequence["LessLayer"], clock: Clock) -> "LessLayer":
+        """A layer with the rows of all these, of a cache with that clock."""
         joined = copy.copy(layers[0])
         joined.unread = joined.reached = False
-        joined.state = LayerState.join([layer.state for layer in layers])
-        with torch.inference_mode(False):
-            joined.seen, joined.counted = torch.stack([layer.seen for layer in layers]).amax(), None
-            hashes = [layer.fed for layer in layers]
-            joined.fed = None if any(fed is None for fed in hashes) else torch.cat(hashes)  # (N,)
+        joined.clock, joined.state = clock, LayerState.join([layer.state for layer in layers])
         joined.pin_addresses()
         return joined
 
@@ -188,15 +148,6 @@ class LessLayer(TaggingLayer):
         raise LessError("a LessCache is not offloaded: its memory is constant; leave offloading off")
 
     prefetch = offload
-
-
-def hash_of(columns: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The hash (N,) of m >= 1 columns (N, m) that came after those whose hash is `before` (N,): each column is added, then all is
-    multiplied (Horner's rule, modulo 2^64), so columns that come one by one give what they give together."""
-    if columns.shape[1] == 1:
-        return (before + columns[:, 0]) * MULTIPLIER
-    powers = before.new_full((columns.shape[1],), MULTIPLIER).cumprod(0)  # (m,)
-    return before * powers[-1] + (columns * powers.flip(0)).sum(1)
 
 
 class _WithoutGradients(torch.autograd.Function):

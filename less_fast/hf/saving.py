@@ -63,8 +63,8 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         "heads": [layer.state and (layer.state.query_heads, layer.state.kv_heads) for layer in cache.less_layers],
         "lengths": lengths,
     }
-    if cache.token_kinds is not None:
-        tensors["token_kinds"] = cache.token_kinds
+    more = {"token_kinds": cache.token_kinds, "masks": cache.clock.masks, "tokens": cache.clock.tokens}
+    tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
     write(path, tensors, about)
 
 
@@ -97,9 +97,16 @@ def load(
         device = device_of(modules.get(index), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
-                _fill(layer, held, layer_heads, length, device)
+                _fill(layer, held, layer_heads, device)
             elif held:
                 _fill_window(path, layer, held, length, device)
+    if (clock := cache.clock).begun:
+        clock.counted = max(about["lengths"])
+        clock.seen.fill_(clock.counted)
+        older = next((x for name, x in tensors.items() if name.endswith(".fed")), None)  # files that do not tell tokens
+        known = tensors.get("masks", older), tensors.get("tokens")
+        clock.masks, clock.tokens = (None if x is None else x.to(clock.seen.device) for x in known)
+        cache.less_layers[0].pin_addresses()
     if any(about["lengths"]):
         cache.positions = [(0,) * len(cache.keepers)] * cache.batch_size if cache.keepers else None
     return cache
@@ -115,16 +122,13 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
         return {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
     if layer.state is None:
         return {}
-    return layer.state.saved() | ({} if layer.fed is None else {"fed": layer.fed})
+    return layer.state.saved()
 
 
-def _fill(layer, held, heads, length, device):
+def _fill(layer, held, heads, device):
     N, _, _, D = held["0.H"].shape
     layer.allocate(N, *heads, D, held["0.H" if layer.int8 else "0.k"].dtype, device)
     layer.state.take_over(held)
-    layer.seen.fill_(length)
-    layer.counted = length
-    layer.fed = held["fed"].to(device) if "fed" in held else None  # files of less-kv 0.1.0 do not tell it
     layer.pin_addresses()
 
 

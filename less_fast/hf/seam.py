@@ -6,6 +6,7 @@ dense attention. A model that calls scaled_dot_product_attention by itself meets
 """
 
 import sys
+import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,6 +22,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..layer.checks import LessError
 from .architecture import calls_sdpa, check_model, device_of, layers_of, less_layers
+from .clock import Clock
+
+CHANGING = threading.RLock()
+"""Held by whoever sets a model's attention, hooks or methods, or sets them back, or torch.compile's stance."""
 
 OLDEST, NEWEST = "5.5.0", "5.23.0"  # of transformers, tested (.ci/versions); older ones keep recurrent states outside the cache
 
@@ -65,9 +70,6 @@ class TaggingLayer(CacheLayerMixin):
     @abstractmethod
     def attend(self, query, key, value, valid, scaling, softcap, sinks) -> torch.Tensor:
         """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
-
-    def check_past(self, columns: torch.Tensor | None) -> None:
-        """LessError if a mask's columns (N, tokens seen) bool, None for columns without pads, are not those that were fed."""
 
     def get_max_length(self) -> int:
         return -1
@@ -131,7 +133,8 @@ def use_less_attention(model: PreTrainedModel) -> None:
     """Switches the model to the attention "less", unless it calls torch's attention itself."""
     if calls_sdpa(model):
         return
-    model.set_attn_implementation("less")
+    with CHANGING:
+        model.set_attn_implementation("less")
     if model.config.get_text_config(decoder=True)._attn_implementation != "less":
         raise LessError(
             f"{type(model).__name__} did not accept the attention implementation 'less': use transformers' own cache for it"
@@ -158,28 +161,28 @@ def less_mask(
     """
     if mask_function is not causal_mask_function or kv_length != q_length:
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
-    layer = getattr(kv_offset, "less_layer", None)
+    clock = getattr(kv_offset, "less_clock", None)
     if attention_mask is None and q_length == 1:  # compiled decoding steps shall see a mask with and without padding
         return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
     if attention_mask is None:
-        if layer is not None:
-            layer.check_past(None)
+        if clock is not None:
+            clock.check(None)
         return None
-    seen = int(kv_offset if layer is None else layer.get_seq_length())
-    check_mask(attention_mask, seen, kv_length, layer)
+    seen = int(kv_offset if clock is None else clock.length())
+    check_mask(attention_mask, seen, kv_length, clock)
     return attention_mask[:, None, seen : seen + kv_length, None].bool().contiguous()
 
 
-def check_mask(attention_mask: torch.Tensor, seen: int, new: int, layer: TaggingLayer | None) -> None:
-    """LessError for a mask (N, columns) that does not cover the tokens seen and the new ones, or that says something else about
-    the past than was fed to the layer."""
+def check_mask(attention_mask: torch.Tensor, seen: int, new: int, clock: Clock | None) -> None:
+    """LessError for a mask (N, columns) that does not cover the tokens seen and the new ones, or that contradicts an earlier one
+    about the past."""
     if attention_mask.shape[-1] < seen + new:
         raise LessError(
             f"the attention mask covers {attention_mask.shape[-1]} tokens, but {seen} were seen before these {new}: pass a mask "
             f"over all of them, or reset() the cache before another text"
         )
-    if layer is not None:
-        layer.check_past(attention_mask[:, :seen].bool())
+    if clock is not None:
+        clock.check(attention_mask[:, :seen].bool())
 
 
 def less_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..layer.checks import LessError
 from .architecture import decoder_of
+from .clock import Clock
 from .layer import LessLayer
-from .seam import check_mask
+from .seam import CHANGING, check_mask
 
 BROKEN_OFF = "the forward pass before was broken off, so layers have seen different tokens: reset() the cache first"
 BEYOND = (
@@ -29,13 +30,14 @@ ANOTHER_MODEL = "this model is not the one that the cache was made for: make one
 class WatchedCache(Cache):
     """What a LessCache knows of its model, and what it checks before and after each pass.
 
-    open: a pass has begun and not ended. token_kinds: (vocabulary,), for policies that ask.
+    open: a pass has begun and not ended. clock: what has been seen. token_kinds: (vocabulary,), for policies that ask.
     keepers: modules of the model that keep positions outside the cache, by name (see `keepers_of_positions`). positions: what
     they held for each row after the last pass, or None before the first one. trained: for how many tokens the kernels were, until
     it has been said that there are more; None if that is no matter.
     """
 
     model: weakref.ref[PreTrainedModel]
+    clock: Clock
     keepers: dict[str, str]
     open = False
     positions: list[tuple[int, ...]] | None = None
@@ -77,6 +79,7 @@ class WatchedCache(Cache):
             )
         if not torch.compiler.is_compiling():  # a prompt is not compiled, and what it shows stays so
             self._check_state_of_the_model(decoder, args, kwargs, tokens)
+        self.clock.ids = ids if ids is not None and ids.ndim == 2 else None
         if self.token_kinds is not None:
             if ids is None:
                 raise LessError("the cache's policy needs the kinds of the tokens: give the model input_ids, not embeddings")
@@ -94,9 +97,9 @@ class WatchedCache(Cache):
         if new and self.less_layers[0].by_sdpa:  # `less_mask` is not asked
             mask = _argument(decoder, args, kwargs, "attention_mask")
             if mask is None and new > 1:
-                self.less_layers[0].check_past(None)
+                self.clock.check(None)
             elif mask is not None and mask.ndim == 2:
-                check_mask(mask, seen, new, self.less_layers[0])
+                check_mask(mask, seen, new, self.clock)
         if self.trained and new and seen + new > self.trained:
             warnings.warn(BEYOND.format(seen + new, self.trained), stacklevel=2)
             self.trained = None  # once
@@ -137,6 +140,7 @@ class WatchedCache(Cache):
             )
         for layer in self.less_layers:
             layer.reached = False
+        self.clock.advance()
         if not torch.compiler.is_compiling():
             self._leave_inference_mode()
             if self.keepers and (model := self.model()) is not None:
@@ -156,18 +160,20 @@ class WatchedCache(Cache):
 def watch(model: PreTrainedModel) -> None:
     """Lets the model's decoder tell of every forward pass, once."""
     decoder = decoder_of(model)
-    if not any(hook is before_pass for hook in decoder._forward_pre_hooks.values()):
-        decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
-        decoder.register_forward_hook(after_pass, with_kwargs=True)
-    own, here = getattr(type(model), GuardedPrepare.NAME, None), vars(model).get(GuardedPrepare.NAME)
-    if own and (here is None or getattr(here, "__func__", None) is own):
-        vars(model)[GuardedPrepare.NAME] = GuardedPrepare(model)
+    with CHANGING:
+        if not any(hook is before_pass for hook in decoder._forward_pre_hooks.values()):
+            decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
+            decoder.register_forward_hook(after_pass, with_kwargs=True)
+        own, here = getattr(type(model), GuardedPrepare.NAME, None), vars(model).get(GuardedPrepare.NAME)
+        if own and (here is None or getattr(here, "__func__", None) is own):
+            vars(model)[GuardedPrepare.NAME] = GuardedPrepare(model)
 
 
 class GuardedPrepare:
     """A model's prepare_inputs_for_generation, which `generate` calls before each pass. With a WatchedCache it refuses a prompt
-    that is not longer than what the cache has seen, of which transformers would feed something again, and a model that would drop
-    the cache (Phi-3 does, where its rotation changes). It holds the model weakly, so that the model is gone when its owner is."""
+    that is not longer than what the cache has seen, of which transformers would feed something again, or does not begin with
+    that; and a model that would drop the cache (Phi-3 does, where its rotation changes). It holds the model weakly, so that the
+    model is gone when its owner is."""
 
     NAME = "prepare_inputs_for_generation"
 
@@ -180,6 +186,8 @@ class GuardedPrepare:
         watched = isinstance(past_key_values, WatchedCache)
         if watched and new is not None and new < 1:
             raise LessError(nothing_new(past_key_values.get_seq_length()))
+        if watched and new is not None and kwargs.get("is_first_iteration"):  # the whole text is at hand
+            self._check_past(past_key_values.clock, new, *args, **kwargs)
         inputs = getattr(type(model), self.NAME)(model, *args, past_key_values=past_key_values, **kwargs)
         if watched and inputs.get("past_key_values") is not past_key_values:
             raise LessError(
@@ -187,6 +195,14 @@ class GuardedPrepare:
                 f"tokens and drops its cache there, and folded keys cannot be rotated again: stay below that length"
             )
         return inputs
+
+    @staticmethod
+    def _check_past(clock, new, input_ids=None, *_, attention_mask=None, inputs_embeds=None, **__):
+        """LessError if the text before the `new` last tokens is not what the cache was fed."""
+        if inputs_embeds is None and input_ids is not None and input_ids.ndim == 2:
+            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            seen = input_ids.shape[1] - new
+            clock.check(None if mask is None else mask[:, :seen], input_ids[:, :seen])
 
     def __reduce__(self):  # to another process the model goes as it was; LessCache.for_model guards it there
         return getattr, (self.model(), self.NAME)

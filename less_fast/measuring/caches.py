@@ -66,11 +66,12 @@ def lengthen(cache: Cache, tokens: int) -> None:
     Layers that are LESS's age. Those of transformers that attend are given random keys and values. All others, which are
     recurrent or read the keys of another layer, hold already what they ever will.
     """
+    if isinstance(cache, LessCache):
+        cache.clock.seen += tokens
+        cache.clock.counted = None
     for layer in cache.layers:
         if isinstance(layer, LessLayer):
             age(layer.state, tokens)
-            layer.seen += tokens
-            layer.counted = None
         elif getattr(layer, "keys", None) is not None:
             grow(layer, layer.keys, layer.values, tokens)
 
