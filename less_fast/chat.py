@@ -1,6 +1,7 @@
 """A chat: the turns of one conversation go through one LessCache, written as the model's own chat template writes them."""
 
 import warnings
+from itertools import count
 from typing import Any
 
 import torch
@@ -9,8 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .hf import LessCache
 from .layer.checks import LessError
 from .loading import check_length, first_line
-
-ANSWER = "x"  # an answer in the place of the model's, to see what the template puts around it
 
 
 class Conversation:
@@ -45,8 +44,8 @@ class Conversation:
 
         An answer ends with a token that ends texts for the model's generation config or its tokenizer; or it is cut off after
         max_new_tokens, or by the stopping criteria, and the conversation goes on from there.
-        Raises LessError if the template refuses this turn, or would now write in another way what the cache has seen; warns if
-        it would only change the last answer (leave its thinking out, for example): the cache keeps that as it was.
+        Raises LessError if the template refuses this turn, or does not tell where answers end; warns if it would now write
+        earlier turns in another way (a new date, thinking left out): the cache keeps them as they were fed.
         """
         said = {"role": "user", "content": text}
         shown = self._written([*self.messages, said])
@@ -70,21 +69,25 @@ class Conversation:
         return answer
 
     def _behind_the_answer(self, said, shown):
-        """The tokens between the last answer and the next, which the template writes around any answer."""
+        """The tokens between the last answer and the next, which the template writes around any answer.
+
+        What the cache was fed stays as it was fed, whatever the template now makes of it: a new date, reasoning left out.
+        """
         *before, last = self.messages
-        around = self._written([*before, last | {"content": ANSWER}, said])
-        behind = around.removeprefix(self.shown).lstrip()
-        token, tokens = self._tokens(ANSWER), self._tokens(behind)
-        if not around.startswith(self.shown) or not behind.startswith(ANSWER) or tokens[: len(token)] != token:
+        mark = next(mark for mark in map(str, count()) if mark not in shown)  # an answer in the place of the model's
+        around = self._written([*before, last | {"content": mark}, said])
+        _, found, rest = around.rpartition(mark)
+        token, tokens = self._tokens(mark), self._tokens(mark + rest)
+        if not found or tokens[: len(token)] != token:
             raise LessError(
-                "the chat template of this model now writes in another way what the cache has seen already, and a folded token "
-                "cannot be taken back: begin a new conversation, or use a full cache for this model"
+                "the chat template of this model writes answers in a way that does not tell where they end, so nobody knows what "
+                "stands behind the last one: begin a new conversation, or use a full cache for this model"
             )
-        rest, answer = behind.removeprefix(ANSWER), last["content"].strip()
+        answer = last["content"].strip()
         if not shown.startswith(self.shown) or shown.removeprefix(self.shown).removesuffix(rest).strip() != answer:
             warnings.warn(
-                "the chat template of this model shows earlier answers in another way than the model wrote them (without its "
-                "thinking, for example); the cache keeps them as they were written",
+                "the chat template of this model now shows earlier turns in another way than the cache was fed (another date, or "
+                "answers without their thinking, for example); the cache keeps them as they were fed",
                 stacklevel=3,
             )
         return tokens[len(token) :]

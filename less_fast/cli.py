@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 import transformers
@@ -51,6 +51,7 @@ from .training.head_costs import MEASURES, check_policy
 from .training.recipe import CURVE_WINDOWS
 
 LONGEST = 2**31 - 2  # positions are int32
+COLDEST = 0.001  # logits that are divided by less leave float32
 
 
 class Commands(TyperGroup):
@@ -214,7 +215,7 @@ def generate(
     A text longer than model and kernels were trained for stays within that length (LessCache.for_model, context), if positions
     can move.
     """
-    prompt = _utf8(sys.stdin.read if prompt == "-" else lambda: prompt)
+    prompt = _utf8(_standard_input().read if prompt == "-" else lambda: prompt)
     if not prompt:
         raise LessError("the prompt is empty: give some text")
     network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed)
@@ -547,23 +548,34 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
 
 
 def _sampling(temperature, seed):
+    if 0 < temperature < COLDEST:
+        raise LessError(f"--temperature is 0, which takes the likeliest token, or at least {COLDEST}, not {temperature}")
     torch.manual_seed(seed)
     return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 def _utf8(read: Callable[[], str]) -> str:
-    """The text that `read` reads. LessError if it is no UTF-8."""
+    """The text that `read` reads. LessError if it is none."""
     try:
         text = read()
         text.encode()
+    except UnicodeDecodeError as error:
+        raise LessError(f"the input is no {error.encoding} text: write it so, or set PYTHONIOENCODING=utf-8") from error
     except UnicodeError as error:
         raise LessError("the prompt holds bytes that are no UTF-8 text") from error
     return text
 
 
+def _standard_input() -> TextIO:
+    """LessError if it was closed."""
+    if sys.stdin is None:
+        raise LessError("standard input is closed: give a prompt on the command line, or through a pipe")
+    return sys.stdin
+
+
 def _lines() -> Iterator[str]:
     """What the user says, line by line, without empty ones, until the end of the input or /quit."""
-    asks = sys.stdin.isatty()
+    asks = _standard_input().isatty()
     while True:
         try:
             line = _utf8(lambda: input("> " if asks else "")).strip()
@@ -656,6 +668,11 @@ def _about(model, dtype, seed):
 
 def main() -> None:
     """The entry point. What is neither done nor refused is a bug: it ends in a traceback and a line that asks to report it."""
+    for name in ("stdout", "stderr"):  # what a console cannot show it shows as a question mark
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  closed: nobody reads it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

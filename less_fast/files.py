@@ -38,6 +38,10 @@ def aside(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with suppress(OSError):  # some file systems have no modes
             temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a full disk, for example
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -134,7 +134,7 @@ def test_a_template_that_leaves_thinking_out_later_is_warned_of_and_the_cache_ke
     talking = _, tokenizer = make_talking(THINKING)
     conversation = begin(talking)
     conversation.answer("Hi", **says(tokenizer, "import#", "return", "<|end|>"))
-    with pytest.warns(UserWarning, match="shows earlier answers in another way than the model wrote them"):
+    with pytest.warns(UserWarning, match="shows earlier turns in another way than the cache was fed"):
         conversation.answer("Go on", **says(tokenizer, "return", "<|end|>"))
     with warnings.catch_warnings(action="error"):  # which has not changed since
         conversation.answer("On", **says(tokenizer, "return", "<|end|>"))
@@ -150,19 +150,46 @@ def test_a_template_that_leaves_thinking_out_later_is_warned_of_and_the_cache_ke
         "{{ messages[-1].content }}" + TEMPLATE,
         TEMPLATE + "{% if add_generation_prompt %}<think></think>{% endif %}",
         TEMPLATE.replace("message.content", "message.content | upper"),
-        "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}",
     ],
-    ids=["a count in front", "the last words in front", "a generation prompt of its own", "other letters", "no answers"],
+    ids=["a count in front", "the last words in front", "a generation prompt of its own", "other letters"],
 )
-def test_a_template_that_rewrites_what_the_cache_has_seen_is_refused(template):
+def test_what_was_fed_stays_as_it_was_fed_whatever_the_template_now_makes_of_it(template):
     talking = _, tokenizer = make_talking(template)
     conversation = begin(talking)
     conversation.answer("Hi", **says(tokenizer, "return", "<|end|>"))
+    before = conversation.ids
+    with pytest.warns(UserWarning, match="the cache keeps them as they were fed"):
+        conversation.answer("Go on", **says(tokenizer, "x", "<|end|>"))
+    said, opening = "GO ON" if "upper" in template else "Go on", "<think></think>" * ("think" in template)
+    between = encoded(tokenizer, f"<|end|>\n<|turn|>user\n{said}<|end|>\n<|turn|>assistant\n{opening}")
+    assert conversation.ids.tolist() == [[*before[0].tolist(), *between, *encoded(tokenizer, "x")]]
+
+
+def test_a_template_that_does_not_tell_where_answers_end_is_refused():
+    talking = _, tokenizer = make_talking("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    conversation = begin(talking)
+    conversation.answer("Hi", **says(tokenizer, "return", "<|end|>"))
     seen, ids = conversation.cache.get_seq_length(), conversation.ids
-    with pytest.raises(LessError, match="now writes in another way what the cache has seen already"):
+    with pytest.raises(LessError, match="does not tell where they end, so nobody knows what stands behind the last one"):
         conversation.answer("Go on", max_new_tokens=1)
     assert conversation.cache.get_seq_length() == seen
     assert conversation.ids is ids
+
+
+def test_a_conversation_goes_on_after_midnight_under_a_template_that_writes_the_date():
+    talking = _, tokenizer = make_talking("{{ today }}\n" + TEMPLATE)
+    conversation, written = begin(talking), tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **named: written(*args, **named, today=today)
+    today = "Saturday"
+    conversation.answer("Hi", **says(tokenizer, "return", "<|end|>"))
+    today = "Sunday"
+    with pytest.warns(UserWarning, match="another date"):
+        conversation.answer("Go on", **says(tokenizer, "return", "<|end|>"))
+    with warnings.catch_warnings(action="error"):
+        conversation.answer("On", **says(tokenizer, "return", "<|end|>"))
+    text = tokenizer.decode(conversation.ids[0])
+    assert text.startswith("Saturday\n")
+    assert "Sunday" not in text
 
 
 def test_a_turn_that_the_template_does_not_take_is_refused_with_its_reason():

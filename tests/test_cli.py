@@ -17,7 +17,7 @@ import torch
 from authors import read, save_as_the_authors
 from models import SIZES, make_kernels, make_kinds, make_model, make_talking, tokens
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from less_fast import H2O, LessCache, LessError, LessKernels, cli
 from less_fast.chat import Conversation
@@ -28,7 +28,7 @@ from less_fast.loading import find_device, load_kernels, load_model
 from less_fast.measuring.caches import held_bytes
 from less_fast.measuring.compare import Row, baseline_plus, plot, share_recovered
 from less_fast.setting import POLICIES
-from less_fast.text import windows
+from less_fast.text import Printer, windows
 from paper_checks.architectures import tiny
 
 
@@ -373,7 +373,7 @@ def presses_ctrl_c(monkeypatch):
     """Ctrl-C is pressed so many times, behind the third token of the first answer."""
 
     def press(times):
-        class Impatient(TextStreamer):
+        class Impatient(Printer):
             came = 0
 
             def put(self, value):
@@ -382,7 +382,7 @@ def presses_ctrl_c(monkeypatch):
                 for _ in range(times if Impatient.came == 4 else 0):  # the prompt comes first
                     os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(cli, "_answers", lambda tokenizer: Impatient(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        monkeypatch.setattr(cli, "Printer", Impatient)
 
     return press
 

@@ -266,7 +266,7 @@ def test_a_disk_that_is_full_loses_no_kernels_that_were_there(tmp_path, monkeypa
     def full(*_):
         raise OSError("no space left on device")
 
-    for name in ("save_file", "card"):
+    for name in ("write_tensors", "card"):
         with monkeypatch.context() as patch:
             patch.setattr(f"less_fast.kernels.{name}", full)
             with pytest.raises(OSError, match="no space left"):

@@ -184,7 +184,7 @@ def test_a_file_that_does_not_tell_what_was_fed_is_taken_and_asks_for_nothing_un
     feed(model, tokens(1, 8), cache)
     cache.save(tmp_path / "cache")
     tensors, about = read(tmp_path / "cache")
-    write(tmp_path / "cache", {name: x for name, x in tensors.items() if not name.endswith("fed")}, about)
+    write(tmp_path / "cache", {name: x for name, x in tensors.items() if name not in ("masks", "tokens")}, about)
     loaded = LessCache.load(tmp_path / "cache", model)
     mask[0, 3] = 0
     feed(model, tokens(1, 1), loaded, mask)
@@ -563,7 +563,7 @@ def test_caches_that_tell_their_model_by_a_signature_are_compared_by_it(tmp_path
     tensors, about = read(tmp_path / "cache")
     del about["model"]["identity"]
     about["model"]["signature"] = SIGNATURE
-    write(tmp_path / "cache", {name: x for name, x in tensors.items() if not name.endswith("fed")}, about)
+    write(tmp_path / "cache", {name: x for name, x in tensors.items() if name not in ("masks", "tokens")}, about)
     more = tokens(1, 3)
     twin = make_model().float()
     assert torch.equal(feed(twin, more, LessCache.load(tmp_path / "cache", twin)), feed(model, more, cache))

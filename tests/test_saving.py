@@ -234,7 +234,7 @@ class Odd(Policy):
 def test_policies_of_ones_own_are_saved_if_they_can_be_written(tmp_path):
     model, _ = saved(tmp_path / "cache", policy=Odd(6))
     assert LessCache.load(tmp_path / "cache", model).layers[0].policy == Odd(6)
-    with pytest.raises(ValueError, match="cannot be saved: not all fields"):
+    with pytest.raises(ValueError, match="cannot be written to a file: not all of its fields"):
         saved(tmp_path / "other", model, policy=Odd(6, frozenset()))
     assert not (tmp_path / "other").exists()
 
@@ -267,6 +267,7 @@ def test_a_full_disk_loses_nothing_that_was_there(tmp_path):
     run = [sys.executable, "-c", code, str(tmp_path / "cache")]
     root = Path(__file__).parent.parent
     said = subprocess.run(run, capture_output=True, text=True, preexec_fn=limit, cwd=root)
-    assert said.stdout.startswith("OSError cannot write"), said.stderr
+    assert said.stdout.startswith("OSError"), said.stderr
+    assert str(tmp_path / "cache") in said.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
     assert (tmp_path / "cache").read_bytes() == before

@@ -1,9 +1,7 @@
 """Saved caches: all that a LessCache holds in one file, and back."""
 
-import json
 import os
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +9,7 @@ from transformers import PreTrainedModel
 from ..files import digest, read, write
 from ..kernels import LessKernels
 from ..layer.checks import LessError
-from ..layer.policies import policy_of
+from ..layer.policies import policy_of, written
 from .architecture import attention_modules, check_model, device_of
 from .identity import check_saved, identity
 from .layer import LessLayer
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 def save(cache: "LessCache", path: str | os.PathLike) -> None:
     """See `LessCache.save`."""
     model = cache.model()
-    policy: Any = cache.setting.policy
     unsaved = {type(layer).__name__ for layer in cache.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
     if cache.world_size > 1:
         unsaved.add("its heads on several processes")
@@ -36,16 +33,7 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         raise LessError(f"this cache cannot be saved: it has {', '.join(sorted(unsaved))}; keep the text and feed it again")
     if cache.open:
         raise LessError(BROKEN_OFF)
-    written = [type(policy).__name__, asdict(policy)]
-    try:
-        again = policy_of(*json.loads(json.dumps(written)))
-    except TypeError:
-        again = None
-    if again != policy:
-        raise LessError(
-            f"this cache cannot be saved: not all fields of its policy are numbers, strings or tuples, and these alone can be "
-            f"written: {policy}"
-        )
+    rule = written(cache.setting.policy)
     tensors: dict[str, torch.Tensor] = {}
     lengths: list[int] = []
     for index, layer in enumerate(cache.layers):
@@ -54,7 +42,7 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
         lengths.append(cache.get_seq_length(index) if held else 0)
     about = {
         "model": _kind(model) | {"identity": identity(model)},
-        "policy": written,
+        "policy": rule,
         "budgets": cache.setting.budgets or "uniform",
         "chunk": cache.setting.chunk,
         "context": cache.setting.context,

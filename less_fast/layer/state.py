@@ -385,6 +385,8 @@ def need_policy(policy) -> None:
     """LessError for anything that is no policy."""
     if not isinstance(policy, Policy):
         raise LessError(f"a policy is something like H2O(heavy=26, recent=25), its class inherits Policy: not {policy!r}")
+    if type(policy).__hash__ is None:
+        raise LessError(f"{policy!r} may change, and heads of equal policies lie together: make it @dataclass(frozen=True)")
 
 
 def need_kernels(kernels) -> None:

@@ -18,7 +18,7 @@ from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError, integer
 from ..layer.parallel import dense, eviction_times, linear_parallel
-from ..layer.policies import Policy
+from ..layer.policies import Policy, written
 from ..layer.state import need_policy
 from ..setting import Setting
 from .checks import check_setting, check_windows
@@ -54,6 +54,7 @@ def check_policy(policy: Policy) -> None:
         raise LessError(
             f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none: try H2O"
         )
+    written(policy)  # tables are found again by its name and fields
 
 
 @torch.no_grad()
