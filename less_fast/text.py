@@ -92,6 +92,9 @@ class Printer(BaseStreamer):
         self.new: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """ValueError for several texts at once."""
+        if value.ndim > 1 and len(value) > 1:
+            raise ValueError(f"one text is printed at a time, and {len(value)} come (num_beams, num_return_sequences)")
         if self.prompt:  # it comes first
             self.prompt = False
             return

@@ -421,7 +421,29 @@ def test_ctrl_c_pressed_twice_or_at_the_prompt_ends_the_chat(command, talking, m
 def test_a_line_that_is_no_text_ends_the_chat_in_one_sentence(command, talking, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
     code, out, err = command("chat", "--model", talking[0], *TALK)
-    assert (code, out, err) == (2, "", "less-kv: the prompt holds bytes that are no UTF-8 text\n")
+    assert (code, out, err) == (2, "", "less-kv: the input is no utf-8 text: write it so, or set PYTHONIOENCODING=utf-8\n")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "-"), ("chat", "--model", "")])
+def test_closed_standard_input_is_said(command, arguments, monkeypatch, talking):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, err = command(*(argument or talking[0] for argument in arguments))
+    assert (code, out, err.startswith("less-kv: standard input is closed")) == (2, "", True)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_shows_what_it_can_and_question_marks_for_the_rest(command, monkeypatch, encoding):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    code, _, err = command("generate", "# a → b, 日本\n", "--max-new-tokens", 2, *TALK)
+    sys.stdout.flush()
+    assert (code, shown.getvalue().startswith(b"# a ? b, ??\n")) == (0, True), err
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_refused(command):
+    code, out, err = command("generate", "x", "--temperature", "1e-38")
+    assert (code, out) == (2, "")
+    assert "--temperature is 0, which takes the likeliest token, or at least 0.001" in err
 
 
 def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(command, tmp_path):

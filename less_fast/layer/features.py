@@ -4,6 +4,7 @@ the third learned function, which says what is worth keeping."""
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.functional import elu, gelu
 from .checks import LessError, integer
 
 RHO_HIDDEN = 32  # the hidden width of rho, unless said otherwise
+randn, zeros = (partial(make, dtype=torch.float32) for make in (torch.randn, torch.zeros))  # whatever the program's default is
 MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, or a broken file
 
 
@@ -147,11 +149,11 @@ class PaperKernels(Learned):
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 512):
         super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=1)
         R = self.rank
-        self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
-        self.q2 = nn.Parameter(torch.randn(query_heads, hidden, R) * hidden**-0.5)  # (Hq, h, R)
-        self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
-        self.k2 = nn.Parameter(torch.randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
-        self.k3 = nn.Parameter(torch.eye(R).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
+        self.q1 = nn.Parameter(randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
+        self.q2 = nn.Parameter(randn(query_heads, hidden, R) * hidden**-0.5)  # (Hq, h, R)
+        self.k1 = nn.Parameter(randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
+        self.k2 = nn.Parameter(randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.eye(R, dtype=torch.float32).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
         with torch.no_grad():  # a feature that starts at zero stays there, because its gradient is zero
             for head, rank in enumerate(self.ranks):
                 self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
@@ -187,13 +189,13 @@ class Exponential(Learned):
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 32):
         super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=0)
         R = self.rank
-        self.q0 = nn.Parameter(torch.randn(query_heads, head_dim, R) * head_dim**-0.5)  # (Hq, D, R)
-        self.q1 = nn.Parameter(torch.randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
-        self.q2 = nn.Parameter(torch.zeros(query_heads, hidden, R))  # (Hq, h, R)
-        self.k0 = nn.Parameter(torch.randn(kv_heads, head_dim, R) * head_dim**-0.5)  # (Hkv, D, R)
-        self.k1 = nn.Parameter(torch.randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
-        self.k2 = nn.Parameter(torch.zeros(kv_heads, hidden, R))  # (Hkv, h, R)
-        self.k3 = nn.Parameter(torch.full((kv_heads, R), self.START))  # (Hkv, R), b
+        self.q0 = nn.Parameter(randn(query_heads, head_dim, R) * head_dim**-0.5)  # (Hq, D, R)
+        self.q1 = nn.Parameter(randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
+        self.q2 = nn.Parameter(zeros(query_heads, hidden, R))  # (Hq, h, R)
+        self.k0 = nn.Parameter(randn(kv_heads, head_dim, R) * head_dim**-0.5)  # (Hkv, D, R)
+        self.k1 = nn.Parameter(randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
+        self.k2 = nn.Parameter(zeros(kv_heads, hidden, R))  # (Hkv, h, R)
+        self.k3 = nn.Parameter(torch.full((kv_heads, R), self.START, dtype=torch.float32))  # (Hkv, R), b
 
     @torch.no_grad()
     def begin(self, lse, mass):
@@ -250,10 +252,10 @@ class Rho(nn.Module):
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, hidden: int = RHO_HIDDEN):
         super().__init__()
         width = (query_heads // kv_heads + 2) * head_dim
-        self.r0 = nn.Parameter(torch.zeros(kv_heads, width, 4))  # (Hkv, (G + 2) D, 4)
-        self.r1 = nn.Parameter(torch.randn(kv_heads, width, hidden) * width**-0.5)  # (Hkv, (G + 2) D, h)
-        self.r2 = nn.Parameter(torch.zeros(kv_heads, hidden, 4))  # (Hkv, h, 4)
-        self.r3 = nn.Parameter(torch.tensor(self.START).repeat(kv_heads, 1))  # (Hkv, 4)
+        self.r0 = nn.Parameter(zeros(kv_heads, width, 4))  # (Hkv, (G + 2) D, 4)
+        self.r1 = nn.Parameter(randn(kv_heads, width, hidden) * width**-0.5)  # (Hkv, (G + 2) D, h)
+        self.r2 = nn.Parameter(zeros(kv_heads, hidden, 4))  # (Hkv, h, 4)
+        self.r3 = nn.Parameter(torch.tensor(self.START, dtype=torch.float32).repeat(kv_heads, 1))  # (Hkv, 4)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q (N, H, G, m, D), rotated and not scaled, k, v (N, H, m, D), k rotated -> (N, H, m, 4), in float32 or wider."""
@@ -353,9 +355,9 @@ FAMILIES = {
 
 def _directions(count, head_dim):
     """(count, head_dim): random directions, orthogonal in blocks of head_dim, as long as normal vectors are."""
-    q, r = torch.linalg.qr(torch.randn(-(-count // head_dim), head_dim, head_dim))
+    q, r = torch.linalg.qr(randn(-(-count // head_dim), head_dim, head_dim))
     q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # or some directions would come more often than others
-    return q.flatten(0, 1)[:count] * torch.randn(count, head_dim).norm(dim=1, keepdim=True)
+    return q.flatten(0, 1)[:count] * randn(count, head_dim).norm(dim=1, keepdim=True)
 
 
 def _by_head(x):

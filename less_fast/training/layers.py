@@ -100,7 +100,9 @@ def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed + index)
         shape = (sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rank", "hidden"))
-        kernels = FAMILIES[recipe.family](*shape).to(device)
+        with torch.device("cpu"):
+            kernels = FAMILIES[recipe.family](*shape)
+        kernels.to(device)
         kernels.dropout = recipe.dropout
         some = recording.rows(index, range(min(SHARD, count)), device)
         kernels.begin(some.lse, low_rank_part(kernels.phi(some.q), kernels.psi(some.k), some.v, some.e)[1][:, :, budget + 1 :])

@@ -104,7 +104,7 @@ class Recording:
         for row in index:
             one, shard = slice(row % SHARD, row % SHARD + 1), self.file(layer, row // SHARD)
             try:
-                with safe_open(shard, "pt") as file:
+                with torch.device("cpu"), safe_open(shard, "pt") as file:
                     parts.append([file.get_slice(name)[one] for name in Recorded.__dataclass_fields__])
             except SafetensorError as error:
                 raise LessError(f"{shard} is broken: delete it, and it is recorded again ({error})") from error

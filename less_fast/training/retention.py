@@ -77,7 +77,7 @@ def _seen(q, k, v, moments, scale):
     """q (N, Hkv, G, T, D), k, v (N, Hkv, T, D), moments (N, M) -> Seen."""
     at = torch.arange(k.shape[2], device=k.device)
     later = moments[..., None] - at  # (N, M, T): how many queries ago each was
-    weights = [decay ** later.clamp(min=0) * (later >= 0) for decay in Retention.FADING]  # (N, M, T) each
+    weights = [decay ** later.clamp(min=0).float() * (later >= 0) for decay in Retention.FADING]  # (N, M, T) each
     seen, coming = [], []
     for row in range(len(k)):  # (T, T) of each head take much memory
         logits = (q[row] * scale @ k[row, :, None].mT).masked_fill(at > at[:, None], -torch.inf)  # (Hkv, G, T, T)
@@ -137,7 +137,8 @@ def train_rho(
                 work.save("rho", {"step": step + 1, "descent": descent.state_dict()})
     rhos.requires_grad_(False)
     held_out = _watch_all(model, validation, recipe, recipe.seed)
-    start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(held_out[0].k)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(held_out[0].k)
     with torch.no_grad():
         figures = {
             "before": [layer.cross_entropy(start).item() for layer in held_out],

@@ -165,7 +165,7 @@ def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
     wanted: dict[str, Any] = sizes(model) | dict(rank=_ranks(model, recipe), hidden=recipe.hidden, family=recipe.family)
     hidden = recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho")
-    with torch.random.fork_rng(devices=[]):  # the same weights whenever it is begun
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights whenever it is begun
         torch.manual_seed(recipe.seed)
         kernels = LessKernels(**wanted, about=about, rho=hidden)
     if start is not None:
