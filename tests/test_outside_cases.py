@@ -119,6 +119,75 @@ def test_masks_are_taken_if_and_only_if_they_repeat_what_was_fed(tmp_path_factor
     feed(model, ids[:, 10:], cache, mask)
 
 
+# Tokens of the past that are not those that were fed.
+
+
+@given(
+    bits=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=2, max_size=2),
+    at_once=st.integers(1, 10),
+    operation=st.sampled_from(["none", "swap", "repeat", "copy", "load", "reset", "join"]),
+    row=st.integers(0, 1),
+    column=st.integers(0, 9),
+)
+@settings(max_examples=40)
+def test_a_text_is_gone_on_with_if_and_only_if_it_begins_with_what_was_fed(
+    tmp_path_factory, bits, at_once, operation, row, column
+):
+    """`generate` has the whole text, and feeds what the cache has not seen. What stands at a pad is no part of it."""
+    model, ids = make_model(num_hidden_layers=1), tokens(2, 12)
+    mask = torch.cat([torch.tensor(bits).long(), torch.ones(2, 3, dtype=torch.long)], 1)
+    cache = LessCache.for_model(model, SMALL)
+    feed(model, ids[:, :10], cache, mask[:, :10], at_once)
+    if operation == "swap":
+        cache.batch_select_indices([1, 0])
+        mask, ids = mask[[1, 0]], ids[[1, 0]]
+    elif operation == "repeat":
+        cache.batch_repeat_interleave(2)
+        mask, ids = mask.repeat_interleave(2, 0), ids.repeat_interleave(2, 0)
+    elif operation == "copy":
+        cache = copy.deepcopy(cache)
+    elif operation == "load":
+        cache.save(path := tmp_path_factory.mktemp("tokens") / "cache")
+        cache = LessCache.load(path, model)
+    elif operation == "reset":
+        cache.reset()
+        feed(model, ids[:, :10], cache, mask[:, :10])
+    elif operation == "join":
+        short = LessCache.for_model(model, SMALL)
+        feed(model, ids[:1, 4:10], short, mask[:1, 4:10])
+        cache, ids = LessCache.join([cache, short]), ids[[0, 1, 0]]
+        mask = torch.cat([mask, torch.cat([torch.zeros(1, 4, dtype=torch.long), mask[:1, 4:]], 1)])
+    other = ids.clone()
+    other[row, column] = ids[row, column] % 90 + 1
+    if mask[row, column]:
+        with pytest.raises(LessError, match=rf"does not begin with the 10 tokens that this cache was fed, in rows \[{row}\]"):
+            generate(model, other, copy.deepcopy(cache), new=1, attention_mask=mask)
+    else:
+        generate(model, other, copy.deepcopy(cache), new=1, attention_mask=mask)
+    generate(model, ids, cache, new=3, attention_mask=mask)
+
+
+def test_a_prompt_that_was_fed_as_embeddings_or_comes_from_an_older_file_is_taken_as_it_is_told(tmp_path):
+    """Nobody knows its tokens."""
+    model, ids = make_model(), tokens(1, 9)
+    cache = LessCache.for_model(model, ROOM)
+    feed(model, ids[:, :6], cache)
+    cache.save(tmp_path / "cache")
+    tensors, about = read(tmp_path / "cache")
+    write(tmp_path / "cache", {name: x for name, x in tensors.items() if name != "tokens"}, about)
+    embedded = LessCache.for_model(model, ROOM)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids[:, :6]), past_key_values=embedded)
+    other = ids.clone()
+    other[0, 2] += 1
+    for unknown in (LessCache.load(tmp_path / "cache", model), embedded):
+        assert torch.equal(generate(model, other, unknown)[:, 9:], generate(model, ids, None)[:, 9:])
+        unknown.reset()
+        feed(model, ids[:, :6], unknown)
+        with pytest.raises(LessError, match="does not begin with the 6 tokens"):
+            generate(model, other, unknown)
+
+
 @pytest.mark.parametrize("compiled", ["nothing", "steps", "whole model"])
 def test_rows_that_ended_early_in_generate_cannot_be_masked_in_the_next_turn(compiled):
     model, ids = make_model(), tokens(2, 9)
@@ -657,6 +726,19 @@ def test_a_model_that_has_had_a_cache_generates_in_another_process(tmp_path, nam
     said, *refusal = done.stdout.splitlines()
     assert json.loads(said) == wanted
     assert (["drops its cache there" in line for line in refusal] == [True]) == (name == "phi3")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama", "qwen3_5_text"])
+@pytest.mark.parametrize("call", [lambda cache: cache.crop(-2), lambda cache: cache.activate_past_recording()])
+def test_a_refused_crop_leaves_every_layer_as_it_was(name, call):
+    """Those before the first of LESS's, too."""
+    model, ids = tiny(name), tokens(1, 15)
+    cache = LessCache.for_model(model, ROOM)
+    feed(model, ids[:, :12], cache)
+    twin = copy.deepcopy(cache)
+    with pytest.raises(LessError, match="cannot be cropped"):
+        call(cache)
+    assert torch.equal(feed(model, ids[:, 12:], cache), feed(model, ids[:, 12:], twin))
 
 
 def test_a_cache_is_not_pickled_and_says_what_to_do():

@@ -4,7 +4,7 @@ import json
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ from models import make_kernels, make_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from less_fast import H2O, TOVA, LessCache, LessKernels, Policy, Scissorhands, SnapKV
+from less_fast import H2O, TOVA, LessCache, LessError, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
 from less_fast.files import read, write
+from less_fast.training.head_costs import measure
 from paper_checks.architectures import tiny
 
 TABLE = [[3, 9], [5, 5], [12, 1]]
@@ -237,6 +238,46 @@ def test_policies_of_ones_own_are_saved_if_they_can_be_written(tmp_path):
     with pytest.raises(ValueError, match="cannot be written to a file: not all of its fields"):
         saved(tmp_path / "other", model, policy=Odd(6, frozenset()))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_shipped_name_means_the_shipped_policy_whoever_else_bears_it(tmp_path):
+    model, _ = saved(tmp_path / "cache", policy=H2O(3, 3))
+    kernels = LessKernels.from_pretrained(KERNELS)
+    table = kernels.budgets_for(H2O(26, 25))
+    own = make_dataclass("H2O", [("heavy", int, 3), ("recent", int, 3)], bases=(Odd,), frozen=True)(6)
+    assert type(LessCache.load(tmp_path / "cache", model).layers[0].policy) is H2O
+    assert kernels.budgets_for(H2O(26, 25)) == table
+    for refused in (lambda: saved(tmp_path / "other", model, policy=own), lambda: measure(model, tokens(2, 30), own)):
+        with pytest.raises(LessError, match="where H2O would mean another class: give yours another name"):
+            refused()
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_policy_that_was_defined_anew_is_saved_by_what_was_made_since(tmp_path):
+    """A cell of a notebook that runs twice."""
+    first, second = (make_dataclass("Again", [], bases=(Odd,), frozen=True) for _ in range(2))
+    with pytest.raises(LessError, match="if it was defined anew, make what uses it anew"):
+        saved(tmp_path / "first", policy=first(6))
+    model, _ = saved(tmp_path / "second", policy=second(6))
+    assert type(LessCache.load(tmp_path / "second", model).layers[0].policy) is second
+
+
+class Plain(Policy):
+    """No dataclass."""
+
+    budget = 6
+
+    def rank(self, position, score, n):
+        return position
+
+
+def test_what_cannot_be_written_or_may_change_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(LessError, match=r"make its class a dataclass, @dataclass\(frozen=True\)"):
+        saved(tmp_path / "plain", policy=Plain())
+    with pytest.raises(LessError, match=r"may change, .*: make it @dataclass\(frozen=True\)"):
+        LessCache.for_model(make_model(), dataclass(type("Loose", (Plain,), {}))())
+    with pytest.raises(OSError, match="is a folder: choose another name"):
+        saved("", policy=H2O(3, 3))
 
 
 def test_recurrent_layers_are_refused_and_the_file_that_was_there_stays(tmp_path):

@@ -11,6 +11,7 @@ from models import make_kernels, make_kinds, make_model, tokens
 from transformers import DynamicCache
 
 from less_fast import H2O, FastGen, LessCache
+from less_fast.hf.identity import identity
 
 ROUNDS, STEPS, PROMPT = 3, 8, 9
 POLICIES = {"h2o": H2O(3, 3), "fastgen": FastGen(11, 2, 2, 0.6)}
@@ -33,6 +34,32 @@ def generate(model, cache, seed, wait=lambda: None):
         found.append(ids)
     states = [layer.state for layer in cache.layers] if isinstance(cache, LessCache) else []
     return torch.cat(found, 1), [tensor.clone() for state in states for _, tensor in state.tensors()]
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_two_threads_may_make_the_first_caches_of_a_model(with_kernels):
+    """Each sets the model's attention, and a probe sets it back."""
+    kernels = make_kernels(make_model())
+    kernels.about = {"identity": identity(make_model())}
+    own, wanted = kernels if with_kernels else None, []
+
+    def serve(model, found, wait=lambda: None):
+        wait()
+        found.append(generate(model, LessCache.for_model(model, H2O(3, 3), own), 0)[0])
+
+    serve(make_model(), wanted)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(6):
+            model, found, barrier = make_model(), [], Barrier(2, timeout=30)
+            threads = [Thread(target=serve, args=(model, found, barrier.wait)) for _ in range(2)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            assert len(found) == 2
+            assert all(torch.equal(ids, wanted[0]) for ids in found)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def pause(frame, event, what):

@@ -370,18 +370,9 @@ class Retention(Policy):
 
 
 def policy_of(name: str, fields: dict) -> Policy | None:
-    """The policy of a class name and fields, as they were written to a file; None if no such class is imported.
-
-    The name of a policy that comes with this package means that one; of several others it means the one defined last.
-    """
-    classes = [*Policy.__subclasses__()]
-    for kind in classes:  # it grows on the way
-        classes += kind.__subclasses__()
-    ours = __name__.rpartition(".")[0]
-    known = {kind.__name__: kind for kind in sorted(classes, key=lambda kind: kind.__module__.rpartition(".")[0] == ours)}
-    return (
-        known[name](**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()}) if name in known else None
-    )
+    """The policy of a class name and fields, as they were written to a file; None if no such class is imported."""
+    kind = _class_called(name)
+    return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
 
 
 def written(policy: Policy) -> tuple[str, dict]:
@@ -389,21 +380,30 @@ def written(policy: Policy) -> tuple[str, dict]:
     name = type(policy).__name__
     if not is_dataclass(policy):
         raise LessError(f"{policy!r} cannot be written to a file: make its class a dataclass, @dataclass(frozen=True)")
+    if _class_called(name) is not type(policy):
+        raise LessError(
+            f"{policy} cannot be written to a file, where {name} would mean another class: give yours another name or, if it was "
+            f"defined anew, make what uses it anew"
+        )
     fields = asdict(policy)
     try:
         again = policy_of(*json.loads(json.dumps([name, fields])))
     except TypeError:
         again = None
-    if again is not None and type(again) is not type(policy):
-        raise LessError(
-            f"{policy} cannot be written to a file, where {name} would mean another class: give yours another name or, if it was "
-            f"defined anew, make what uses it anew"
-        )
     if again != policy:
         raise LessError(
             f"{policy} cannot be written to a file: not all of its fields are numbers, strings or tuples, and these alone can be"
         )
     return name, fields
+
+
+def _class_called(name):
+    """The policy class of that name: the one of this package or, of several others, the one defined last; None if none is."""
+    classes = [*Policy.__subclasses__()]
+    for kind in classes:  # it grows on the way
+        classes += kind.__subclasses__()
+    here = __name__.rpartition(".")[0]
+    return {kind.__name__: kind for kind in sorted(classes, key=lambda kind: kind.__module__.startswith(here))}.get(name)
 
 
 def best_first(rank, position):
