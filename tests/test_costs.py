@@ -95,7 +95,7 @@ def test_curves_take_what_the_passes_do_that_they_are_made_of(clock, monkeypatch
 
 def test_all_stages_have_costs_that_are_told_once_and_change_no_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "CURVE_WINDOWS", 1)
-    recipe, said = replace(RHO, joint_steps=2, table_steps=2), []
+    recipe, said = replace(RHO, joint_steps=2, table_steps=2, joint_budgets=(1.0,)), []
     kernels = quick_training(tmp_path, recipe, curves=True, tell=said.append)
     again = quick_training(tmp_path, recipe, curves=True, tell=said.append)  # what is done is done
     (one,) = said

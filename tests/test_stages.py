@@ -252,6 +252,23 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path, policy, rho
     assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
 
 
+@pytest.mark.parametrize("together", [0, 2], ids=["each layer alone", "all layers at once"])
+def test_training_neither_heeds_nor_moves_the_callers_random_generator(together, tmp_path):
+    """Told what it will take or not, through every stage: rho, layers with dropout, the joint stage, curves and their tables."""
+    recipe = replace(RECIPE, family="paper", dropout=0.3, epochs=1 - together // 2, together_steps=together, joint_budgets=(1.0,))
+    recipe = replace(recipe, joint_steps=2, table_steps=2, rho_steps=6, rho_hidden=2, rho_rate=0.02, together_windows=4)
+    windows, found = tokens(2, 20), []  # which judge, too, so that rho learns in a few steps
+    for seed, folder, tell in ((0, None, str), (1, tmp_path, None)):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = make_model(num_hidden_layers=2).float()  # it has a seed of its own
+        torch.set_rng_state(before)
+        found.append(train(model, windows, windows, Retention(6, 1), recipe, folder, curves=True, tell=tell))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert {"rho", "together" if together else "validation", "joint", "tables"} <= {*found[0].about}
+    assert_equal_weights(*found)
+
+
 def test_an_order_names_everything_that_the_weights_depend_on(tmp_path):
     quick_training(tmp_path)
     order = json.loads((tmp_path / "order.json").read_text())

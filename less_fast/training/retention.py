@@ -137,7 +137,8 @@ def train_rho(
                 work.save("rho", {"step": step + 1, "descent": descent.state_dict()})
     rhos.requires_grad_(False)
     held_out = _watch_all(model, validation, recipe, recipe.seed)
-    start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(held_out[0].k)
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn, and the caller's generator stays where it is
+        start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(held_out[0].k)
     with torch.no_grad():
         figures = {
             "before": [layer.cross_entropy(start).item() for layer in held_out],
