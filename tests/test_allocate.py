@@ -16,7 +16,7 @@ from less_fast import H2O, Lambda, LessCache, LessKernels, Retention, Window
 from less_fast.budgets import Curves, average, table
 from less_fast.hf.architecture import attention_modules, sizes
 from less_fast.hub import CONFIG
-from less_fast.measuring.compare import Contender, baseline_plus, compare, window_losses
+from less_fast.measuring.compare import baseline_plus
 from less_fast.setting import Setting
 from less_fast.training import allocation
 from less_fast.training.allocation import allocate
@@ -270,39 +270,6 @@ def test_curves_are_stored_with_the_kernels_and_checked_when_read(allocated, tmp
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="the curves of H2O do not fit 3 layers of 2 KV heads"):
         LessKernels.from_pretrained(tmp_path)
-
-
-def test_compare_measures_tables_beside_uniform_budgets_at_equal_memory(allocated):
-    model, kernels = allocated
-    plain = make_kernels(model)
-    rows = compare(model.float(), tokens(4, 60), [H2O(2, 2)], {"ours": kernels.float(), "plain": plain.float()})
-    found = [(row.cache, row.budget, row.budgets, row.kernels) for row in rows]
-    plus = rows[2].budget
-    assert plus > 4
-    assert found == [
-        ("full", None, None, None),
-        ("bare", 4, "uniform", None),
-        ("baseline+", plus, "uniform", None),
-        ("less", 4, "uniform", "ours"),
-        ("less", 4, "uniform", "plain"),
-        ("baseline+", plus, "by head", None),
-        ("less", 4, "by head", "ours"),
-    ]
-    full, bare, uniform_plus, ours, _, plus, less = rows
-    for row, some, is_less in ((plus, None, False), (less, kernels, True)):
-        rule = H2O(2, 2).with_budget(row.budget)
-        table = kernels.budgets_for(rule, is_less)
-        contender = Contender("less", rule, None, lambda chunk: LessCache.for_model(model, rule, some, table, chunk))  # noqa: B023
-        assert np.log(row.perplexity) == pytest.approx(window_losses(model, tokens(4, 60), contender).mean().item(), rel=1e-6)
-    assert ours.bytes == less.bytes <= plus.bytes == uniform_plus.bytes
-    assert len({row.perplexity for row in rows if row.kernels != "plain"}) == 6
-    for row, against in ((ours, uniform_plus), (less, plus)):
-        lost = np.log(against.perplexity) - np.log(full.perplexity)
-        if lost > 0:
-            gained = np.log(against.perplexity) - np.log(row.perplexity)
-            assert row.removed == pytest.approx(gained / lost, rel=1e-6)
-        assert row.recovered == pytest.approx((bare.perplexity - row.perplexity) / (bare.perplexity - full.perplexity), rel=1e-6)
-    assert [row.removed is None for row in rows[:3]] == [True] * 3
 
 
 def test_less_curves_without_the_kernels_they_were_measured_with_are_not_used(allocated):

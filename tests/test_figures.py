@@ -145,6 +145,22 @@ def assert_share(said, full, bare, nats, of):
     assert said == (pytest.approx(share(range(W)), rel=1e-3), pytest.approx(error, rel=1e-3))
 
 
+def test_tables_are_measured_beside_uniform_budgets_and_baseline_plus_once_for_each_rank(speaker, kernels, groups):
+    full, policies = groups
+    assert (full.cache, full.policy, full.budget, full.budgets, full.kernels) == ("full", *[None] * 4)
+    for policy, rows in zip(POLICIES, policies):
+        ours, others = (measuring.baseline_plus(speaker[0], policy, some).budget for some in kernels.values())
+        assert [(row.cache, row.budget, row.budgets, row.kernels) for row in rows] == [
+            ("bare", policy.budget, "uniform", None),
+            ("baseline+", ours, "uniform", None),
+            ("baseline+", others, "uniform", None),
+            ("less", policy.budget, "uniform", "ours"),
+            ("less", policy.budget, "uniform", "others"),
+            ("baseline+", ours, "by head", None),
+            ("less", policy.budget, "by head", "ours"),
+        ]
+
+
 def test_the_cases_tell_the_rows_apart(groups, losses):
     """Or a figure of the wrong row would go unseen."""
     full, policies = groups

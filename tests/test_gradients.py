@@ -23,9 +23,9 @@ STEP = 1e-5  # the difference's own error is of the order of its square
 EVERY_FAMILY = pytest.mark.parametrize("family", ["paper", "exponential"])
 
 
-def make_exact_model(**changes):
+def make_exact_model():
     """In float64 throughout: the norms of transformers round to float32, in which a small difference has few digits."""
-    model = make_model(**changes)
+    model = make_model()
     for norm in (module for module in model.modules() if isinstance(module, LlamaRMSNorm)):
         norm.forward = partial(rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=norm.variance_epsilon)
     return model
