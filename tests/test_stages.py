@@ -18,7 +18,7 @@ from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.setting import Setting
 from less_fast.training import joint, layers, recording, stages, train, work
-from less_fast.training.joint import divergence
+from less_fast.training.joint import distill, divergence
 from less_fast.training.recording import Recording, bytes_on_disk
 
 
@@ -94,6 +94,25 @@ def test_every_step_takes_other_windows_and_the_next_budget(monkeypatch):
     assert len(taken) == len({*map(tuple, taken)}) == 24
     assert {*map(tuple, taken)} < {*map(tuple, windows.tolist())}
     assert [rule for _, rule in seen] == [H2O(1, 1), POLICY, H2O(6, 6)] * 4
+
+
+@pytest.mark.parametrize("clip", [None, 1e-5])
+def test_steps_of_the_joint_stage_follow_the_gradient_cut_to_the_recipes_largest(clip, monkeypatch, tmp_path):
+    model, taken, take, step = make_model(num_hidden_layers=2).float(), [], joint.Descent.take, torch.optim.Adam.step
+    kernels = make_kernels(model, family="exponential").float()
+
+    def gradient():
+        return torch.cat([weight.grad.flatten() for weight in kernels.parameters()])
+
+    monkeypatch.setattr(joint.Descent, "take", lambda descent: taken.append([gradient()]) or take(descent))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: taken[-1].append(gradient()) or step(adam))
+    settings = [Setting.of(sizes(model), range(2), policy, kernels, "uniform") for policy in (POLICY, Lambda(1, 3))]
+    recipe = replace(RECIPE, clip=clip)
+    distill("joint", model, tokens(5, 20), tokens(1, 20), settings, settings[:1], 3, recipe, work.Work(tmp_path, {}))
+    assert len(taken) == 3
+    for raw, used in taken:
+        assert raw.norm() > 2e-5
+        torch.testing.assert_close(used, raw * min(1.0, (clip or torch.inf) / raw.norm().item()), rtol=1e-2, atol=0)
 
 
 def test_budgets_below_every_table_leave_the_stage_under_tables_out():

@@ -143,6 +143,28 @@ def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path,
         assert torch.equal(weight, whole.state_dict()[name]), name
 
 
+def test_steps_take_each_window_of_a_round_so_often_with_what_is_evicted_from_it(monkeypatch):
+    """Of five windows in steps of two, each used three times; a setting after the other."""
+    own, taken, budgets = together.share_left, [], []
+
+    def look(layer, e, features, budget):
+        if torch.is_grad_enabled():
+            assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, POLICY.with_budget(budget), layer.scale))
+            taken.append(layer.q)
+            budgets.append(budget)
+        return own(layer, e, features, budget)
+
+    monkeypatch.setattr(together, "share_left", look)
+    windows = tokens(5, 30)
+    recipe = replace(RECIPE, together_steps=8, together_windows=5)
+    train(make_model().float(), windows, tokens(2, 30, seed=1), POLICY, recipe)
+    assert budgets == [budget for step in range(8) for budget in [(2, 6, 12)[step % 3]] * 3]  # three layers
+    of_first = torch.cat(taken[::3])  # layer
+    known = watch(make_model().float(), windows, seed=0)[0].q
+    uses = [sum(torch.allclose(row, one, atol=1e-5) for row in of_first) for one in known]
+    assert (uses, [len(q) for q in taken[::3]]) == ([3] * 5, [2] * 7 + [1])
+
+
 @pytest.mark.parametrize("clip", [None, 1e-6])
 def test_the_gradient_of_each_layer_is_clipped_as_the_recipe_says(clip, monkeypatch):
     norms, take = [], together.Descent.take
