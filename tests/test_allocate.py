@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from torch.nn.functional import kl_div
 
-from less_fast import H2O, Lambda, LessCache, LessKernels, Window
+from less_fast import H2O, Lambda, LessCache, LessKernels, Retention, Window
 from less_fast.budgets import Curves, average, table
 from less_fast.hf.architecture import attention_modules, sizes
 from less_fast.hub import CONFIG
-from less_fast.measuring.compare import Contender, compare, window_losses
+from less_fast.measuring.compare import baseline_plus
 from less_fast.setting import Setting
+from less_fast.training import allocation
+from less_fast.training.allocation import allocate
 from less_fast.training.head_costs import grid, measure
 from less_fast.training.joint import divergence
 from less_fast.training.tables import LARGEST, refine
@@ -184,6 +186,35 @@ def test_a_refined_table_comes_before_the_curves_for_its_own_total_alone():
     assert table(curves, 10, less=True) != better
 
 
+@pytest.mark.parametrize("policy", [H2O(2, 2), Retention(4, 1)])
+def test_the_table_of_baseline_plus_is_refined_without_the_low_rank_state(policy, tmp_path, monkeypatch):
+    model, settings = make_model(), []
+    kernels = make_kernels(model, rank=[[3, 3], [5, 5], [3, 3]], rho=2)
+    curves = curves_of([[[3.0, 2.0, 0.0]] * 2] * 3, [2, 5, 19], policy=repr(policy), less=[[[9.0, 1.0, 0.0]] * 2] * 3)
+    kernels.curves[type(policy).__name__] = curves
+    plus = baseline_plus(model, policy, kernels)
+
+    def another(model, windows, setting):
+        settings.append(setting)
+        return [[*row] for row in reversed(setting.budgets)], 0.0
+
+    monkeypatch.setattr(allocation, "refine", another)
+    tables = [table(curves, rule.budget * 6, less) for rule, less in ((policy, True), (plus, False))]
+    found = allocate(model, tokens(1, 20), policy, kernels, tmp_path, refined=[policy])
+    less, bare = settings
+    assert (less.policy, less.kernels, less.budgets) == (policy, kernels, tables[0])
+    assert (bare.policy, bare.budgets) == (plus, tables[1])
+    assert plus.budget > policy.budget
+    if policy.learned:  # rho stays
+        assert [layer.rank for layer in bare.kernels.layers] == [0, 0, 0]
+        assert [layer.rho for layer in bare.kernels.layers] == [layer.rho for layer in kernels.layers]
+    else:
+        assert bare.kernels is None
+    refined = {name: {str(np.sum(rows)): rows[::-1]} for name, rows in zip(("less", "bare"), tables)}
+    stored = LessKernels.from_pretrained(tmp_path).curves[type(policy).__name__]
+    assert found.refined == stored.refined == refined
+
+
 def test_the_grid_begins_where_the_policy_can_and_ends_at_the_whole_window():
     assert grid(H2O(2, 2), 100) == [4, 8, 16, 32, 64, 99]
     assert grid(Lambda(7, 2), 100) == [8, 16, 32, 64, 99]
@@ -239,39 +270,6 @@ def test_curves_are_stored_with_the_kernels_and_checked_when_read(allocated, tmp
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="the curves of H2O do not fit 3 layers of 2 KV heads"):
         LessKernels.from_pretrained(tmp_path)
-
-
-def test_compare_measures_tables_beside_uniform_budgets_at_equal_memory(allocated):
-    model, kernels = allocated
-    plain = make_kernels(model)
-    rows = compare(model.float(), tokens(4, 60), [H2O(2, 2)], {"ours": kernels.float(), "plain": plain.float()})
-    found = [(row.cache, row.budget, row.budgets, row.kernels) for row in rows]
-    plus = rows[2].budget
-    assert plus > 4
-    assert found == [
-        ("full", None, None, None),
-        ("bare", 4, "uniform", None),
-        ("baseline+", plus, "uniform", None),
-        ("less", 4, "uniform", "ours"),
-        ("less", 4, "uniform", "plain"),
-        ("baseline+", plus, "by head", None),
-        ("less", 4, "by head", "ours"),
-    ]
-    full, bare, uniform_plus, ours, _, plus, less = rows
-    for row, some, is_less in ((plus, None, False), (less, kernels, True)):
-        rule = H2O(2, 2).with_budget(row.budget)
-        table = kernels.budgets_for(rule, is_less)
-        contender = Contender("less", rule, None, lambda chunk: LessCache.for_model(model, rule, some, table, chunk))  # noqa: B023
-        assert np.log(row.perplexity) == pytest.approx(window_losses(model, tokens(4, 60), contender).mean().item(), rel=1e-6)
-    assert ours.bytes == less.bytes <= plus.bytes == uniform_plus.bytes
-    assert len({row.perplexity for row in rows if row.kernels != "plain"}) == 6
-    for row, against in ((ours, uniform_plus), (less, plus)):
-        lost = np.log(against.perplexity) - np.log(full.perplexity)
-        if lost > 0:
-            gained = np.log(against.perplexity) - np.log(row.perplexity)
-            assert row.removed == pytest.approx(gained / lost, rel=1e-6)
-        assert row.recovered == pytest.approx((bare.perplexity - row.perplexity) / (bare.perplexity - full.perplexity), rel=1e-6)
-    assert [row.removed is None for row in rows[:3]] == [True] * 3
 
 
 def test_less_curves_without_the_kernels_they_were_measured_with_are_not_used(allocated):

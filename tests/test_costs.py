@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import make_model, tokens
+from models import make_kernels, make_model, tokens
 from short_training import POLICY, RECIPE, quick_training
 
-from less_fast.training import costs
+from less_fast.training import costs, head_costs, stages
 from less_fast.training.costs import Costs
 from less_fast.training.recording import bytes_on_disk
 
@@ -41,17 +41,32 @@ def clock(monkeypatch):
     def joint(name, model, windows, validation, settings, judged, steps, recipe, work):
         takes(2 * len(settings) * len(validation), steps)
 
-    for name, stage in dict(train_rho=rho, train_layers=layers, train_together=together, distill=joint).items():
+    def whole(model, windows, attention):  # what curves by kl are made of
+        takes(len(windows), 0)
+
+    def by_the_gradient(model, windows, policy, kernels, budgets, by):
+        assert by == "gradient"
+        takes(len(windows) * len(budgets), 0)
+
+    stages_of = dict(train_rho=rho, train_layers=layers, train_together=together, distill=joint)
+    for name, stage in (stages_of | dict(predictions=whole, measure=by_the_gradient)).items():
         monkeypatch.setattr(costs, name, stage)
     monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
 
+class Told(BaseException):
+    pass
+
+
 def told(recipe, **more):
-    """What 10 windows, of which 4 more judge, are said to take."""
-    found = []
-    quick_training(recipe=recipe, tell=found.append, **more)
-    (one,) = found
-    return one
+    """What 10 windows, of which 4 more judge, are said to take; nothing is trained."""
+
+    def stop(said):
+        raise Told(said)
+
+    with pytest.raises(Told) as stopped:
+        quick_training(recipe=recipe, tell=stop, **more)
+    return stopped.value.args[0]
 
 
 def test_a_stage_takes_what_its_windows_and_its_steps_do(clock):
@@ -64,8 +79,23 @@ def test_a_stage_takes_what_its_windows_and_its_steps_do(clock):
     assert told(AT_ONCE).seconds["all layers at once"] == pytest.approx(READING * (2 * 4 + 4 * 6) + STEP * 9)
 
 
-def test_all_stages_have_costs_that_are_told_once_and_change_no_weight(tmp_path):
-    recipe, said = replace(RHO, joint_steps=2, table_steps=2), []
+def test_curves_take_what_the_passes_do_that_they_are_made_of(clock, monkeypatch):
+    """A window is read whole, and then at each budget that evicts: with each head compressed, with kernels and without."""
+    passes, own = [], head_costs.predictions
+    monkeypatch.setattr(head_costs, "predictions", lambda *rest: passes.append(rest) or own(*rest))
+    model = make_model().float()
+    head_costs.measure(model, tokens(1, 30), POLICY, make_kernels(model).float())
+    assert len(passes) == 1 + 3 * 3 * 2 * 2  # three budgets of 4, 8, 16 and the whole window, three layers, two KV heads
+    for recipe, policies in ((RECIPE, 1), (replace(RHO, joint_steps=0, table_steps=0), 2)):
+        said = told(recipe, curves=True).seconds["curves"]
+        assert said == pytest.approx(READING * len(passes) * 8 * policies)  # eight windows of ten
+    said = told(AT_ONCE, curves=True).seconds["curves"]
+    assert said == pytest.approx(READING * 3 * 8 * 2)  # by the gradient, one pass at each budget that evicts
+
+
+def test_all_stages_have_costs_that_are_told_once_and_change_no_weight(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "CURVE_WINDOWS", 1)
+    recipe, said = replace(RHO, joint_steps=2, table_steps=2, joint_budgets=(1.0,)), []
     kernels = quick_training(tmp_path, recipe, curves=True, tell=said.append)
     again = quick_training(tmp_path, recipe, curves=True, tell=said.append)  # what is done is done
     (one,) = said
@@ -85,9 +115,11 @@ def test_as_many_layers_lie_on_disk_as_may_and_at_least_one(clock, disk, layers)
     assert told(AT_ONCE, disk=disk).disk == 0
 
 
-def test_a_longer_round_takes_more_memory_and_is_said_to(clock):
+def test_a_longer_round_takes_more_memory_and_is_said_to(clock, monkeypatch):
+    monkeypatch.setattr(costs, "_peak", lambda device: 10**9)  # what was taken so far
     small, large = (told(replace(AT_ONCE, together_windows=size)).memory for size in (2, 10))
-    assert large - small == 8 * costs._bytes_of_round(make_model(), 30) > 0
+    floats = (2 + 2) * 4 + 2 * 2  # queries, outputs and two samples of gradients for 4 query heads, 2 KV heads' keys and values
+    assert (small, large - small) == (10**9, 8 * 3 * floats * 30 * 8 * 4)  # eight windows more, 3 layers, 30 tokens, head_dim 8
 
 
 def test_costs_are_spelled_in_units_that_a_reader_would_take():

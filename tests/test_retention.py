@@ -1,6 +1,7 @@
 """Learned retention: what the policy's score is, what rho is trained towards, and how it is trained, measured and refused."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from less_fast.setting import Setting
 from less_fast.text import windows
 from less_fast.training import joint, retention, train
 from less_fast.training.joint import Stream, divergence, mean_divergence, times_in_stream
+from less_fast.training.retention import Seen, train_rho
+from less_fast.training.work import Work
 
 RHO = replace(RECIPE, rho_steps=23, rho_hidden=3, rho_rate=0.05, together_windows=6, together_uses=3)
 
@@ -109,6 +112,72 @@ def test_training_brings_rho_nearer_to_its_aim_whether_it_was_killed_or_not(tmp_
     resumed = quick_training(tmp_path, RHO)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+@pytest.fixture
+def rho_of_three_layers(tmp_path):
+    """Trains rho of new kernels on windows that the batches do not divide: (windows that judge, kernels, train)."""
+    model = make_model().float()
+    kernels = LessKernels(**sizes(model), rank=2, hidden=3, rho=3)
+    recipe, held_out = replace(RHO, rho_steps=7, together_windows=5, together_uses=1), tokens(3, 30, seed=1)
+    return held_out, kernels, lambda: train_rho(model, tokens(5, 30), held_out, kernels, recipe, Work(tmp_path, {}))
+
+
+def test_the_gradient_of_each_layers_rho_is_clipped_to_one_by_itself(rho_of_three_layers, monkeypatch):
+    """The losses of the layers are made so large that all, some or none of their gradients are too long."""
+    _, kernels, train = rho_of_three_layers
+    own, take, wanted, found = Seen.cross_entropy, retention.Descent.take, [], []
+    factors = cycle([1e4, 1.0, 1e-2])
+
+    def enlarged(layer, rho):
+        if not torch.is_grad_enabled():
+            return own(layer, rho)
+        loss = own(layer, rho) * next(factors)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*rho.parameters()], retain_graph=True)])
+        wanted.append(gradient / gradient.norm().clamp(min=1.0))
+        return loss
+
+    def look(descent):
+        rhos = [layer.rho for layer in kernels.layers]
+        found.extend(torch.cat([weight.grad.flatten() for weight in rho.parameters()]) for rho in rhos)
+        take(descent)
+
+    monkeypatch.setattr(Seen, "cross_entropy", enlarged)
+    monkeypatch.setattr(retention.Descent, "take", look)
+    train()
+    assert len(found) == len(wanted) == 7 * 3
+    assert [gradient.norm().item() for gradient in found[::3]] == pytest.approx([1.0] * 7, rel=1e-4)
+    assert 0 < max(gradient.norm() for gradient in found[2::3]) < 1
+    for got, gradient in zip(found, wanted):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_cross_entropies_of_rho_are_means_over_all_windows_and_moments(rho_of_three_layers, monkeypatch):
+    """Of three windows in batches of two the last is alone. Before training rho says the same of every token."""
+    held_out, kernels, train = rho_of_three_layers
+    own, watched = retention.watch, []
+    monkeypatch.setattr(retention, "watch", lambda *rest: watched.append((rest[1], own(*rest))) or watched[-1][1])
+    figures = train()
+    parts = [layers for ids, layers in watched[-2:]]
+    assert torch.equal(torch.cat([ids for ids, _ in watched[-2:]]), held_out)
+    for index in range(3):
+        sums, least = {"before": [], "after": []}, []
+        for layer in (layers[index] for layers in parts):
+            q, k, v = layer.q, layer.k, layer.v
+            with torch.no_grad():
+                said = {"after": kernels.layers[index].rho(q, k, v).double(), "before": torch.tensor(Rho.START).double()}
+            for n, g, m in np.ndindex(*layer.share.shape[:3]):
+                t = int(layer.moments[n, m])
+                share = layer.share[n, g, m, : t + 1].double()
+                least.append(-(share * share.clamp(min=1e-300).log()).sum().item())
+                for when, numbers in said.items():
+                    a, b, *rest = (numbers if numbers.ndim == 1 else numbers[n, g, : t + 1]).unbind(-1)
+                    age, logs = torch.arange(t, -1, -1).double(), (layer.seen[n, g, m, : t + 1].double() + 1e-4).log()
+                    worth = a - b * (1 + age).log() + rest[0] * logs[:, 0] + rest[1] * logs[:, 1]
+                    sums[when].append(-(share * worth.log_softmax(-1)).sum().item())
+        assert len(least) == 3 * 2 * layer.moments.shape[1]
+        for when, nats in (sums | {"least": least}).items():
+            assert figures[when][index] == pytest.approx(np.mean(nats), rel=1e-4)
 
 
 def test_rho_that_ends_farther_from_its_aim_than_it_began_is_refused():

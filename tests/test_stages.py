@@ -18,7 +18,7 @@ from less_fast.files import aside
 from less_fast.hf.architecture import sizes
 from less_fast.setting import Setting
 from less_fast.training import joint, layers, recording, stages, train, work
-from less_fast.training.joint import divergence
+from less_fast.training.joint import distill, divergence
 from less_fast.training.recording import Recording, bytes_on_disk
 
 
@@ -94,6 +94,25 @@ def test_every_step_takes_other_windows_and_the_next_budget(monkeypatch):
     assert len(taken) == len({*map(tuple, taken)}) == 24
     assert {*map(tuple, taken)} < {*map(tuple, windows.tolist())}
     assert [rule for _, rule in seen] == [H2O(1, 1), POLICY, H2O(6, 6)] * 4
+
+
+@pytest.mark.parametrize("clip", [None, 1e-5])
+def test_steps_of_the_joint_stage_follow_the_gradient_cut_to_the_recipes_largest(clip, monkeypatch, tmp_path):
+    model, taken, take, step = make_model(num_hidden_layers=2).float(), [], joint.Descent.take, torch.optim.Adam.step
+    kernels = make_kernels(model, family="exponential").float()
+
+    def gradient():
+        return torch.cat([weight.grad.flatten() for weight in kernels.parameters()])
+
+    monkeypatch.setattr(joint.Descent, "take", lambda descent: taken.append([gradient()]) or take(descent))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: taken[-1].append(gradient()) or step(adam))
+    settings = [Setting.of(sizes(model), range(2), policy, kernels, "uniform") for policy in (POLICY, Lambda(1, 3))]
+    recipe = replace(RECIPE, clip=clip)
+    distill("joint", model, tokens(5, 20), tokens(1, 20), settings, settings[:1], 3, recipe, work.Work(tmp_path, {}))
+    assert len(taken) == 3
+    for raw, used in taken:
+        assert raw.norm() > 2e-5
+        torch.testing.assert_close(used, raw * min(1.0, (clip or torch.inf) / raw.norm().item()), rtol=1e-2, atol=0)
 
 
 def test_budgets_below_every_table_leave_the_stage_under_tables_out():
@@ -250,6 +269,23 @@ def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path, policy, rho
     assert done.returncode == 0, done.stderr[-2000:]
     alone = quick_training(recipe=replace(RECIPE, rho_steps=rho, rho_rate=0.01, windows=10), policy=policy)
     assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
+
+
+@pytest.mark.parametrize("together", [0, 2], ids=["each layer alone", "all layers at once"])
+def test_training_neither_heeds_nor_moves_the_callers_random_generator(together, tmp_path):
+    """Told what it will take or not, through every stage: rho, layers with dropout, the joint stage, curves and their tables."""
+    recipe = replace(RECIPE, family="paper", dropout=0.3, epochs=1 - together // 2, together_steps=together, joint_budgets=(1.0,))
+    recipe = replace(recipe, joint_steps=2, table_steps=2, rho_steps=6, rho_hidden=2, rho_rate=0.02, together_windows=4)
+    windows, found = tokens(2, 20), []  # which judge, too, so that rho learns in a few steps
+    for seed, folder, tell in ((0, None, str), (1, tmp_path, None)):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = make_model(num_hidden_layers=2).float()  # it has a seed of its own
+        torch.set_rng_state(before)
+        found.append(train(model, windows, windows, Retention(6, 1), recipe, folder, curves=True, tell=tell))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert {"rho", "together" if together else "validation", "joint", "tables"} <= {*found[0].about}
+    assert_equal_weights(*found)
 
 
 def test_an_order_names_everything_that_the_weights_depend_on(tmp_path):

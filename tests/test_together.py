@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import make_kernels, make_model, reference_kernels, reference_policy, tokens
+from models import make_kernels, make_model, tokens
 
-import less_ref
 from less_fast import H2O, Lambda, LessError, LessKernels, Retention
 from less_fast.hf.architecture import less_layers, sizes
 from less_fast.layer.parallel import eviction_times, exact_part, low_rank_part
@@ -77,24 +76,6 @@ def test_eviction_times_of_all_layers_at_once_are_those_of_each(policy):
         assert torch.equal(times[index], alone)
 
 
-def test_the_share_that_is_left_is_that_of_the_references_outputs():
-    model = make_model().float()
-    kernels = make_kernels(model, family="exponential").float()
-    layers = watch(model, tokens(2, 30), seed=0)
-    times = eviction_times_of(layers, POLICY, kernels)
-    for index, layer in layers.items():
-        costs = np.zeros(2)
-        for row in range(2):
-            qkv = [getattr(layer, name)[row].double().numpy() for name in "qkv"]
-            for kind, features in enumerate((kernels.layers[index], None)):
-                features = features and reference_kernels(features)
-                out = less_ref.run(*qkv, reference_policy(POLICY), features, scale=layer.scale).out[7:]  # (T - 7, Hq, D)
-                change = out.transpose(1, 0, 2) - layer.full[row, :, 7:].double().numpy()
-                costs[kind] += np.square((layer.g[:, row, :, 7:].double().numpy() * change).sum((1, 3))).sum()
-        share = together.share_left(layer, times[index], kernels.layers[index], POLICY.budget).item()
-        assert share == pytest.approx(costs[0] / costs[1], rel=1e-3)
-
-
 def test_training_leaves_less_of_the_cost_and_reports_it():
     trained = quick_training()
     assert trained.about["together"]["budgets"] == [2, 6, 12]
@@ -124,14 +105,6 @@ def test_new_kernels_begin_with_what_the_first_round_weighs_and_those_that_go_on
         torch.testing.assert_close(new.layers[index].k3, features.k3, atol=1e-3, rtol=1e-4)
     more = quick_training(recipe=replace(RECIPE, learning_rate=0.0), start=new)
     assert all(torch.equal(one.k3, other.k3) for one, other in zip(new.layers, more.layers))
-
-
-def test_what_is_left_counts_every_window_alike():
-    """Of five validation windows, in parts of two, the last is alone."""
-    model, held_out = make_model().float(), tokens(5, 30, seed=1)
-    setting = Setting.of(sizes(model), less_layers(model), POLICY, make_kernels(model, family="exponential").float(), "uniform")
-    parts = [together.shares_left(model, ids, setting, RECIPE) for ids in held_out.split(2)]
-    assert together.shares_left(model, held_out, setting, RECIPE) == pytest.approx(np.average(parts, 0, [2, 2, 1]), rel=1e-5)
 
 
 def test_a_model_in_float64_is_trained_where_gradients_are_off():
@@ -168,6 +141,28 @@ def test_a_training_that_is_killed_ends_in_the_same_weights_and_curves(tmp_path,
     assert again.curves["H2O"].by == "gradient"
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, whole.state_dict()[name]), name
+
+
+def test_steps_take_each_window_of_a_round_so_often_with_what_is_evicted_from_it(monkeypatch):
+    """Of five windows in steps of two, each used three times; a setting after the other."""
+    own, taken, budgets = together.share_left, [], []
+
+    def look(layer, e, features, budget):
+        if torch.is_grad_enabled():
+            assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, POLICY.with_budget(budget), layer.scale))
+            taken.append(layer.q)
+            budgets.append(budget)
+        return own(layer, e, features, budget)
+
+    monkeypatch.setattr(together, "share_left", look)
+    windows = tokens(5, 30)
+    recipe = replace(RECIPE, together_steps=8, together_windows=5)
+    train(make_model().float(), windows, tokens(2, 30, seed=1), POLICY, recipe)
+    assert budgets == [budget for step in range(8) for budget in [(2, 6, 12)[step % 3]] * 3]  # three layers
+    of_first = torch.cat(taken[::3])  # layer
+    known = watch(make_model().float(), windows, seed=0)[0].q
+    uses = [sum(torch.allclose(row, one, atol=1e-5) for row in of_first) for one in known]
+    assert (uses, [len(q) for q in taken[::3]]) == ([3] * 5, [2] * 7 + [1])
 
 
 @pytest.mark.parametrize("clip", [None, 1e-6])
