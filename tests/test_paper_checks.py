@@ -326,6 +326,21 @@ def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_sto
         language_model(here, max_length=5).generate([[1, 2]], 5)
 
 
+def test_the_harness_begins_texts_and_empty_contexts_as_the_tokenizer_begins_a_text(here, monkeypatch):
+    model = language_model(here, "less", max_length=32)
+    first = model.prefix_token_id
+    out = here.model.generate(torch.tensor([[first]]), past_key_values=model.make(1), max_new_tokens=4)
+    empty = Instance("generate_until", {}, ("", {"max_gen_toks": 4}), 0)
+    assert model.generate_until([empty], disable_tqdm=True) == [here.tokenizer.decode(out[0, 1:], skip_special_tokens=True)]
+    with pytest.raises(LessError, match="a context holds no token"):
+        model.generate([[]], 4)
+    monkeypatch.setattr("less_fast.measuring.harness.beginning", lambda tokenizer: [first, 7])
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("import os", "")]
+    ids = here.tokenizer("import os")["input_ids"]
+    wanted, _ = model.scores([([first, 7], ids)], disable_tqdm=True)[0]
+    assert model.loglikelihood_rolling(texts, disable_tqdm=True) == [pytest.approx(wanted), 0]
+
+
 def test_with_room_for_everything_the_harness_hears_what_its_own_model_of_transformers_says():
     """Text beyond the context, an empty context, continuations of one token and of many; greedy texts until they shall stop."""
     arguments = f"max_length=64,batch_size=4,pretrained={MODEL}"
