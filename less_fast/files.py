@@ -96,7 +96,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
         raise LessError(f"{path} is {known if FORMAT in metadata else 'no state of a cache'}")
     if metadata.get("sha256") != digest(tensors, metadata.get("about", "")):
         raise LessError(f"{path} is not as it was written: its checksum differs; make it again")
-    return tensors, json.loads(metadata["about"])
+    try:
+        about = json.loads(metadata.get("about", ""))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise LessError(f"{path} does not say what it holds, though its checksum is right: make it again with this program")
+    return tensors, about
 
 
 def digest(tensors: dict[str, torch.Tensor], about: str = "") -> str:

@@ -4,6 +4,7 @@ each KV head come out of it; and it alone counts the bytes that a cache holds.""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import chain
 from typing import cast
 
@@ -43,18 +44,18 @@ def policy_named(name: str, budget: str | int, length: int | None = None) -> Pol
     if POLICIES[name].budget is None:
         return POLICIES[name]
     text = str(budget).strip()
+    said = text.removesuffix("%")
     try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise LessError(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}")
+        rough = float(said)
+        number = Fraction(said if 0 < abs(rough) < math.inf else rough)  # exactly: by floats 29% of 100 would be 28
+    except (ValueError, OverflowError):
+        raise LessError(f"a budget is a number of tokens (51) or a share of the length (5%), not {budget!r}") from None
     if text.endswith("%"):
         if length is None:
             raise LessError(f"a budget in percent needs a known length: say it in tokens, not {budget!r}")
-        number = int(number / 100 * length)
+        number = Fraction(number * length // 100)
     if number != int(number) or number < 1:
-        raise LessError(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {number:g}")
+        raise LessError(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {float(number):g}")
     return POLICIES[name].with_budget(int(number))
 
 

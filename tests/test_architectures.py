@@ -88,16 +88,6 @@ def test_rows_of_a_mixed_model_are_repeated_selected_and_reordered_together(name
     torch.testing.assert_close(feed(model, more, cache, prompt=1), feed(model, more, straight, prompt=1))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_without_the_cache_a_softcap_and_sinks_stay_as_they_were(name, padded):
-    model = tiny(name)
-    ids, mask = left_padded([9, 4], 9) if padded else (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
-    wanted = model(ids, attention_mask=mask).logits
-    LessCache.for_model(model, SMALL)
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
-
-
 def test_layers_that_differ_in_their_heads_work_without_kernels_and_tables():
     model = tiny("gemma4_text", global_head_dim=16)
     row = measure("gemma4_text")

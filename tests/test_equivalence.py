@@ -89,6 +89,31 @@ def test_a_prompt_longer_than_every_block_equals_the_reference():
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
+SIDES = [times * step_module.QUERIES_AT_ONCE + more for times in (1, 4) for more in (-1, 0, 1)]  # of blocks of queries
+
+
+@pytest.mark.parametrize("length", SIDES)
+@pytest.mark.parametrize("attention", [(None, False), (1.5, True)], ids=["plain", "softcap and sinks"])
+@pytest.mark.parametrize("policy", [H2O, Policy("TOVA", (6,)), Policy("SnapKV", (80, 70, 1)), LAMBDA], ids=lambda rule: rule.name)
+def test_chunks_on_both_sides_of_every_block_of_queries_equal_the_reference(policy, attention, length):
+    case = Case(Layer(2, 1, 2, 2, 3), (length, 1, length), (policy,) * 2, 0.02, None, 3, *attention)
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_as_many_entries_as_a_block_holds_are_folded_as_in_the_reference(more):
+    case = Case(Layer(1, 1, 2, 2, 3), (step_module.ENTRIES_AT_ONCE + 4 + more,), (WINDOW,), 1.0, None, 3)
+    assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
+
+
+@pytest.mark.parametrize("length", [times * parallel_module.TOKENS_AT_ONCE + more for times in (1, 2) for more in (-1, 0, 1)])
+def test_the_linear_time_form_equals_the_dense_one_on_both_sides_of_its_blocks(length):
+    case = Case(Layer(2, 2, 4, 2, 3), (1,) * length, (H2O, LAMBDA), 1.0, None, 3)
+    qkv, kernels = batch(case, 2), fast_kernels(case.kernels)
+    e = eviction_times(*qkv, case.fast)
+    assert_close(linear_parallel(*qkv, e, kernels), parallel(*qkv, e, kernels))
+
+
 @pytest.mark.parametrize("policy", [Policy("TOVA", (6,)), Policy("Scissorhands", (6, 1, 4)), Policy("SnapKV", (6, 3, 1))])
 def test_a_prompt_of_which_only_the_last_queries_are_scored_equals_the_reference(policy):
     case = Case(Layer(2, 2, 4, 2, 3), (20, 1, 1), (policy,) * 2, 1.0, None, 3)

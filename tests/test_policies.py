@@ -1,6 +1,7 @@
 """What each policy is: its scores recomputed from the history, and a policy of one's own."""
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from both_paths import allocate, batch, extend, heads_of
 from closeness import assert_close
 from histories import history
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import reference_policy
 from strategies import cases, padded, policies, slices
@@ -199,6 +200,37 @@ def test_fastgen_chooses_as_worked_by_hand_each_head_and_row_for_itself(kinds, c
     for _ in range(2):
         assert group.score[..., 4].amax(-1).tolist() == [[1, 1], list(choices)]
         less_fast.extend(state, *(x[:, :, :1] for x in (q, k, k)), scale=1.0, kinds=torch.tensor([[1], [1]]))  # they choose once
+
+
+def fastgen_choices(rule, kinds, dtype):
+    """What a head that attends to all tokens alike chooses at the end of a prompt of these kinds, in both paths."""
+    n = len(kinds)
+    q, k = np.zeros((1, n, 1)), np.arange(n, dtype=float)[None, :, None]
+    trace = less_ref.run(q, k, k, less_ref.FastGen(**vars(rule), kinds=tuple(kinds)), chunks=[n])
+    state = less_fast.LayerState.allocate(rule, 1, 1, 1, 1, dtype=dtype)
+    less_fast.extend(state, *(torch.from_numpy(x)[None].to(dtype) for x in (q, k, k)), kinds=torch.tensor([kinds]))
+    return trace.score[0][0][0, 3], state.groups[0].score[..., 4].amax().item()
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=12), st.integers(0, 4), st.sampled_from([torch.float64, torch.float32]))
+def test_a_share_that_fastgen_recovers_exactly_is_enough_whatever_the_rounding(kinds, met, dtype):
+    """With attention to all alike the shares are known as fractions: the first set that has as much as set `met` is chosen."""
+    n, rule = len(kinds), less_fast.FastGen(len(kinds) - 1, 1, 0, 1.0)
+    got = [sum(Fraction(1, i + 1) for i in range(j, n)) for j in range(n)]  # of each token, by all queries from its own on
+    shares = [sum(got[j] for j in some) / n for some in five_sets(rule, kinds, got, range(n), n)]
+    assume(shares[met] > 0)
+    first = 1 + next(index for index, share in enumerate(shares) if share >= shares[met])
+    assert fastgen_choices(replace(rule, recovery=float(shares[met])), kinds, dtype) == (first, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kinds", "choice"), [([2, 0], 1), ([1, 0], 2)])
+def test_what_fastgen_calls_enough_ends_at_the_same_number_in_both_paths(kinds, choice, dtype):
+    """The first token has three quarters of the attention: enough where a millionth more is asked for, and no more than that."""
+    recovery = 0.75 + 1e-6
+    assert recovery - 1e-6 == 0.75
+    assert fastgen_choices(less_fast.FastGen(1, 0, 0, recovery), kinds, dtype) == (choice, choice)
+    assert fastgen_choices(less_fast.FastGen(1, 0, 0, recovery + 2e-7), kinds, dtype) == (5, 5)
 
 
 def test_ones_are_counted_in_every_int64_that_a_history_can_be():

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from less_fast import H2O, TOVA, LessCache, LessError, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
-from less_fast.files import read, write
+from less_fast.files import digest, read, write
+from less_fast.measuring.caches import full_bytes
 from less_fast.training.head_costs import measure
 from paper_checks.architectures import tiny
 
@@ -60,6 +61,15 @@ def test_tables_ranks_padding_and_dtypes_are_kept(tmp_path, dtype):
         for (name, a), (_, b) in zip(one.state.tensors(), other.state.tensors(), strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_loaded_cache_knows_what_a_full_one_would_hold(tmp_path, dtype, int8):
+    model, cache = saved(tmp_path / "cache", make_model().to(dtype), int8=int8)
+    loaded = LessCache.load(tmp_path / "cache", model)
+    assert full_bytes(loaded) == full_bytes(cache) == 3 * 2 * 2 * 2 * 15 * 8 * dtype.itemsize  # layers, k and v, N, Hkv, T, D
+    assert {layer.dtype for layer in loaded.less_layers} == {dtype}
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon", "gpt2", "modernbert-decoder"])
@@ -158,6 +168,30 @@ def no_metadata(metadata, tensors):
     metadata.clear()
 
 
+def no_checksum(metadata, tensors):
+    del metadata["sha256"]
+
+
+def no_checksum_and_another_tensor(metadata, tensors):
+    no_checksum(metadata, tensors)
+    other_tensor(metadata, tensors)
+
+
+def empty_checksum(metadata, tensors):
+    metadata["sha256"] = ""
+
+
+def said(text):
+    """Another text, or none, under a right checksum."""
+
+    def change(metadata, tensors):
+        del metadata["about"]
+        metadata |= {} if text is None else {"about": text}
+        metadata["sha256"] = digest(tensors, text or "")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -165,6 +199,10 @@ def no_metadata(metadata, tensors):
         (other_text, "not as it was written"),
         (other_version, "of version 2, and this program reads 1"),
         (no_metadata, "no state of a cache"),
+        (no_checksum, "not as it was written"),
+        (no_checksum_and_another_tensor, "not as it was written"),
+        (empty_checksum, "not as it was written"),
+        *((said(text), "does not say what it holds") for text in (None, "", "no JSON", "{", "[1]", '"model"', "null")),
     ],
 )
 def test_edited_and_foreign_files_are_refused(tmp_path, change, match):

@@ -1,14 +1,17 @@
 """How a cache is compressed is one value: what it gives each head, counts and refuses; and which curves fit a policy."""
 
+import copy
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 
 from less_fast import H2O, TOVA, Lambda, LessCache, LessError, LessKernels, SnapKV, Window
 from less_fast.budgets import Curves
 from less_fast.demo import KERNELS
+from less_fast.layer.features import Performer
 from less_fast.layer.policies import policy_of
 from less_fast.setting import POLICIES, Setting, policy_named
 
@@ -24,6 +27,19 @@ def test_a_budget_is_read_in_tokens_and_as_a_share(name, budget):
     assert policy_named(name, f"{budget}.0") == POLICIES[name].with_budget(budget)
 
 
+@given(st.sampled_from(WITH_BUDGET), st.integers(1, 10_000), st.integers(1, 100_000))
+@example("h2o", 2900, 100)
+@example("h2o", 5700, 100)
+@example("h2o", 5800, 100)
+def test_a_share_is_rounded_down_to_a_whole_number_of_tokens_and_by_nothing_else(name, hundredths, length):
+    share, wanted = f"{hundredths // 100}.{hundredths % 100:02}%", hundredths * length // 10_000
+    if wanted >= 5:  # every policy has room then
+        assert policy_named(name, share, length).budget == wanted
+    elif not wanted:
+        with pytest.raises(LessError, match="at least 1"):
+            policy_named(name, share, length)
+
+
 @pytest.mark.parametrize(
     ("name", "budget", "length", "message"),
     [
@@ -32,6 +48,10 @@ def test_a_budget_is_read_in_tokens_and_as_a_share(name, budget):
         ("h2o", "inf", None, "a number of tokens"),
         ("h2o", "nan%", 10, "a number of tokens"),
         ("h2o", "2.5", None, "a whole number of tokens"),
+        ("h2o", "1/2%", 100, "a number of tokens"),
+        ("h2o", "1e999999999%", 100, "a number of tokens"),
+        ("h2o", "1e-999999999%", 100, "at least 1, and '1e-999999999%' is 0"),
+        ("h2o", "-50%", 100, "at least 1, and '-50%' is -50"),
         ("h2o", "0.01%", 100, "at least 1, and '0.01%' is 0"),
         ("h2o", "5%", None, "in percent needs a known length"),
         ("lambda", "3", None, "leaves no recent tokens beside 4 sinks"),
@@ -137,18 +157,56 @@ def test_a_policy_comes_back_from_its_name_and_fields(name):
     assert policy_of("Nobody", {}) is None
 
 
-def test_heads_apart_share_their_copies_of_the_kernels_until_the_weights_change():
+def test_heads_apart_share_their_copies_of_the_kernels():
     kernels = make_kernels(make_model())
     layer, before = kernels.layers[0], kernels.memory()
     part = layer.select_heads([1])
     assert layer.select_heads((1,)) is part
     assert kernels.memory() == before + sum(weight.nbytes for weight in part.state_dict().values())
-    layer.k3.add_(1)
-    assert torch.equal(layer.select_heads([1]).k3, layer.k3[1:])
-    assert kernels.memory() == before + sum(weight.nbytes for weight in part.state_dict().values())
     half = layer.on(torch.device("cpu"), torch.float32)
     assert layer.on(torch.device("cpu"), torch.float32) is half
     assert layer.on(torch.device("cpu"), torch.float64) is layer
+
+
+def other_weights(layer):
+    return {name: torch.randn_like(weight) for name, weight in layer.state_dict().items()}
+
+
+CHANGES = {
+    "in place": lambda layer: layer.state_dict().popitem()[1].add_(1),
+    "loaded": lambda layer: layer.load_state_dict(other_weights(layer)),
+    "assigned": lambda layer: layer.load_state_dict(other_weights(layer), assign=True),
+    "to float32": lambda layer: layer.float(),
+    "to bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "to bfloat16 and back": lambda layer: layer.to(torch.bfloat16).double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("family", "rho"), [("paper", None), ("exponential", 3), ("performer", None), ("performer", 3)])
+def test_copies_of_the_kernels_are_made_anew_after_the_weights_have_changed(family, rho, change):
+    """Those of some heads, those of another dtype, and those of some heads of these."""
+    layer = make_kernels(make_model(), family=family, rho=rho).layers[0]
+
+    def copies(layer):
+        half = layer.on(torch.device("cpu"), torch.float16)
+        return layer.select_heads([1]), half, half.select_heads([1])
+
+    copies(layer)
+    CHANGES[change](layer)
+    for got, wanted in zip(copies(layer), copies(copy.deepcopy(layer))):  # a deep copy shares nothing
+        for (name, a), (_, b) in zip(got.state_dict().items(), wanted.state_dict().items(), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), name
+
+
+def test_weights_that_are_assigned_again_and_again_are_never_taken_for_those_that_lay_there_before():
+    layer = Performer(4, 2, 64, 8)
+    for _ in range(20):
+        layer.on(torch.device("cpu"), torch.float16)
+        for _ in range(3):  # memory that is free is used anew
+            layer.load_state_dict(other_weights(layer), assign=True)
+        assert torch.equal(layer.on(torch.device("cpu"), torch.float16).w, layer.w.half())
 
 
 @torch.no_grad()

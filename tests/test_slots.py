@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from both_paths import allocate, batch
+from both_paths import extend as extend_case
 from caches import feed
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
+from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, cases, slices
 
 import less_ref
 from less_fast import H2O, LayerState, LessCache, LessError, extend
@@ -60,6 +63,21 @@ def test_a_head_dim_without_room_for_a_scale_is_refused_and_so_is_another_dtype(
 
 def extend_by_ones(state, dtype):
     extend(state, *(torch.ones(1, heads, 1, 8, dtype=dtype) for heads in (2, 1, 1)))
+
+
+@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_a_half_precision_layer_computes_in_float32_from_the_bits_that_its_slots_hold(case, dtype):
+    """As the same layer in float32 does, fed with the same bits: but for the output all is the same to the last bit, and that is
+    rounded once. A first chunk that nobody scores is attended in the dtype itself."""
+    half, single = allocate(case, 1, dtype), allocate(case, 1, torch.float32)
+    qkv = batch(case, 1, dtype)
+    for now in slices(case.chunks):
+        out = extend_case(case, half, qkv, now)
+        wanted = extend_case(case, single, [x.float() for x in qkv], now)
+        if now.start or now.stop == 1 or all(policy.fast.scored for policy in case.policies):
+            assert torch.equal(out, wanted.to(dtype))
+        for (name, a), (_, b) in zip(half.tensors(), single.tensors(), strict=True):
+            assert torch.equal(a.to(b.dtype), b), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -85,7 +85,7 @@ def load(
         device = device_of(modules.get(index), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
-                _fill(layer, held, layer_heads, device)
+                _fill(layer, held, layer_heads, model.dtype if layer.int8 else held["0.k"].dtype, device)
             elif held:
                 _fill_window(path, layer, held, length, device)
     if (clock := cache.clock).begun:
@@ -113,9 +113,10 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
     return layer.state.saved()
 
 
-def _fill(layer, held, heads, device):
+def _fill(layer, held, heads, dtype, device):
+    """dtype: of keys and values, which slots in eight bits do not tell."""
     N, _, _, D = held["0.H"].shape
-    layer.allocate(N, *heads, D, held["0.H" if layer.int8 else "0.k"].dtype, device)
+    layer.allocate(N, *heads, D, dtype, device)
     layer.state.take_over(held)
     layer.pin_addresses()
 

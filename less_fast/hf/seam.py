@@ -158,8 +158,11 @@ def less_mask(
     A LessLayer asks for a mask over the new tokens only: what it holds has no pads. What the mask says about the past must be
     what was fed; `generate` leaves masks without pads away, so no mask says that there were none, unless a single token comes.
     Masks with four dimensions pass through a model unchanged, so one that was made before a compiled forward pass arrives.
+    No mask at all means that the last query sees every slot. Of a prompt into an empty static cache it does not.
     """
     if mask_function is not causal_mask_function or kv_length != q_length:
+        if q_length not in (1, kv_length):
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     clock = getattr(kv_offset, "less_clock", None)
     if attention_mask is None and q_length == 1:  # compiled decoding steps shall see a mask with and without padding

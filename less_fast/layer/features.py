@@ -84,16 +84,17 @@ class Features(nn.Module):
     def memory(self) -> int:
         """Bytes of the weights, and of the copies of them that caches share."""
         own = sum(weight.nbytes for weight in self.state_dict().values())
-        return own + sum(part.memory() for _, part in self._copies.values())
+        return own + sum(part.memory() for *_, part in self._copies.values())
 
     def _shared(self, key, make: Callable[[], "Features"]) -> "Features":
-        """What `make` makes of the weights; made once for a key, and anew after the weights have changed."""
-        weights = self.state_dict().values()
+        """What `make` makes of the weights; made once for a key, and anew after the weights have changed. The weights that it was
+        made of are held with it, so that no others come to lie where they lay and look like them."""
+        weights = list(self.state_dict().values())
         version = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         if key not in self._copies or self._copies[key][0] != version:
             with torch.inference_mode(False):
-                self._copies[key] = version, make()
-        return self._copies[key][1]
+                self._copies[key] = version, weights, make()
+        return self._copies[key][-1]
 
     def __getstate__(self):
         return self.__dict__ | {"_copies": {}}  # of pickles and deep copies
