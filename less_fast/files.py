@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 
 from .layer.checks import LessError
 
-FORMAT, VERSION = "less-kv state", "1"
+FORMAT, VERSION = "less-kv state", "2"
 
 
 @contextmanager

@@ -76,9 +76,6 @@ class LessKernels(nn.Module):
         layers, kv_heads = self.sizes["layers"], self.sizes["kv_heads"]
         if not isinstance(self.about, dict) or not isinstance(self.curves, dict):
             raise LessError(f"about and curves are dicts, not {self.about!r} and {self.curves!r}")
-        norms = self.about.get("fingerprint") or [0.0] * layers
-        if not isinstance(norms, list) or len(norms) != layers or not all(type(norm) in (int, float) for norm in norms):
-            raise LessError(f"a fingerprint is one number for each of {layers} layers, not {norms!r}")
         for name, curves in self.curves.items():
             if not isinstance(curves, Curves):
                 raise LessError(f"the curves of {name} are no Curves, but {curves!r}")

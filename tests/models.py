@@ -16,7 +16,6 @@ import less_ref
 from less_fast import LayerKernels, LessKernels
 from less_fast.demo import MODEL
 from less_fast.hf.architecture import sizes
-from less_fast.hf.identity import fingerprint
 from less_fast.hf.seam import predictions
 from less_fast.layer.features import Learned
 from less_fast.layer.parallel import dense
@@ -56,8 +55,7 @@ def make_encoder_decoder():
 
 def make_kernels(model, rank=3, hidden=5, family="paper", rho=None):
     torch.manual_seed(1)
-    about = {"fingerprint": fingerprint(model)}
-    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, about=about, rho=rho)
+    kernels = LessKernels(**sizes(model), rank=rank, hidden=hidden, family=family, rho=rho)
     with_rank = [layer for layer in kernels.layers if layer.rank or family == "none"]
     for layer in with_rank if rho else ():
         torch.nn.init.normal_(layer.rho.r0, std=0.3)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from less_fast import H2O, TOVA, LessCache, LessError
 from less_fast.hf import seam
 from less_fast.hf.architecture import OUTPUTS, attention_modules, less_layers, output_weight, sizes
-from less_fast.hf.identity import fingerprint
 from less_fast.training import RECIPES, train
 from paper_checks.architectures import KNOWN, ROOM, SMALL, measure, tiny
 
@@ -115,7 +114,6 @@ def test_sizes_are_those_of_what_the_cache_is_given(name, kv_heads):
     feed(model, tokens(1, 9), cache, prompt=9)
     state = cache.layers[0].state
     assert (state.query_heads, state.kv_heads, state.groups[0].k.shape[-1]) == (4, kv_heads, 8)
-    assert len(fingerprint(model)) == 4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "opt"])
@@ -277,7 +275,6 @@ def test_a_decoder_that_is_no_decoder_by_its_name_is_watched():
     model = tiny("modernbert-decoder")
     with pytest.raises(ValueError, match="carries no gradients"):
         feed(model.train(), tokens(1, 9), LessCache.for_model(model, SMALL), prompt=9)
-    assert len(fingerprint(model)) == 4
 
 
 @pytest.mark.parametrize("width", [1, 4])

@@ -95,7 +95,6 @@ def test_a_cache_of_anything_is_made_or_refused_before_the_model_is_changed(poli
 # Folders of kernels.
 
 ABOUT = {
-    "fingerprint": [1.5, 2.5, 3.5],
     "model": "some/model",
     "policy": "H2O(heavy=2, recent=2)",
     "sequences": 8,

@@ -8,7 +8,6 @@ adapters), and it asks nothing of the weights, which may be quantised, offloaded
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -23,7 +22,7 @@ from ..layer.checks import LessError
 from ..layer.policies import Full
 from ..layer.state import LayerState
 from ..layer.step import extend
-from .architecture import attention_modules, calls_sdpa, check_model, decoder_of, device_of, heads_mesh, less_layers, sizes
+from .architecture import calls_sdpa, check_model, decoder_of, device_of, heads_mesh, less_layers, sizes
 from .seam import CHANGING, TaggingLayer, layers_with, use_less_attention
 
 NEAR, FAR = 12, 4  # tokens of the probe at positions below REACH, and up to the end of the model's context
@@ -49,6 +48,7 @@ ANY_DTYPE_NORMS = 0.035
 
 
 OF_ANOTHER_MODEL = "these kernels are for another model of the same shape: {}; train kernels for this one with `less-kv train`"
+WITHOUT_IDENTITY = "these kernels do not tell what their model computes: train them anew with `less-kv train`"
 
 
 def _any_dtype(layer: int) -> float:
@@ -201,19 +201,18 @@ def _flat(parameters: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_kernels(model: PreTrainedModel, kernels: LessKernels) -> None:
-    """LessError, with the reason, if LessKernels were made for another model; a warning if nobody can tell."""
+    """LessError, with the reason, if LessKernels were made for another model."""
     for name, wanted in sizes(model).items():
         if kernels.sizes[name] != wanted:
             raise LessError(
                 f"these kernels are for another model: {name} is {kernels.sizes[name]} in the kernels and {wanted} in the model; "
                 f"train kernels for this one with `less-kv train`"
             )
-    difference = None
-    if "identity" in kernels.about:
-        difference = difference_from(kernels, identity(model), less_layers(model))
-    elif norms := kernels.about.get("fingerprint"):
-        difference = _difference_of_norms(norms, model)
-    if difference:
+    if "fingerprint" in kernels.about:
+        raise LessError(WITHOUT_IDENTITY)
+    if "identity" not in kernels.about:  # controls belong to every model
+        return
+    if difference := difference_from(kernels, identity(model), less_layers(model)):
         raise LessError(OF_ANOTHER_MODEL.format(difference))
 
 
@@ -225,12 +224,8 @@ def difference_from(kernels: LessKernels, identity: dict[str, Any], layers: Sequ
 
 def check_saved(path, about: dict[str, Any], model: PreTrainedModel) -> None:
     """LessError, with the reason, if a file says that its cache was saved with another model than this one of equal dtype."""
-    if "identity" in about:
-        tolerances = [(SAME_DTYPE.get(model.dtype, 0.03),) * 2] * len(less_layers(model))
-        difference = _difference(about["identity"], identity(model), NEAR_AND_FAR, tolerances)
-    else:
-        difference = _difference_of_signatures(about["signature"], model)
-    if difference:
+    tolerances = [(SAME_DTYPE.get(model.dtype, 0.03),) * 2] * len(less_layers(model))
+    if difference := _difference(about["identity"], identity(model), NEAR_AND_FAR, tolerances):
         raise LessError(
             f"{path} was saved with another model: {difference}; load it with the model that it was saved with, with the same "
             f"adapters and quantisation"
@@ -262,50 +257,3 @@ def _difference(one: dict, other: dict, parts: list[slice], tolerances: list[tup
 def _parsed(line: str) -> torch.Tensor:
     """(tokens, 3, 1 + DIRECTIONS)"""
     return torch.tensor([*map(float, line.split())], dtype=torch.float64, device="cpu").view(NEAR + FAR, 3, 1 + DIRECTIONS)
-
-
-# Files of less-kv 0.1.0 tell a model by its weights.
-
-
-def fingerprint(model: PreTrainedModel) -> list[float]:
-    """For each layer the norm of its key projection, or of all weights of its attention if keys have none of their own."""
-
-    def norm(module):
-        weights = [module.k_proj.weight] if hasattr(module, "k_proj") else [w for w in module.parameters() if w.ndim > 1]
-        if not all(weight.is_floating_point() for weight in weights):
-            raise TypeError("weights are quantised")
-        return torch.stack([weight.detach().float().norm() for weight in weights]).norm().item()
-
-    return [round(norm(module), 4) for module in attention_modules(model).values()]
-
-
-def _difference_of_norms(norms: list[float], model) -> str | None:
-    try:
-        here = fingerprint(model)
-    except (AttributeError, TypeError, RuntimeError):
-        warnings.warn(
-            "these kernels tell their model by its weights, and those of this model are quantised or offloaded, so nobody checks "
-            "that they belong together: train kernels anew, they tell it by what it computes",
-            stacklevel=4,
-        )
-        return None
-    same = len(norms) == len(here) and all(abs(a - b) <= 0.01 * b for a, b in zip(norms, here))
-    return None if same else "its key projections differ"
-
-
-def _difference_of_signatures(signature: list[float], model) -> str | None:
-    """A signature has for each layer the logarithm of its attention's norm, and where its weights point, in units of theirs."""
-
-    def points(weight):
-        left, right = (torch.arange(size, device=weight.device).add(1).mul(12.9898).sin() for size in weight.shape)
-        return left @ weight @ right / weight.norm()
-
-    here = []
-    try:
-        for module in attention_modules(model).values():
-            weights = [weight.detach().float().flatten(1) for weight in module.parameters() if weight.ndim > 1]
-            here += [torch.stack([w.norm() for w in weights]).norm().log().item(), sum(map(points, weights)).item()]
-    except (AttributeError, TypeError, RuntimeError):
-        return "it is told by its weights, and those of this model are quantised or offloaded"
-    same = len(signature) == len(here) and all(abs(a - b) <= 0.01 for a, b in zip(signature, here))
-    return None if same else "its attention has other weights"

@@ -76,7 +76,7 @@ def load(
     if policy is None:
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
     check_saved(path, about["model"], model)
-    asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about.get("context"), about.get("int8", False)
+    asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about["context"], about["int8"]
     cache = kind.for_model(model, policy, kernels, *asked)
     modules = attention_modules(model)
     heads = iter(about["heads"])
@@ -91,8 +91,7 @@ def load(
     if (clock := cache.clock).begun:
         clock.counted = max(about["lengths"])
         clock.seen.fill_(clock.counted)
-        older = next((x for name, x in tensors.items() if name.endswith(".fed")), None)  # files that do not tell tokens
-        known = tensors.get("masks", older), tensors.get("tokens")
+        known = tensors.get("masks"), tensors.get("tokens")
         clock.masks, clock.tokens = (None if x is None else x.to(clock.seen.device) for x in known)
         cache.less_layers[0].pin_addresses()
     if any(about["lengths"]):

@@ -303,8 +303,6 @@ class LayerState:
 
         tensors, about = read(path)
         mine = self._identity()
-        if about.keys() < mine.keys():  # files of less-kv 0.1.0 tell neither rows nor kernels
-            about = mine | about | {"rows": f"{len(tensors['n'])} rows"} if "n" in tensors else about
         if other := next((part for part in mine if about.get(part) != mine[part]), None):
             raise LessError(
                 f"{path} holds a state of {about.get(other)}, not of {mine[other]}: load it into a state that is allocated as "

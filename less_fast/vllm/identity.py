@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
 
-from ..hf.identity import OF_ANOTHER_MODEL, difference_from, line, probe, rope_of
+from ..hf.identity import OF_ANOTHER_MODEL, WITHOUT_IDENTITY, difference_from, line, probe, rope_of
 from ..layer.checks import LessError
 from ..setting import Setting
 from .attention import LessAttention
@@ -18,10 +18,10 @@ from .attention import LessAttention
 def check_identity(model: nn.Module, layers: Sequence[LessAttention], setting: Setting, vllm_config: VllmConfig) -> None:
     """One pass over a few tokens, in all processes at once. LessError, with the reason, if the kernels are another model's."""
     kernels, config = setting.kernels, vllm_config.model_config.hf_text_config
-    if kernels is None or not ({"identity", "fingerprint"} & set(kernels.about)):
+    if kernels is not None and "fingerprint" in kernels.about:
+        raise LessError(WITHOUT_IDENTITY)
+    if kernels is None or "identity" not in kernels.about:
         return  # controls belong to every model
-    if "identity" not in kernels.about:
-        raise LessError("these kernels do not tell what their model computes: train them anew with `less-kv train`")
     device = layers[0].memory[0].kv_cache[0].device
     ids, positions = (x.to(device) for x in probe(config))  # (T,)
     for layer in layers:
