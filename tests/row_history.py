@@ -76,8 +76,8 @@ def loss_of_digits(before, q, kernels, logits):
         head = before.heads[a * len(before.heads) // len(q)]
         if q[a, i, -1] < 0 and head.z.any():
             seen = head.position < before.n - q.shape[1] + i + 1
-            exact, sink = logits.of(q[a, i], head.k[seen], a)
-            mass = kernels.phi(q[a, i], a) @ head.z + np.exp(exact).sum() + np.exp(sink)
+            exact, _ = logits.of(q[a, i], head.k[seen], a)
+            mass = kernels.phi(q[a, i], a) @ head.z + np.exp(exact).sum()
             factor[a, i] = max(1.0, (before.n - len(seen)) / mass) if mass else np.inf
     return factor
 
