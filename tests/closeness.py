@@ -81,8 +81,8 @@ share a query's attention errs as much, relatively. Frozen at about five times t
 TURNED = {torch.float64: FLOAT64, torch.float32: 1e-6, torch.bfloat16: 2**-8 + 1e-6}
 TURNED_IN_EIGHT_BITS = 1 / 254 + 1e-6
 """Of queries and keys that are turned to other positions in a dtype, and of keys that are held in eight bits and rounded again.
-Of FIGURE the largest errors are T64, T32 in float32, TB in bfloat16, which rounds by at most 2^-8 of the largest, and T8 in
-eight bits, which round by half of a 127th. Float32 multiplies and adds twice: 1e-6 is about five times its error."""
+Of 200 to 300 random histories of each dtype the largest errors are 0 in float64, 1.1e-7 in float32, 3.7e-3 in bfloat16, which
+rounds by at most 2^-8 of the largest, and 3.93e-3 in eight bits, which round by half of a 127th."""
 
 DRIFT = {
     1_000: dict(out=2.5e-6, score=5e-6, H=5e-6, z=5e-6),
