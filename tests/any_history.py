@@ -1,20 +1,20 @@
 """A state machine: whatever happens to a state, and in whatever order, it stays what its history says.
 
-The third party beside both paths is a plain list of tokens for each row, with the positions that each KV head evicted.
-At a near-tie either token may go: the reference follows the fast path's choice, and the test asks how the reference
-ranked it.
+The third party beside both paths is a plain list of tokens for each row, with the positions that each KV head evicted
+(row_history.py). At a near-tie either token may go: the reference follows the fast path's choice, and the test asks how the
+reference ranked it. Where a token is turned, the reference follows the fast path's rounding in the same way.
 """
 
 import copy
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from both_paths import allocate, assert_identical, empty, heads_of, room, rounded, wide, widened, with_pads
-from closeness import BUDGETS, FLOAT64, SHIFTED_BY_300, error
-from histories import evicting_nothing, replaying
+from both_paths import allocate, assert_identical, heads_of, room, rounded, wide, widened, with_pads
+from closeness import BUDGETS, FLOAT64, SHIFTED_BY_300, TURNED, TURNED_IN_EIGHT_BITS, error, error_before_rounding
+from histories import evicting_nothing
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,30 +24,39 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from strategies import ANY_SLOTS, NON_NEGATIVE, Case, fast_kernels, layers, policies, policy_tables
+from row_history import AsTurned, Row, excess_of_the_victims, loss_of_digits
+from strategies import (
+    ANY_ATTENTION,
+    ANY_SLOTS,
+    NON_NEGATIVE,
+    ONE_AT_A_TIME,
+    PLAIN,
+    Case,
+    fast_kernels,
+    layers,
+    policies,
+    policy_tables,
+)
 
 import less_fast
 import less_ref
+from less_fast.layer.context import Context, Rotary
 
 MOST_ROWS = 3
+MOST_TOKENS = 6  # at once
 SOME_POLICY = st.one_of(*[policies(largest=3)] * 3, policies("Full"))
 PADS = st.sampled_from(["none", "none", "none", "left", "right", "anywhere", "all"])
-CHUNK = dict(m=st.integers(1, 6), seed=st.integers(0, 2**16), pads=st.lists(PADS, min_size=MOST_ROWS, max_size=MOST_ROWS))
+OF_ROWS = st.just(["none"] * MOST_ROWS) | st.lists(PADS, min_size=MOST_ROWS, max_size=MOST_ROWS)
+CHUNK = dict(m=st.integers(1, MOST_TOKENS), seed=st.integers(0, 2**16), pads=OF_ROWS)
 
 
-@dataclass
-class Row:
-    """One row's history: a token's position is its index."""
-
-    tokens: list  # (q (Hq, D), k (Hkv, D), v (Hkv, D), kind) of each
-    evicted: list  # for each KV head a set of positions
-    reference: less_ref.State
-
-    def of_head(self, g, evicted):
-        """Positions (E,), keys and values (E, D) of what a KV head has evicted, or of what it has not."""
-        which = [j for j in range(len(self.tokens)) if (j in self.evicted[g]) == evicted]
-        D = self.reference.heads[g].k.shape[1]
-        return which, *(np.array([self.tokens[j][part][g] for j in which]).reshape(-1, D) for part in (1, 2))
+@st.composite
+def contexts(draw, head_dim):
+    """None, or a context with room for every chunk. The last coordinate is not turned."""
+    length = draw(st.sampled_from([None, None, 2 * MOST_TOKENS, 2 * MOST_TOKENS + 1, 3 * MOST_TOKENS]))
+    pairs = draw(st.integers(0, (head_dim - 1) // 2))
+    rotary = Rotary(tuple(100.0 ** (-pair / pairs) for pair in range(pairs)), draw(st.booleans()))
+    return length and Context(length, rotary)
 
 
 def longer_than(tokens):
@@ -61,32 +70,37 @@ class AnyHistory(RuleBasedStateMachine):
         layer=layers(),
         k3=NON_NEGATIVE,
         seed=st.integers(0, 2**16),
-        rows=st.integers(1, MOST_ROWS),
+        rows=st.integers(1, MOST_ROWS - 1),
+        attention=PLAIN | ANY_ATTENTION,
         int8=ANY_SLOTS,
         drawn=st.data(),
     )
-    def an_empty_state(self, layer, k3, seed, rows, int8, drawn):
-        table = drawn.draw(policy_tables(layer.kv_heads, SOME_POLICY))
+    def an_empty_state(self, layer, k3, seed, rows, attention, int8, drawn):
+        policy = drawn.draw(st.sampled_from([SOME_POLICY, *(policies(name, largest=3) for name in ONE_AT_A_TIME)]))
+        table = drawn.draw(policy_tables(layer.kv_heads, policy))  # heads of one policy and several budgets are ragged
         ranks = None if table[0].fast.pooled else layer.ranks
         head_dim = 4 + 4 * (layer.head_dim > 4) if int8 else layer.head_dim + 1
         layer = replace(layer, head_dim=head_dim, ranks=ranks)  # the last coordinate can shift all logits at once
-        self.case, self.kernels = Case(layer, (), table, k3, None, seed, int8=int8), None
+        self.case, self.kernels = Case(layer, (), table, k3, None, seed, *attention, int8), None
         if k3 is not None:
             self.kernels = rounded(self.case.kernels, wide(self.dtype))
             for name in {"q0", "q1", "k0", "k1"} & set(vars(self.kernels)):
                 getattr(self.kernels, name)[:, -1] = 0  # and the learned kernels do not see it
+        self.fast_kernels = fast_kernels(self.kernels, layer, wide(self.dtype), self.case.rho)
+        self.sinks = None if self.case.sinks is None else torch.tensor(self.case.sinks).float()  # (Hq,)
+        sinks = None if self.sinks is None else self.sinks.double().numpy()  # (Hq,)
+        self.logits = less_ref.Logits(softcap=self.case.softcap, sinks=sinks)
+        self.context = drawn.draw(contexts(head_dim))
         self.state = self.allocate(rows)
         self.bytes_of_a_row = [bytes_held(group) / rows for group in self.state.groups]
         self.earlier = []  # outputs and inputs, each with its copy
         self.forget()
 
     def allocate(self, rows):
-        kernels = fast_kernels(self.kernels, self.case.layer, wide(self.dtype), self.case.rho)
-        return allocate(self.case, rows, self.dtype, kernels=kernels)
+        return allocate(self.case, rows, self.dtype, kernels=self.fast_kernels, movable=self.context is not None)
 
     def forget(self):
-        nothing = [set() for _ in range(self.case.layer.kv_heads)]
-        self.rows = [Row([], copy.deepcopy(nothing), empty(self.case)) for _ in self.state.n]
+        self.rows = [Row.before_its_first_token(self.case) for _ in self.state.n]
         self.budgets = BUDGETS.get(self.dtype) or dict.fromkeys(("out", "first", "score", "H", "z", "rank"), FLOAT64)
 
     def random_tokens(self, m, seed):
@@ -115,6 +129,8 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(**CHUNK, shift=st.sampled_from([-300.0, 300.0]))
     def extend_with_huge_logits(self, m, seed, pads, shift):
         q, k, v, kinds = self.random_tokens(m, seed)
+        if self.sinks is not None:
+            shift = abs(shift)  # far below a sink there is no attention that float32 can hold, and FastGen compares shares of it
         q[..., -1] = shift * q.shape[-1] ** 0.5
         self.budgets = self.budgets | SHIFTED_BY_300.get(self.dtype, {})  # until the scores are forgotten
         self.extend(q, k, v, kinds, pads)
@@ -141,6 +157,17 @@ class AnyHistory(RuleBasedStateMachine):
         self.rows = [copy.deepcopy(self.rows[row]) for row in order]
 
     @longer_than(0)
+    @precondition(lambda self: len(self.rows) < MOST_ROWS)
+    @rule(**CHUNK, in_front=st.booleans())
+    def join_a_row_that_has_seen_a_chunk_of_its_own(self, m, seed, pads, in_front):
+        old = self.state, self.rows
+        self.state, self.rows = self.allocate(1), [Row.before_its_first_token(self.case)]
+        self.extend(*self.random_tokens(m, seed), pads)
+        both = [old, (self.state, self.rows)][:: -1 if in_front else 1]
+        self.state = less_fast.LayerState.join([state for state, _ in both])
+        self.rows = [row for _, rows in both for row in rows]
+
+    @longer_than(0)
     @rule()
     def save_and_load(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -158,60 +185,101 @@ class AnyHistory(RuleBasedStateMachine):
     def extend(self, q, k, v, kinds, pads):
         valid = np.array([tokens_among(q.shape[2], kind) for kind in pads[: len(self.rows)]])  # (N, m)
         sound = np.all([x.abs().amax((1, 3)) < 1e12 for x in (q, k, v)], 0)  # (N, m)
-        qkv = [x.to(self.dtype) for x in with_pads((q, k, v), valid)]
-        out = less_fast.extend(self.state, *qkv, None if valid.all() else torch.tensor(valid), kinds=kinds)
-        self.earlier += [(x, x.nan_to_num()) for x in (out, *qkv)]
+        given = [x.to(self.dtype) for x in with_pads((q, k, v), valid)]
+        mask = None if valid.all() else torch.tensor(valid)
+        entered = (*self.context.enter(self.state, *given[:2], mask), given[2]) if self.context else given
+        moved = [self.keys_if_moved(n, row) for n, row in enumerate(self.rows)]
+        out = less_fast.extend(self.state, *entered, mask, None, kinds, self.case.softcap, self.sinks)
+        self.earlier += [(x, x.nan_to_num()) for x in (out, *given)]
         for n, row in enumerate(self.rows):
             assert not out[n][:, ~valid[n]].any()
             assert out[n][:, valid[n] & ~sound[n]].isnan().all()
-            real = valid[n] & sound[n]
-            if real.any():
-                own, *kv = widened(x[n][:, real] for x in qkv)
-                kv = map(less_ref.in_eight_bits, kv) if self.case.int8 else kv
-                new = (own, *kv, kinds[n, real].numpy())
-                self.follow(row, heads_of(self.state, n, with_kinds=False), out[n][:, real], new)
+            if valid[n].any():
+                real = valid[n] & sound[n]
+                row.receive(moved[n], widened(x[n][:, real] for x in entered), kinds[n, real].numpy(), self.case.int8)
+                both = (widened(x[n][:, valid[n]] for x in qkv) for qkv in (given, entered))
+                with np.errstate(invalid="ignore"):  # broken tokens are turned and rounded, too
+                    expected, row.reference = self.say_to_the_reference(row, moved[n], *both)
+                if real.any():
+                    self.compare_outputs(row, out[n][:, real], expected[sound[n][valid[n]]], entered[0][n][:, real])
+                    self.follow(row, heads_of(self.state, n, with_kinds=False))
 
-    def follow(self, row, held, out, new):
-        """The history and the reference of one row take its new tokens and evict what the fast path evicted."""
-        *qkv, kinds = new
-        row.tokens += zip(*(x.swapaxes(0, 1) for x in qkv), kinds)
-        gone = [set(range(len(row.tokens))) - set(head.position.tolist()) for head in held]
-        policies = self.case.reference_of([kind for *_, kind in row.tokens])
-        expected, before = less_ref.extend(row.reference, *qkv, evicting_nothing(policies), self.kernels)
-        victims = [sorted(now - earlier) for now, earlier in zip(gone, row.evicted)]
-        _, row.reference = less_ref.extend(row.reference, *qkv, replaying(policies, victims), self.kernels)
-        first = [before.n == len(kinds) and not policy.fast.scored for policy in self.case.policies]
-        budget = np.where(np.repeat(first, self.case.layer.group), self.budgets["first"], self.budgets["out"])[:, None]  # (Hq, 1)
-        budget = budget * loss_of_digits(before, qkv[0], self.kernels)  # (Hq, m)
-        for a, i in np.ndindex(budget.shape):
-            self.within(budget[a, i], error(out[a, i], expected[i, a]))
-        for g, (policy, head) in enumerate(zip(policies, held)):
-            assert row.evicted[g] <= gone[g], "an evicted token has returned"
-            row.evicted[g] = gone[g]
-            assert len(head.position) == room(policy, before.heads[g], before.n)
+    def keys_if_moved(self, n, row):
+        """The keys that each KV head of the row holds, if it has moved back just now; else none."""
+        moves = self.context and self.state.moved[n] != row.reference.moved
+        return [head.k for head in heads_of(self.state, n)] if moves else []
+
+    def say_to_the_reference(self, row, moved, given, entered):
+        """The same tokens enter, the broken ones among them: what it puts out, and its state before anything is evicted."""
+        rest = evicting_nothing(self.policies(row)), self.kernels, self.logits
+        if self.context is None:
+            q, *kv = given
+            kv = (row.as_stored(x, self.case.int8) for x in kv)
+            return less_ref.extend_past_broken_tokens(row.reference, q, *kv, *rest)
+        budget, rotary = TURNED[self.dtype], self.context.rotary
+        bits = [(k, TURNED_IN_EIGHT_BITS if self.case.int8 else budget) for k in moved] + [(x, budget) for x in entered[:2]]
+        follower = AsTurned(np.array(rotary.frequencies), rotary.interleaved, turned=iter(bits))
+        return less_ref.Context(self.context.length, follower, self.case.int8).extend(row.reference, *given, *rest)
+
+    def policies(self, row):
+        return self.case.reference_of([kind for *_, kind in row.tokens])
+
+    def compare_outputs(self, row, out, expected, q):
+        """out (Hq, m, D), expected (m, Hq, D), q (Hq, m, D)."""
+        first = row.reference.n == q.shape[1] and not self.case.int8  # of a first chunk that nobody scores
+        first = np.repeat([first and not policy.fast.scored for policy in self.case.policies], self.case.layer.group)  # (Hq,)
+        factor = loss_of_digits(row.reference, q.double().numpy(), self.kernels, self.logits)  # (Hq, m)
+        for a, i in np.ndindex(factor.shape):
+            name, measure = ("first", error) if first[a] else ("out", error_before_rounding)
+            self.within(name, measure(out[a, i], expected[i, a]), factor[a, i])
+
+    def follow(self, row, held):
+        """The history and the reference of a row evict what the fast path evicted, of which `held` is left."""
+        heads, n = [], len(row.tokens)
+        for g, (policy, head, before) in enumerate(zip(self.policies(row), held, row.reference.heads)):
+            gone = set(range(n)) - set(head.position.tolist())
+            assert row.evicted[g] <= gone, "an evicted token has returned"
+            victims, row.evicted[g] = sorted(gone - row.evicted[g]), gone
+            assert len(head.position) == room(policy, before, n)
+            rest = less_ref.fold(before, ~np.isin(before.position, victims), self.kernels, g)
             # A score of whole numbers counts what lies beyond a threshold: rounding in float32 moves it by a whole one.
             if self.dtype == torch.float64 or self.case.policies[g].fast.score_dtype is None:
-                wanted = row.reference.heads[g]
-                self.within("score", error(head.score, wanted.score[np.argsort(wanted.position)]))
-                self.within("rank", excess_of_the_victims(policy, before.heads[g], victims[g], before.n))
+                self.within("rank", excess_of_the_victims(policy, before, victims, n))
+            elif len(head.position) == len(rest.position):
+                rest = replace(rest, score=head.score)
+            heads.append(rest)
+        row.reference = replace(row.reference, heads=tuple(heads))
 
-    def within(self, budget, measured):
-        budget = self.budgets.get(budget, budget)
-        assert measured <= budget, f"error {measured:.2e} is beyond {budget:.2e}"
+    def within(self, name, measured, factor=1.0):
+        budget = self.budgets[name] * factor
+        assert measured <= budget, f"{name}: error {measured:.2e} is beyond {budget:.2e}"
 
     @invariant()
     def the_state_is_what_the_history_says(self):
-        assert self.state.n.tolist() == [len(row.tokens) for row in self.rows]
+        assert self.state.n.tolist() == [len(row.tokens) for row in self.rows] == [row.reference.n for row in self.rows]
+        assert (self.state.moved is None) == (self.context is None)
+        assert self.context is None or self.state.moved.tolist() == [row.reference.moved for row in self.rows]
         for n, row in enumerate(self.rows):
             for g, head in enumerate(heads_of(self.state, n)):
-                kept, k, v = row.of_head(g, evicted=False)
+                kept, k, v = row.held(g)
                 assert head.position.tolist() == kept
                 assert np.array_equal(head.k, k)
                 assert np.array_equal(head.v, v)
-                _, k, v = row.of_head(g, evicted=True)
-                psi = self.kernels.psi(k, g) if self.kernels else np.zeros((len(k), 0))  # (evicted, R)
+                score = head.score
+                if self.case.policies[g].fast.kinds:
+                    kinds, score = score[:, 0], score[:, 1:]
+                    assert kinds.tolist() == [row.tokens[j][3] for j in kept]
+                self.within("score", error(score, row.reference.heads[g].score.reshape(score.shape)))
+                k, v = row.folded(g)
+                psi = self.kernels.psi(k, g) if self.kernels else np.zeros((len(k), 0))  # (folded, R)
                 self.within("H", error(head.H, psi.T @ v))
                 self.within("z", error(head.z, psi.sum(0)))
+
+    @invariant()
+    def the_next_token_has_an_empty_slot(self):
+        for group in self.state.groups:
+            if group.policy.budget is not None:
+                assert (group.position.gather(2, group.scratch) == -1).all()
 
     @invariant()
     def the_bytes_of_a_group_with_a_budget_are_constant(self):
@@ -238,27 +306,6 @@ def tokens_among(m, pads):
 
 def bytes_held(group):
     return sum(getattr(group, name).untyped_storage().nbytes() for name in group.TENSORS)
-
-
-def loss_of_digits(before, q, kernels):
-    """By how much a shift far below zero magnifies errors, (Hq, m), at least 1: every evicted token brings an error
-    into the low-rank part, and where that is alone the sum that divides it may be as small as the error."""
-    factor = np.ones(q.shape[:2])
-    for a, i in np.ndindex(factor.shape):
-        head = before.heads[a * len(before.heads) // len(q)]
-        if q[a, i, -1] < 0 and head.z.any():
-            seen = head.position < before.n - q.shape[1] + i + 1
-            mass = kernels.phi(q[a, i], a) @ head.z + np.exp(head.k[seen] @ q[a, i] * q.shape[2] ** -0.5).sum()
-            factor[a, i] = max(1.0, (before.n - len(seen)) / mass) if mass else np.inf
-    return factor
-
-
-def excess_of_the_victims(policy, head, victims, n):
-    """By how much the highest victim outranks the lowest of what was kept, in the reference's ranks; relative."""
-    rank, gone = policy.rank(head.position, head.score, n).astype(float), np.isin(head.position, victims)
-    if not gone.any() or rank[gone].max() <= rank[~gone].min():
-        return 0.0
-    return (rank[gone].max() - rank[~gone].min()) / max(1.0, abs(rank[~gone].min()))
 
 
 class Float64(AnyHistory):

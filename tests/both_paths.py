@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from closeness import assert_close, error
+from closeness import assert_close, error, error_before_rounding
 from histories import evicting_nothing, replaying
 from strategies import fast_kernels, slices
 
@@ -174,7 +174,8 @@ def lower_precision_errors(case, dtype):
                 lowest_kept, highest_gone = rank[stays].min(), rank[~stays].max()
                 excess = 0.0 if highest_gone <= lowest_kept else highest_gone - lowest_kept
                 errors["rank"] = max(errors["rank"], excess / max(1.0, abs(lowest_kept)))
-        note("first" if unscored and now.start == 0 else "out", out[0].transpose(0, 1), expected)
+        name, measure = ("first", error) if unscored and now.start == 0 else ("out", error_before_rounding)
+        errors[name] = max(errors[name], measure(out[0].transpose(0, 1), expected))
         for got, wanted in zip(heads_of(state, 0, with_kinds=False), reference.heads):
             order = np.argsort(wanted.position)
             assert np.array_equal(got.k, wanted.k[order])

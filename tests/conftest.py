@@ -11,7 +11,7 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)  
 settings.register_profile("thorough", settings.get_profile("dev"), max_examples=20_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-HELPERS = ("any_history", "authors", "both_paths", "caches", "properties")
+HELPERS = ("any_history", "authors", "both_paths", "caches", "properties", "row_history")
 pytest.register_assert_rewrite(*HELPERS)  # an assertion that fails there says what it compared
 
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way

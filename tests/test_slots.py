@@ -6,13 +6,14 @@ import torch
 from both_paths import allocate, batch
 from both_paths import extend as extend_case
 from caches import feed
+from closeness import BUDGETS, error_before_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, cases, slices
 
 import less_ref
-from less_fast import H2O, LayerState, LessCache, LessError, extend
+from less_fast import H2O, Full, Lambda, LayerState, LessCache, LessError, Window, extend
 from less_fast.layer.slots import packed, unpacked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -91,3 +92,15 @@ def test_a_cache_with_such_slots_says_nearly_the_same_and_holds_fewer_bytes(dtyp
     D = model.config.head_dim
     assert entries[1] * D * dtype.itemsize == entries[0] * (D + 4)
     assert caches[1].memory()["low_rank"] == caches[0].memory()["low_rank"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", [Lambda(1, 3), Window(4), Full()])
+def test_a_prompt_that_nobody_scores_reads_keys_and_values_as_they_are_stored(policy, dtype):
+    """Not rounded to the dtype once more."""
+    q, k, v = (torch.randn(1, heads, 12, 8, generator=torch.Generator().manual_seed(heads)).to(dtype) for heads in (4, 2, 2))
+    out = extend(LayerState.allocate(policy, 1, 4, 2, 8, dtype=dtype, int8=True), q, k, v)[0]  # (4, 12, 8)
+    q, k, v = (x[0].double().numpy() for x in (q, k, v))
+    stored = less_ref.in_eight_bits(k), less_ref.in_eight_bits(v)
+    expected, _ = less_ref.extend(less_ref.empty_state(2, 8), q, *stored, less_ref.Full())
+    assert error_before_rounding(out.transpose(0, 1), expected) <= BUDGETS[dtype]["out"]

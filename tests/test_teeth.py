@@ -1,14 +1,15 @@
-"""The tests can fail: each of these bugs, planted into the fast path at run time, turns two named tests red."""
+"""The tests can fail: each of these bugs, planted into the fast path at run time, turns the tests red that are named with it."""
 
 import properties
 import pytest
 import torch
-from any_history import Float64, steps
+from any_history import BFloat16, Float64, steps
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import less_fast
 from less_fast.layer import step
+from less_fast.layer.context import Context
 
 
 def a_fold_is_skipped(patch):
@@ -88,6 +89,47 @@ def outputs_share_their_memory(patch):
     patch.setattr(less_fast, "extend", into_the_same_memory)
 
 
+def rows_are_joined_as_if_none_had_moved(patch):
+    join = less_fast.LayerState.join
+
+    def join_and_forget(states):
+        joined = join(states)
+        joined.moved = None if joined.moved is None else torch.zeros_like(joined.moved)
+        return joined
+
+    patch.setattr(less_fast.LayerState, "join", join_and_forget)
+
+
+def selected_rows_have_moved_as_the_first_ones_did(patch):
+    reorder = less_fast.LayerState.reorder
+
+    def reorder_all_else(state, rows):
+        moved = state.moved
+        reorder(state, rows)
+        state.moved = None if moved is None else moved[torch.arange(len(rows)) % len(moved)]
+
+    patch.setattr(less_fast.LayerState, "reorder", reorder_all_else)
+
+
+def every_row_begins_anew_when_one_moves(patch):
+    make_room = Context.make_room
+
+    def make_room_and_forget(context, state, new):
+        before = state.moved
+        room = make_room(context, state, new)
+        if (state.moved != before).any():
+            for part in state.parts:
+                part.H.zero_()
+        return room
+
+    patch.setattr(Context, "make_room", make_room_and_forget)
+
+
+def eight_bits_are_unpacked_to_bfloat16(patch):
+    unpacked = step.unpacked
+    patch.setattr(step, "unpacked", lambda x, dtype: unpacked(x, torch.bfloat16 if x.dtype == torch.int8 else dtype))
+
+
 STOP_AT_ONCE = dict(derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 
 
@@ -118,8 +160,12 @@ def earlier_outputs(patch):
     run(properties.later_steps_never_change_earlier_outputs_nor_the_inputs, patch)
 
 
-def any_history(patch):
-    run_state_machine_as_test(Float64, settings=settings(steps(30), **STOP_AT_ONCE))
+def any_history(patch, machine=Float64):
+    run_state_machine_as_test(machine, settings=settings(steps(60), **STOP_AT_ONCE))
+
+
+def any_history_in_bfloat16(patch):
+    any_history(patch, BFloat16)
 
 
 TESTS = {
@@ -133,18 +179,26 @@ TESTS = {
     outputs_share_their_memory: earlier_outputs,
 }
 
+OF_HISTORIES_ALONE = {
+    rows_are_joined_as_if_none_had_moved: any_history,
+    selected_rows_have_moved_as_the_first_ones_did: any_history,
+    every_row_begins_anew_when_one_moves: any_history,
+    eight_bits_are_unpacked_to_bfloat16: any_history_in_bfloat16,
+}
+OF_BOTH = [*TESTS.items(), *((bug, any_history) for bug in TESTS), *OF_HISTORIES_ALONE.items()]
+
 
 def name(function):
     return function.__name__
 
 
-@pytest.mark.parametrize(("bug", "test"), [*TESTS.items(), *((bug, any_history) for bug in TESTS)], ids=name)
+@pytest.mark.parametrize(("bug", "test"), OF_BOTH, ids=name)
 def test_a_planted_bug_turns_a_named_test_red(bug, test, monkeypatch):
     bug(monkeypatch)
     with pytest.raises(AssertionError):
         test(monkeypatch)
 
 
-@pytest.mark.parametrize("test", [*dict.fromkeys(TESTS.values()), any_history], ids=name)
+@pytest.mark.parametrize("test", dict.fromkeys(TESTS.values()), ids=name)  # the machines are in test_state_machine.py
 def test_the_named_tests_are_green_without_a_bug(test, monkeypatch):
     test(monkeypatch)

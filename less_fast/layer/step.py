@@ -191,8 +191,8 @@ def _attend_and_score_a_prompt(policy, entries, q, scale, wide):
     memory, on a CPU head by head, so that they stay in its cache.
     """
     (N, H, G, m, D), last = q.shape, policy.last_queries
-    k, v = (unpacked(x, q.dtype if last == 0 else wide) for x in (entries.k, entries.v))
-    q, k, v = (x if last == 0 else x.to(wide) for x in (q, k, v))
+    dtype = q.dtype if last == 0 and entries.k.dtype == q.dtype else wide  # what is unpacked is rounded no further
+    q, k, v = (unpacked(x, dtype).to(dtype) for x in (q, entries.k, entries.v))
     if last is not None:
         out = scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True).view_as(q)
     else:
