@@ -321,11 +321,6 @@ def test_another_cache_under_less_attention_is_dense(model):
 def test_kernels_of_another_model_are_refused(model):
     with pytest.raises(ValueError, match="query_heads is 4 in the kernels and 2 in the model"):
         LessCache.for_model(make_model(num_attention_heads=2, num_key_value_heads=1), H2O(2, 2), make_kernels(model))
-    twin = make_model()
-    with torch.no_grad():
-        twin.model.layers[1].self_attn.k_proj.weight.mul_(1.05)
-    with pytest.raises(ValueError, match="another model of the same shape"):
-        LessCache.for_model(twin, H2O(2, 2), make_kernels(model))
 
 
 @pytest.mark.parametrize("table", [[[3, 3]] * 2, [[3]] * 3, [[3, 3, 3]] * 3])

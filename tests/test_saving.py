@@ -161,7 +161,7 @@ def other_text(metadata, tensors):
 
 
 def other_version(metadata, tensors):
-    metadata["less-kv state"] = "2"
+    metadata["less-kv state"] = "1"
 
 
 def no_metadata(metadata, tensors):
@@ -197,7 +197,7 @@ def said(text):
     [
         (other_tensor, "not as it was written"),
         (other_text, "not as it was written"),
-        (other_version, "of version 2, and this program reads 1"),
+        (other_version, "of version 1, and this program reads 2"),
         (no_metadata, "no state of a cache"),
         (no_checksum, "not as it was written"),
         (no_checksum_and_another_tensor, "not as it was written"),
