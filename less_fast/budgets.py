@@ -23,7 +23,7 @@ class Curves:
     budgets: ascending. less, bare: with the low-rank state and without it, nested lists (layers x KV heads x budgets), an empty
     one for a layer that LESS does not serve, in tables, too.
     refined: better tables for some totals, {"less" or "bare": {total: table}}.
-    policy, window, windows, by: how they were measured: the policy, the tokens of a window, how many windows, kl or error.
+    policy, window, windows, by: how they were measured: the policy, the tokens of a window, how many windows, kl or gradient.
     """
 
     policy: str

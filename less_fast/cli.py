@@ -479,9 +479,7 @@ def allocate(
     policy: PolicyOption = PolicyName("h2o"),
     by: Annotated[
         MeasureName | None,
-        typer.Option(
-            help="kl, the default: divergence of the predictions; gradient: its estimate, cheaper; error: a poorer guide."
-        ),
+        typer.Option(help="kl, the default: divergence of the predictions; gradient: its estimate, cheaper."),
     ] = None,
     length: LengthOption = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows that are measured.")] = CURVE_WINDOWS,

@@ -39,8 +39,7 @@ def upload(kernels, repository: str, private: bool) -> str:
 def card(kernels) -> str:
     """What the hub shows of LessKernels: what they are for, how they came about, how to use them."""
     about, sizes = kernels.about, kernels.sizes
-    served = [layer.ranks for layer in kernels.layers if layer.rank or sizes["family"] == "none"]
-    features = sum(map(sum, served)) / (len(served) * sizes["kv_heads"])
+    served = [layer.rank for layer in kernels.layers if layer.rank or sizes["family"] == "none"]
     of = f"{len(served)} of " * (len(served) < sizes["layers"])
     rule = "Retention(budget=51, recent=6)" if "rho" in sizes else "H2O(heavy=26, recent=25)"
     lines = [
@@ -48,7 +47,7 @@ def card(kernels) -> str:
         f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
         "",
         f"Kernels of the {sizes['family']} family for {of}{sizes['layers']} layers, {sizes['query_heads']} query heads and "
-        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {features:g} features for each KV head on average. With them, "
+        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {max(served)} features for each KV head. With them, "
         f"text is generated in constant memory: what the policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
         "",
         "```python",

@@ -27,7 +27,7 @@ SHIPPED = ("shipped/*/config.json", "demo/kernels/config.json")  # within the pa
 class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
 
-    rank: features of each KV head, or a table (layers x KV heads) of them, 0 in all heads of a layer that LESS does not serve.
+    rank: features of each KV head, or a list with one for each layer, 0 for a layer that LESS does not serve.
     family: a name in FAMILIES. about: what is known of them (the model's identity, how they were trained); curves: what each KV
     head costs at each budget, by the name of the policy. Both are stored in config.json beside the weights. rho: the hidden width
     of rho (for Retention); None without.
@@ -39,7 +39,7 @@ class LessKernels(nn.Module):
         query_heads: int,
         kv_heads: int,
         head_dim: int,
-        rank: int | Sequence[Sequence[int]] = 8,
+        rank: int | Sequence[int] = 8,
         hidden: int = 512,
         about: dict | None = None,
         family: str = "paper",
@@ -49,27 +49,25 @@ class LessKernels(nn.Module):
         super().__init__()
         sizes = dict(layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim)
         self.sizes: dict[str, Any] = {name: integer(name, size, 1, MOST) for name, size in sizes.items()}
-        self.sizes |= dict(
-            rank=_ranks(rank, 0 if family == "none" else 1),
-            hidden=integer("the hidden width of kernels", hidden, 0, MOST),
-            family=family,
-        )
+        several = isinstance(rank, list | tuple)
+        each_layers: Any = rank if several else [rank] * layers
+        ranks = [integer("the rank of kernels", each, 0, MOST) for each in each_layers]
+        hidden = integer("the hidden width of kernels", hidden, 0, MOST)
+        self.sizes |= dict(rank=ranks if several else ranks[0], hidden=hidden, family=family)
         self.sizes |= {} if rho is None else dict(rho=integer("the hidden width of rho", rho, 1, MOST))
         self.about, self.curves = {} if about is None else about, {} if curves is None else curves
         self._check_about()
         if not isinstance(family, str) or family not in FAMILIES:
             raise LessError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
-        ranks: list = self.sizes["rank"] if isinstance(rank, list | tuple) else [self.sizes["rank"]] * layers
         if len(ranks) != layers:
             raise LessError(f"the ranks of {len(ranks)} layers do not fit {layers} layers")
-        none = [0] * kv_heads
-        if family != "none" and all(row == none for row in ranks):
+        if family != "none" and not any(ranks):
             raise LessError("kernels of rank 0 in all layers are none: give those that LESS serves a rank of at least 1")
         self.layers = nn.ModuleList(
-            FAMILIES["none" if row == none else family](query_heads, kv_heads, head_dim, row, hidden) for row in ranks
+            FAMILIES[family if each else "none"](query_heads, kv_heads, head_dim, each, hidden) for each in ranks
         )
-        for layer, row in zip(self.layers, ranks) if rho else ():
-            layer.rho = None if row == none else Rho(query_heads, kv_heads, head_dim, rho)
+        for layer, each in zip(self.layers, ranks) if rho else ():
+            layer.rho = Rho(query_heads, kv_heads, head_dim, rho) if each or family == "none" else None
 
     def _check_about(self):
         """LessError unless what is known of the kernels is of the right shape, and can be written."""
@@ -218,11 +216,3 @@ def _fitting(loaded: dict, wanted: dict) -> dict[str, torch.Tensor]:
         if not loaded[name].is_floating_point():
             raise LessError(f"{name} holds {loaded[name].dtype}, not floats")
     return {name: weight.float() for name, weight in loaded.items()}
-
-
-def _ranks(rank, least):
-    """A rank, or a table of them, in int and list."""
-    if isinstance(rank, list | tuple):
-        none = all(isinstance(row, int) and row == 0 for row in rank)  # a layer that LESS does not serve
-        return [_ranks(row, 0 if none else least) for row in rank]
-    return integer("the rank of kernels", rank, least, MOST)

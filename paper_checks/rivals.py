@@ -55,7 +55,7 @@ class LowRank:
 
     def __init__(self, kernels, shape):
         N, H, D = shape
-        self.kernels, R = kernels, kernels.ranks[0]
+        self.kernels, R = kernels, kernels.rank
         self.H, self.z = torch.zeros(N, H, R, D), torch.zeros(N, H, R)
 
     def absorb(self, k, v):
@@ -73,7 +73,7 @@ class LowRank:
 
     @staticmethod
     def bytes(kernels, head_dim):
-        return 4 * kernels.ranks[0] * (head_dim + 1)
+        return 4 * kernels.rank * (head_dim + 1)
 
 
 class HalfLowRank(LowRank):
@@ -269,7 +269,7 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
         raise LessError("this is about kernels, and none are shipped for this model: choose another")
     if strange := {*chosen.policies.split(",")} - {*SCORES}:
         raise LessError(f"no policy here is called {', '.join(sorted(strange))}: they are {', '.join(SCORES)}")
-    if {rank for layer in kernels.layers for rank in layer.ranks} != {kernels.layers[0].ranks[0]}:
+    if {layer.rank for layer in kernels.layers} != {kernels.layers[0].rank}:
         raise LessError("equal bytes are counted for kernels of one rank, and these have several: choose another model")
     named, known = (
         {*chosen.caches.split(",")} - {""},

@@ -107,12 +107,11 @@ def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of
 
 @pytest.mark.parametrize("policy", EVICTING)
 @pytest.mark.parametrize("budget", [5, 33])
-@pytest.mark.parametrize("ranks", ["one rank", "rank table"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(policy, budget, ranks, dtype):
+@pytest.mark.parametrize("rank", [4, [30, 4, 21]], ids=["one rank", "ranks of layers"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
+def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(policy, budget, rank, dtype):
     model, rule = make_model().to(dtype), POLICIES[policy].with_budget(budget)
-    table = [[30, 30], [4, 4], [21, 21]] if rule.pooled else [[20, 40], [7, 1], [33, 8]]
-    kernels = make_kernels(model, 4 if ranks == "one rank" else table, rho=3)  # with 4, Baseline+ of float32 is equal to the byte
+    kernels = make_kernels(model, rank, rho=3)  # with 4, Baseline+ of float32 is equal to the byte
     plus, bare = baseline_plus(model, rule, kernels), kernels.without_state() if rule.learned else None
 
     def held(rule, kernels=bare):
@@ -525,11 +524,11 @@ def test_allocate_adds_curves_for_another_policy_and_keeps_the_rest(command, sto
     shutil.copytree(PAPER_KERNELS, where)
     before = LessKernels.from_pretrained(where)
     small = ["--text", story, "--length", 64, "--windows", 2, "--policy", "lambda"]
-    code, printed, _ = command("allocate", "--kernels", where, "--by", "error", *small)
+    code, printed, _ = command("allocate", "--kernels", where, "--by", "gradient", *small)
     assert (code, "6 tokens (10 %), by layer: [[" in printed) == (0, True)
     after = LessKernels.from_pretrained(where)
     assert set(after.curves) == {*before.curves, "Lambda"}
-    assert (after.curves["Lambda"].by, after.curves["Lambda"].windows) == ("error", 2)
+    assert (after.curves["Lambda"].by, after.curves["Lambda"].windows) == ("gradient", 2)
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
     assert (before.about, before.sizes) == (after.about, after.sizes)
     code, _, _ = command("allocate", "--kernels", where, *small, "--refine", "8")
@@ -775,7 +774,7 @@ def test_curves_are_not_used_for_another_measure_and_refined_only_where_they_rea
     shutil.copytree(KERNELS, tmp_path / "kernels")
     before = (tmp_path / "kernels" / "config.json").read_bytes()
     small = ["--kernels", tmp_path / "kernels", "--text", story, "--length", 64, "--windows", 1]
-    code, _, err = command("allocate", *small, "--refine", 8, "--by", "error")
+    code, _, err = command("allocate", *small, "--refine", 8, "--by", "gradient")
     assert (code, "were measured by kl" in err) == (2, True)
     code, _, err = command("allocate", *small, "--refine", 3)
     assert (code, "so there is no table of 3 to refine" in err) == (2, True)

@@ -75,7 +75,7 @@ def test_what_is_found_does_not_depend_on_the_defaults_of_the_program(what, anot
     found = []
     for default in (nullcontext, another):
         model = make_model(num_hidden_layers=2).float()
-        kernels = make_kernels(model, rank=[[1, 3], [2, 2]], rho=3).float()
+        kernels = make_kernels(model, rank=[3, 2], rho=3).float()
         (folder := tmp_path / default.__name__).mkdir()
         with default():
             found.append(flattened(what(folder, model, kernels)))

@@ -86,9 +86,8 @@ def test_the_first_layer_folds_through_control_kernels_as_the_reference_does(mod
 
 @pytest.mark.parametrize("policy", [H2O(3, 2), Retention(5, 1), FASTGEN], ids=named)
 @pytest.mark.parametrize("budgets", [None, [[6, 9], [5, 5], [12, 1]]], ids=["one budget", "budget table"])
-def test_heads_with_ranks_and_budgets_of_their_own_follow_the_reference(model, policy, budgets):
-    kernels = make_kernels(model, rank=[[1, 3], [2, 2], [3, 1]], rho=3)
-    assert_the_first_layer_follows_the_reference(model, policy, kernels, budgets=budgets)
+def test_heads_with_budgets_of_their_own_follow_the_reference(model, policy, budgets):
+    assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model, rho=3), budgets=budgets)
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
@@ -170,29 +169,17 @@ def test_the_models_own_scaling_is_used(model):
     torch.testing.assert_close(got, wanted)
 
 
-def test_budget_and_rank_tables_give_each_head_its_own_and_memory_is_what_they_say(model):
-    budgets, ranks = [[3, 9], [5, 5], [12, 1]], [[1, 4], [2, 2], [3, 5]]
+def test_a_budget_table_gives_each_head_and_ranks_give_each_layer_its_own_and_memory_is_what_they_say(model):
+    budgets, ranks = [[3, 9], [5, 5], [12, 1]], [1, 2, 5]
     cache = LessCache.for_model(model, H2O(1, 1), make_kernels(model, rank=ranks), budgets)
     assert generate(model, tokens(2, 15), cache).shape == (2, 27)
     heads = [heads_of(layer.state, 0) for layer in cache.layers]
     assert [[len(head.position) for head in layer] for layer in heads] == budgets
-    assert [[len(head.z) for head in layer] for layer in heads] == ranks
+    assert [[len(head.z) for head in layer] for layer in heads] == [[rank] * 2 for rank in ranks]
     bytes_held = cache.memory()
     slots = sum(budget + 1 for row in budgets for budget in row)  # one of each head is scratch
     assert bytes_held["entries"] == 2 * 8 * slots * 2 * 8  # rows, bytes, slots, keys and values, head_dim
-    assert bytes_held["low_rank"] == 2 * 8 * sum(map(sum, ranks)) * (8 + 1)  # rows, bytes, features, head_dim + 1
-
-
-def test_heads_of_a_smaller_rank_are_heads_whose_other_features_are_zero(model):
-    table, budgets = [[1, 3], [3, 3], [3, 2]], [[3, 9], [5, 5], [12, 1]]
-    uniform, ranked = make_kernels(model), make_kernels(model, rank=table)
-    for layer, ranks in zip(uniform.layers, table):
-        for head, rank in enumerate(ranks):
-            layer.q2[2 * head : 2 * head + 2, :, rank:] = layer.k2[head, :, rank:] = 0
-    ranked.load_state_dict(uniform.state_dict())
-    a, b = (LessCache.for_model(model, H2O(1, 1), kernels, budgets) for kernels in (uniform, ranked))
-    torch.testing.assert_close(feed(model, tokens(2, 20), a, prompt=14), feed(model, tokens(2, 20), b, prompt=14))
-    assert b.memory()["low_rank"] < a.memory()["low_rank"]
+    assert bytes_held["low_rank"] == 2 * 8 * 2 * sum(ranks) * (8 + 1)  # rows, bytes, KV heads, features, head_dim + 1
 
 
 def test_memory_is_constant_while_the_text_grows(model):
@@ -338,13 +325,9 @@ def test_fastgen_without_a_table_of_kinds_is_refused_before_the_model_is_changed
     assert not model.base_model._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    ("budgets", "ranks", "message"),
-    [([[4, 4], [4, 5], [4, 4]], 3, "must be that of all its KV heads"), (None, [[3, 3], [3, 3], [1, 3]], "kernels of one rank")],
-)
-def test_tova_needs_one_budget_and_one_rank_in_a_layer_and_says_so_before_the_model_is_changed(model, budgets, ranks, message):
-    with pytest.raises(ValueError, match=message):
-        LessCache.for_model(model, TOVA(4), make_kernels(model, rank=ranks), budgets=budgets)
+def test_tova_needs_one_budget_in_a_layer_and_says_so_before_the_model_is_changed(model):
+    with pytest.raises(ValueError, match="must be that of all its KV heads"):
+        LessCache.for_model(model, TOVA(4), make_kernels(model), budgets=[[4, 4], [4, 5], [4, 4]])
     assert model.config._attn_implementation != "less"
 
 

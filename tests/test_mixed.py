@@ -32,8 +32,7 @@ def mixed_model(name):
 
 
 def ranks(model, rank):
-    kv_heads = sizes(model)["kv_heads"]
-    return [[rank if index in less_layers(model) else 0] * kv_heads for index in range(sizes(model)["layers"])]
+    return [rank * (index in less_layers(model)) for index in range(sizes(model)["layers"])]
 
 
 def kernels_of(model, **more):
@@ -56,7 +55,7 @@ def test_kernels_have_weights_in_the_layers_that_less_serves_and_in_no_others(mo
     assert 0 < len(less_layers(model)) < sizes(model)["layers"]
     for index, layer in enumerate(trained.layers):
         served = index in less_layers(model)
-        assert layer.ranks == [2 * served] * sizes(model)["kv_heads"]
+        assert layer.rank == 2 * served
         assert bool(layer.memory()) == served
         assert (layer.rho is not None) == (served and "rho" in trained.sizes)
 
@@ -137,8 +136,7 @@ def test_a_head_costs_what_a_cache_says_that_compresses_it_alone(model):
 
 
 def test_ranks_that_no_layer_could_have_are_refused(model):
-    kv_heads = sizes(model)["kv_heads"]
     with pytest.raises(LessError, match="rank 0 in all layers are none"):
-        LessKernels(**sizes(model), rank=[[0] * kv_heads] * sizes(model)["layers"])
-    with pytest.raises(LessError, match="the rank of kernels must be an integer from 1"):
-        LessKernels(**sizes(model), rank=[[8] * (kv_heads - 1) + [0]] * sizes(model)["layers"])
+        LessKernels(**sizes(model), rank=[0] * sizes(model)["layers"])
+    with pytest.raises(LessError, match="the rank of kernels must be an integer from 0"):
+        LessKernels(**sizes(model), rank=[-1] * sizes(model)["layers"])

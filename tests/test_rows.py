@@ -12,7 +12,7 @@ from less_fast import H2O, TOVA, Full, Lambda, LayerKernels, LayerState, LessCac
 from paper_checks.architectures import tiny
 
 MODEL = make_model()
-KERNELS = make_kernels(MODEL, rank=[[1, 3], [2, 2], [3, 1]])
+KERNELS = make_kernels(MODEL, rank=[3, 2, 1])
 SAME_RANK = make_kernels(MODEL)
 TABLE = [[3, 9], [5, 5], [12, 2]]
 SETTINGS = {

@@ -51,7 +51,7 @@ def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, policy, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tables_ranks_padding_and_dtypes_are_kept(tmp_path, dtype):
     model = make_model().to(dtype)
-    kernels = make_kernels(model, rank=[[1, 4], [2, 2], [3, 5]], family="exponential").float()
+    kernels = make_kernels(model, rank=[4, 2, 5], family="exponential").float()
     ids, mask = left_padded([15, 6], 15)
     _, cache = saved(tmp_path / "cache", model, kernels, prompt=ids, mask=mask, budgets=TABLE)
     loaded = LessCache.load(tmp_path / "cache", model, kernels)

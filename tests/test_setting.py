@@ -74,7 +74,7 @@ def test_each_head_gets_the_policy_and_the_kernels_that_the_setting_says():
 
 
 @pytest.mark.parametrize("budgets", [None, TABLE])
-@pytest.mark.parametrize("ranks", [None, 3, [[1, 4], [2, 2], [3, 5]]])
+@pytest.mark.parametrize("ranks", [None, 3, [4, 2, 5]])
 def test_the_bytes_that_are_counted_are_those_that_a_cache_holds(budgets, ranks):
     model = make_model()
     kernels = ranks and make_kernels(model, ranks)

@@ -18,31 +18,21 @@ MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, o
 
 
 class Features(nn.Module):
-    """What every family says: phi and psi of one layer, and the rank of each of its KV heads.
-
-    ranks: how many features each KV head has. If they differ, the features of the others are padded with exact zeros up to
-    `rank`, the largest, until `select_heads` takes heads of equal rank apart. rho: for policies that are learned; None without.
-    """
+    """What every family says: phi and psi of one layer, with `rank` features for each KV head. rho: for policies that are
+    learned; None without."""
 
     LEAST_RANK = 1
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int]):
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int):
         super().__init__()
         self.query_heads = integer("the number of query heads", query_heads, 1, MOST)
         self.kv_heads = integer("the number of KV heads", kv_heads, 1, MOST)
         self.head_dim = integer("head_dim", head_dim, 1, MOST)
         if self.query_heads % self.kv_heads:
             raise LessError(f"{query_heads} query heads are no multiple of {kv_heads} KV heads: give kernels numbers that are")
-        ranks = rank if isinstance(rank, list | tuple) else [rank] * self.kv_heads
-        if len(ranks) != self.kv_heads:
-            raise LessError(f"kernels need one rank, or one for each of {kv_heads} KV heads, not {rank}")
-        self.ranks = [integer("the rank of kernels", rank, self.LEAST_RANK, MOST) for rank in ranks]
+        self.rank = integer("the rank of kernels", rank, self.LEAST_RANK, MOST)
         self.rho: Rho | None = None
         self._copies: dict = {}  # see `_shared`
-
-    @property
-    def rank(self) -> int:
-        return max(self.ranks)
 
     def phi(self, q: torch.Tensor) -> torch.Tensor:
         """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), in float32 or wider."""
@@ -57,8 +47,8 @@ class Features(nn.Module):
         kernels, phi.z; both (N, Hq, L)."""
 
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
-        """The kernels of these KV heads, which have equal ranks, and of the query heads that read them. Without weights of their
-        own heads differ in rho alone."""
+        """The kernels of these KV heads and of the query heads that read them. Without weights of their own heads differ in rho
+        alone."""
         heads = tuple(kv_heads)
         if self.rho is None or heads == tuple(range(self.kv_heads)):
             return self
@@ -103,7 +93,7 @@ class Features(nn.Module):
 class Learned(Features):
     """Kernels with weights: those whose names begin with q are of the query heads, those with k of the KV heads."""
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int], hidden: int, least: int):
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int, least: int):
         super().__init__(query_heads, kv_heads, head_dim, rank)
         self.hidden = integer("the hidden width of kernels", hidden, least, MOST)
         self.dropout = 0.0  # on the hidden layer, in train mode
@@ -120,21 +110,17 @@ class Learned(Features):
         return hidden
 
     def select_heads(self, kv_heads):
-        """Themselves for all heads if their ranks are equal, else a copy of the weights that all who ask share."""
+        """Themselves for all heads, else a copy of the weights that all who ask share."""
         heads = tuple(kv_heads)
-        ranks = [self.ranks[head] for head in heads]
-        if heads == tuple(range(self.kv_heads)) and min(ranks) == self.rank:
-            return self
-        return self._shared(heads, lambda: self._copy_of(heads, ranks))
+        return self if heads == tuple(range(self.kv_heads)) else self._shared(heads, lambda: self._copy_of(heads))
 
-    def _copy_of(self, heads, ranks):
+    def _copy_of(self, heads):
         query_heads = [head * self._group + a for head in heads for a in range(self._group)]
         with torch.device("meta"):  # where nothing random is drawn
-            part = type(self)(len(query_heads), len(heads), self.head_dim, ranks, self.hidden)
+            part = type(self)(len(query_heads), len(heads), self.head_dim, self.rank, self.hidden)
         part = part.to_empty(device=self.q1.device).to(self.q1.dtype).requires_grad_(False)
         for name, weight in part.named_parameters():  # before rho is there
-            rows = getattr(self, name).detach()[query_heads if name.startswith("q") else list(heads)]
-            weight.copy_(rows[tuple(slice(size) for size in weight.shape)])
+            weight.copy_(getattr(self, name).detach()[query_heads if name.startswith("q") else list(heads)])
         part.rho = self.rho and self.rho.of_heads(heads)
         return part.train(self.training)
 
@@ -147,7 +133,7 @@ class PaperKernels(Learned):
     K3 starts at 1e-4 times the identity, so that training starts from the bare policy.
     """
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 512):
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int = 512):
         super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=1)
         R = self.rank
         self.q1 = nn.Parameter(randn(query_heads, head_dim, hidden) * head_dim**-0.5)  # (Hq, D, h)
@@ -155,10 +141,6 @@ class PaperKernels(Learned):
         self.k1 = nn.Parameter(randn(kv_heads, head_dim, hidden) * head_dim**-0.5)  # (Hkv, D, h)
         self.k2 = nn.Parameter(randn(kv_heads, hidden, R) * hidden**-0.5)  # (Hkv, h, R)
         self.k3 = nn.Parameter(torch.eye(R, dtype=torch.float32).repeat(kv_heads, 1, 1) * 1e-4)  # (Hkv, R, R)
-        with torch.no_grad():  # a feature that starts at zero stays there, because its gradient is zero
-            for head, rank in enumerate(self.ranks):
-                self.q2[head * self._group : (head + 1) * self._group, :, rank:] = 0
-                self.k2[head, :, rank:] = 0
 
     def phi(self, q):
         return _by_row(self._two_layers(_by_head(q), self.q1, self.q2).abs(), q)
@@ -187,7 +169,7 @@ class Exponential(Learned):
 
     START = -10.0
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int | Sequence[int] = 8, hidden: int = 32):
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int = 32):
         super().__init__(query_heads, kv_heads, head_dim, rank, hidden, least=0)
         R = self.rank
         self.q0 = nn.Parameter(randn(query_heads, head_dim, R) * head_dim**-0.5)  # (Hq, D, R)
@@ -206,23 +188,16 @@ class Exponential(Learned):
             self.k3 += over[:, over.shape[1] // 100, None] - 1  # the mean would leave some queries to what is folded alone
 
     def phi(self, q):
-        return self._padded(_by_row(self._exponential(_by_head(q), self.q0, self.q1, self.q2), q))
+        return _by_row(self._exponential(_by_head(q), self.q0, self.q1, self.q2), q)
 
     def psi(self, k):
-        return self._padded(_by_row(self._exponential(_by_head(k), self.k0, self.k1, self.k2, self.k3), k))
+        return _by_row(self._exponential(_by_head(k), self.k0, self.k1, self.k2, self.k3), k)
 
     def _exponential(self, x, linear, first, second, bias=None):
         """x (H, N m, D) -> (H, N m, R)."""
         x = x.to(linear.dtype)
         exponent = torch.bmm(x, linear) if bias is None else torch.baddbmm(bias[:, None], x, linear)
         return torch.baddbmm(exponent, self._hidden_layer(x, first), second).clamp(max=40).exp()
-
-    def _padded(self, features):
-        """features (N, H, m, R), with zeros beyond the rank of each head."""
-        if min(self.ranks) == self.rank:
-            return features
-        ranks = torch.tensor(self.ranks, device=features.device).repeat_interleave(features.shape[1] // self.kv_heads)  # (H,)
-        return features * (torch.arange(self.rank, device=features.device) < ranks[:, None])[:, None]
 
 
 class NoState(Features):
@@ -285,8 +260,6 @@ class Control(Features):
     """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
-        if isinstance(rank, list | tuple):
-            raise LessError(f"{type(self).__name__} has one rank for all heads, not {rank}: give one number")
         super().__init__(query_heads, kv_heads, head_dim, rank)
 
     def psi(self, k):

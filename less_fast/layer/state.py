@@ -1,6 +1,6 @@
 """LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
 
-KV heads of equal policy (hence equal budget) and equal rank are a group: with a uniform budget there is one. With a budget table
+KV heads of equal policy (hence equal budget) are a group: with a uniform budget there is one. With a budget table
 the groups of a layer lie together in one ragged tensor, and a single token goes through all of them at once: no head pays for
 another's budget, neither in memory nor in time. While tokens arrive only `step.py` and `context.py` change what is in them.
 """
@@ -50,7 +50,7 @@ class Ragged:
 
 @dataclass
 class Group:
-    """KV heads that share a policy and a rank. S = budget + 1 slots, one of them scratch; an empty slot has position -1.
+    """KV heads that share a policy. S = budget + 1 slots, one of them scratch; an empty slot has position -1.
 
     Or several groups in ragged tensors: k, v, position and score are (N, 1, S, ...) with S slots in all, and the policy is that
     of the largest budget.
@@ -127,7 +127,7 @@ class LayerState:
 
     @property
     def groups(self) -> list[Group]:
-        """The KV heads by policy and rank, in order of first appearance; copies of what lies in ragged tensors."""
+        """The KV heads by policy, in order of first appearance; copies of what lies in ragged tensors."""
         return _in_order([group for part in self.parts for group in part.split()])
 
     @classmethod
@@ -173,12 +173,12 @@ class LayerState:
 
     @classmethod
     def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device, width, kind):
-        ranks = kernels.ranks if kernels else [0] * kv_heads
+        R = kernels.rank if kernels else 0
         wide = torch.promote_types(dtype, torch.float32)
 
         def group(policy, heads, batch, ragged=None):
             readers = [g * (query_heads // kv_heads) + a for g in heads for a in range(query_heads // kv_heads)]
-            every, H, R = len(heads) == kv_heads, len(heads), ranks[heads[0]]
+            every, H = len(heads) == kv_heads, len(heads)
             S = 0 if policy.budget is None else policy.budget + 1
             shape = (batch, H, S) if ragged is None else (batch, 1, ragged.owner.shape[1])
             return Group(
@@ -197,9 +197,9 @@ class LayerState:
             )
 
         together: dict = {}  # the heads that may lie in one tensor, by policy
-        for g, (policy, rank) in enumerate(zip(policies, ranks)):
+        for g, policy in enumerate(policies):
             fixed = kv_heads <= HEADS_TOGETHER and policy.one_leaves  # shapes, so that all that a token needs can be done at once
-            alike = type(policy), policy.score_shape, rank, None if fixed else policy
+            alike = type(policy), policy.score_shape, None if fixed else policy
             together.setdefault(alike, {}).setdefault(policy, []).append(g)
         parts = []
         for heads in together.values():
@@ -374,8 +374,6 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
             "the policy Retention asks rho of the kernels, and there is none: take kernels that were trained with it (`less-kv "
             "train --rho-steps`), or another policy, SnapKV for example"
         )
-    if kernels is not None and policies[0].pooled and len(set(kernels.ranks)) > 1:
-        raise LessError(f"{policies[0]} pools over the layer, so its KV heads need kernels of one rank, not of {kernels.ranks}")
     return policies
 
 

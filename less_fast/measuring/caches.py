@@ -30,7 +30,7 @@ def describe(cache: LessCache) -> str:
     seen, kernels = int(cache.get_seq_length()), cache.setting.kernels
     at_most = "at most " if cache.setting.policy.kinds else ""
     kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
-    ranks = [rank for layer in kernels.layers for rank in layer.ranks] if kernels else []  # type: ignore[union-attr]
+    ranks = [layer.rank for layer in kernels.layers] if kernels else []
     folded = f"folded into {_ends(ranks)} features" if kernels else "forgotten"
     if kernels and cache.setting.context and seen > cache.setting.context:
         folded += f" (anew every {cache.setting.context // 2} tokens)"

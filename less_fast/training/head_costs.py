@@ -2,7 +2,7 @@
 
 A model reads a few texts with one head compressed, its low-rank state in place, and all others whole. The cost is the KL
 divergence from the full cache's predictions to these. That runs the model for every head and budget; by the gradient it is
-estimated from one backward pass (sensitivity.py), and much cheaper, a poorer guide, is how far the layer's output moves.
+estimated from one backward pass (sensitivity.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from ..budgets import Curves
-from ..hf.architecture import attention_modules, check_model, less_layers, output_weight, sizes
+from ..hf.architecture import check_model, less_layers, sizes
 from ..hf.identity import check_kernels
 from ..hf.seam import predictions
 from ..kernels import LessKernels
@@ -24,7 +24,7 @@ from ..setting import Setting
 from .checks import check_setting, check_windows
 from .sensitivity import eviction_times_of, watch
 
-MEASURES = ("kl", "gradient", "error")
+MEASURES = ("kl", "gradient")
 BUDGETS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # as far as windows go
 AT_ONCE = 2  # windows in one forward pass
 
@@ -70,8 +70,7 @@ def measure(
     """The curves of every KV head under `policy` with each of the budgets, with the kernels and without them.
 
     windows (W, T) int64, a few, and none of those on which results will be reported. budgets: ascending, None for `grid`.
-    by: "kl", in nats per token; "gradient", an estimate of that in time linear in layers; or "error", the squared change of the
-    layer's output relative to that output.
+    by: "kl", in nats per token, or "gradient", an estimate of that in time linear in layers.
     progress(done, of) is called on the way.
     Raises LessError for a policy that `check_policy` refuses; for windows, budgets or kernels that do not fit; and if a cost is
     not finite.
@@ -80,7 +79,7 @@ def measure(
     check_policy(policy)
     check_windows(model, windows)
     if by not in MEASURES:
-        raise LessError(f"costs are measured by {', '.join(MEASURES[:-1])} or {MEASURES[-1]}, not by {by!r}")
+        raise LessError(f"costs are measured by {' or '.join(MEASURES)}, not by {by!r}")
     T = windows.shape[1]
     budgets = grid(policy, T) if budgets is None else [integer("a budget of curves", budget, 1, T) for budget in budgets]
     if not budgets or sorted(set(budgets)) != budgets:
@@ -117,10 +116,7 @@ def measure(
                 for row, setting in enumerate(settings):
                     _, features = setting.layer(index)
                     out = linear_parallel(q, k, v, e, features, scale).to(full.dtype)  # (N, Hq, T, D)
-                    if by == "kl":
-                        costs = _divergences(model, ids, index, full, out, predicted, kv_heads)
-                    else:
-                        costs = _output_errors(attention_modules(model)[index], full, out, kv_heads)
+                    costs = _divergences(model, ids, index, full, out, predicted, kv_heads)
                     total[row, index, :, column] += (
                         torch.tensor(costs, dtype=torch.float64, device="cpu") * len(ids) / len(windows)
                     )
@@ -159,14 +155,3 @@ def _divergences(model, ids, index, full, out, predicted, kv_heads):
         )  # (N, T, vocabulary)
         costs.append(kl_div(compressed, predicted, log_target=True, reduction="sum").item() / ids.numel())
     return costs
-
-
-def _output_errors(module, full, out, kv_heads):
-    """For each KV head: |change of the layer's output|^2 / |output|^2, the mean over texts. full, out (N, Hq, T, D)."""
-    weight = output_weight(module).unflatten(1, (out.shape[1], -1))  # (hidden size, Hq, D)
-
-    def size(x, heads):  # (N,)
-        return torch.einsum("nhtd,ohd->nto", x[:, heads], weight[:, heads]).square().sum((1, 2))
-
-    every = torch.arange(out.shape[1], device="cpu")
-    return [(size(out - full, heads) / size(full, every)).mean().item() for heads in every.chunk(kv_heads)]

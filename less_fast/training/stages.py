@@ -186,11 +186,9 @@ def _begin(model, recipe, policy, about, start):
 
 
 def _ranks(model, recipe):
-    """The recipe's rank or, if LESS does not serve all layers, a table of it, with 0 in the others."""
-    layers, kv_heads = sizes(model)["layers"], sizes(model)["kv_heads"]
-    if len(served := less_layers(model)) == layers:
-        return recipe.rank
-    return [[recipe.rank if index in served else 0] * kv_heads for index in range(layers)]
+    """The recipe's rank or, if LESS does not serve all layers, a list of it, with 0 for the others."""
+    layers, served = sizes(model)["layers"], less_layers(model)
+    return recipe.rank if len(served) == layers else [recipe.rank * (index in served) for index in range(layers)]
 
 
 def _curves(kernels, model, windows, policy, recipe, work):
