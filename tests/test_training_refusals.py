@@ -9,6 +9,7 @@ from models import make_kernels, make_model, tokens
 
 from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessError
 from less_fast.hf.architecture import sizes
+from less_fast.hf.identity import identity
 from less_fast.setting import Setting
 from less_fast.training import RECIPES, Recipe, layers, recording, stages, train, work
 from less_fast.training.head_costs import grid, measure
@@ -227,6 +228,12 @@ def other_model():
     return model
 
 
+def kernels_of_another_model():
+    kernels = make_kernels(other_model())
+    kernels.about["identity"] = identity(other_model())
+    return kernels
+
+
 @pytest.mark.parametrize(
     ("policy", "length"),
     [(Lambda(64, 8), 40), (Lambda(8, 8), 10), (H2O(2, 2), 5), (H2O(2, 2), 1)],
@@ -253,11 +260,11 @@ def test_windows_too_short_for_two_budgets_have_no_grid(policy, length):
         *(({"policy": policy}, "whose heads each keep a number of their own")
           for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Full(), Kinds(2, 2))),
         ({"policy": "h2o"}, "a policy is something like H2O"),
-        ({"by": "taste"}, "measured by kl, gradient or error, not by 'taste'"),
+        ({"by": "taste"}, "measured by kl or gradient, not by 'taste'"),
         ({"kernels": "mine"}, "kernels are LessKernels"),
         ({"kernels": make_kernels(make_model(num_hidden_layers=2))}, "for a model of other sizes"),
         ({"kernels": make_kernels(make_model(num_hidden_layers=4))}, "for a model of other sizes"),
-        ({"kernels": make_kernels(other_model())}, "another model of the same shape"),
+        ({"kernels": kernels_of_another_model()}, "another model of the same shape"),
         ({"kernels": make_kernels(make_model()).float()}, "these kernels must be torch.float64 on cpu for this model"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
@@ -304,7 +311,7 @@ def test_a_table_that_cannot_be_refined_is_refused():
     with pytest.raises(LessError, match="for a model of other sizes than LlamaForCausalLM"):
         refine(make_model(num_hidden_layers=2), WINDOWS, setting(model, H2O(2, 2), budgets=[[4, 4]] * 3))
     with pytest.raises(LessError, match="another model of the same shape"):
-        refine(model, WINDOWS, setting(model, H2O(2, 2), make_kernels(other_model()), [[4, 4]] * 3))
+        refine(model, WINDOWS, setting(model, H2O(2, 2), kernels_of_another_model(), [[4, 4]] * 3))
 
 
 def test_settings_that_are_not_streamed_token_by_token_have_no_divergence():
