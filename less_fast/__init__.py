@@ -30,13 +30,14 @@ __all__ = [
     "SnapKV",
     "Window",
     "extend",
+    "kernels_for",
     "token_kinds",
 ]
 
 
 def __getattr__(name):  # transformers is imported only by those who use it
-    if name == "LessCache":
-        from .hf import LessCache
+    if name in ("LessCache", "kernels_for"):
+        from . import hf
 
-        return LessCache
+        return getattr(hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,14 +4,13 @@ A few heads cause most of the loss that eviction brings. `Curves` say what each 
 `training/head_costs.py` measured it; everything here is arithmetic on them.
 """
 
-import ast
 import heapq
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .layer.checks import LessError
-from .layer.policies import Policy, policy_of
+from .layer.policies import Policy, policy_said
 
 Table = list[list[int]]  # layers x KV heads
 
@@ -57,12 +56,7 @@ class Curves:
 
     def describe(self, policy: Policy) -> bool:
         """Whether they were measured under this policy, at whatever budget: its fields decide, not the name of its class."""
-        try:
-            call = ast.parse(self.policy, mode="eval").body
-            fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}  # type: ignore[attr-defined]
-            measured = policy_of(call.func.id, fields)  # type: ignore[attr-defined]
-        except (SyntaxError, ValueError, AttributeError, TypeError):
-            return False  # a policy of somebody's own, which does not write itself as a dataclass does
+        measured = policy_said(self.policy)
         return measured is not None and measured.is_scaled(policy)
 
 

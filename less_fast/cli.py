@@ -156,7 +156,7 @@ def compare(
     check_length(network, length)
     names = {str(KERNELS): "exponential", str(PAPER_KERNELS): "paper", "": "shipped"}
     candidates = {
-        names.get(name, name): load_kernels(network, model, name, seed)
+        names.get(name, name): load_kernels(network, name, seed)
         for name in kernels or ([""] if model else [str(KERNELS), str(PAPER_KERNELS)])
     }
     learned = {name: candidate for name, candidate in candidates.items() if candidate is not None}
@@ -314,7 +314,7 @@ def bench(
     torch.manual_seed(seed)
     network = load_shape(model, device, dtype.value)
     check_length(network, length + benchmark.steps_of(rounds))
-    learned = load_kernels(network, model, kernels, seed) if kernels else None
+    learned = load_kernels(network, kernels, seed) if kernels else None
     if learned is None:
         rho = RHO_HIDDEN if rule.learned else None
         learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value, rho=rho).requires_grad_(False)
@@ -447,7 +447,7 @@ def train(
     if own:
         held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, validation, seed)
     work = out / ".training"
-    begin = load_kernels(network, model, start) if start else None
+    begin = load_kernels(network, start) if start else None
     learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves, begin, _tell)
     if learned is None:
         return
@@ -504,7 +504,7 @@ def allocate(
     texts, _ = load_texts(text, dataset, "train", 8 * length * windows)
     network, tokenizer = load_model(model, device, dtype.value)
     check_length(network, length)
-    learned = load_kernels(network, model, kernels, seed)
+    learned = load_kernels(network, kernels, seed)
     make_folder(out or kernels)  # what cannot be written should be known before the measuring
     chosen = cut_windows(tokenizer, texts, length, windows, seed)
     curves = allocation.allocate(network, chosen, rule, learned, out or kernels, by.value if by else None, refined)
@@ -533,7 +533,7 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
     kernels were trained for it stays within that, if the model's positions allow it."""
     rule = policy_named(policy.value, budget, None)
     network, tokenizer = load_model(model, device, dtype.value)
-    learned = load_kernels(network, model, kernels, seed)
+    learned = load_kernels(network, kernels, seed)
     kinds = token_kinds(tokenizer) if rule.kinds else None
 
     def cache_for(length):

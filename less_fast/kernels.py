@@ -21,8 +21,6 @@ from .layer.features import FAMILIES, MOST, Rho
 from .layer.policies import Policy
 from .official import read_official
 
-SHIPPED = ("shipped/*/config.json", "demo/kernels/config.json")  # within the package
-
 
 class LessKernels(nn.Module):
     """The kernels of all attention layers of a model: `kernels.layers[i]` belong to layer i.
@@ -155,26 +153,6 @@ class LessKernels(nn.Module):
         if broken:
             raise LessError(f"the kernels in {where} hold NaN or infinite weights ({broken[0]}): train or copy them again")
         return kernels.requires_grad_(False).eval()
-
-    @classmethod
-    def for_model(cls, model) -> "LessKernels":
-        """The kernels that come with this package for a model of transformers, found by what it computes, on its device.
-
-        LessError, which says how to train some, if there are none.
-        """
-        from .hf.identity import check_kernels  # a room above this one, which needs transformers
-
-        for config in (file for pattern in SHIPPED for file in sorted(Path(__file__).parent.glob(pattern))):
-            kernels = cls.from_pretrained(config.parent)
-            try:
-                check_kernels(model, kernels)
-            except LessError:
-                continue
-            return kernels.to(model.device)
-        raise LessError(
-            f"no kernels for this {type(model).__name__} come with the package: train some with `less-kv train --model FOLDER`, "
-            f"or leave kernels out for the bare policy"
-        )
 
     @classmethod
     def from_official(cls, folder: str | os.PathLike) -> "LessKernels":

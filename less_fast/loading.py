@@ -15,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .demo import KERNELS, MODEL, corpus
+from .demo import MODEL, corpus
 from .gguf import unpacked
 from .hf.architecture import check_model, decoder_of, sizes
 from .hf.identity import check_kernels
+from .hf.shipped import kernels_for
 from .kernels import LessKernels
 from .layer.checks import LessError
 from .layer.features import FAMILIES, Control, Features
@@ -109,7 +110,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
                 raise LessError(f"this model has {most} positions, and {length} tokens want as many: take a shorter text")
 
 
-def load_kernels(network: PreTrainedModel, model: str, kernels: str, seed: int = 0) -> LessKernels | None:
+def load_kernels(network: PreTrainedModel, kernels: str, seed: int = 0) -> LessKernels | None:
     """The kernels by that name, for the network, on its device; None for the bare policy.
 
     kernels: local folder or repository of the hub; "none"; the family of a control, which is drawn from the seed; or empty: those
@@ -117,16 +118,13 @@ def load_kernels(network: PreTrainedModel, model: str, kernels: str, seed: int =
     """
     if kernels == "none":
         return None
-    if model and not kernels:
-        try:
-            return LessKernels.for_model(network)
-        except LessError:
-            return None
+    if not kernels:
+        return kernels_for(network)
     if issubclass(FAMILIES.get(kernels, Features), Control) and not Path(kernels).exists():
         torch.manual_seed(seed)
         learned = LessKernels(**sizes(network), family=kernels).requires_grad_(False)
     else:
-        learned = LessKernels.from_pretrained(kernels or KERNELS)
+        learned = LessKernels.from_pretrained(kernels)
         check_kernels(network, learned)
     return learned.to(network.device)
 

@@ -15,7 +15,19 @@ from .kernels import LessKernels
 from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
-from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.policies import (
+    H2O,
+    TOVA,
+    DecayedH2O,
+    Full,
+    Lambda,
+    Policy,
+    Retention,
+    Scissorhands,
+    SnapKV,
+    Window,
+    policy_said,
+)
 from .layer.slots import width
 from .layer.state import LayerState, check_fit, need_policy
 
@@ -35,14 +47,15 @@ POLICIES: dict[str, Policy] = {
 
 
 def policy_named(name: str, budget: str | int, length: int | None = None) -> Policy:
-    """The policy of that name with a budget in tokens ("51") or, if a length is known, as a share of it ("5%").
-
-    LessError if there is no such policy, or the budget is no whole number of tokens of at least 1.
-    """
+    """The policy of that name with a budget as `tokens_of` reads it. LessError if there is no such policy or budget."""
     if name not in POLICIES:
         raise LessError(f"no policy is called {name!r}: choose one of {', '.join(POLICIES)}")
-    if POLICIES[name].budget is None:
-        return POLICIES[name]
+    return POLICIES[name] if POLICIES[name].budget is None else POLICIES[name].with_budget(tokens_of(budget, length))
+
+
+def tokens_of(budget: str | int, length: int | None = None) -> int:
+    """A budget in tokens ("51") or, if a length is known, as a share of it ("5%"), rounded down. LessError if it is none, or no
+    whole number of tokens of at least 1."""
     text = str(budget).strip()
     said = text.removesuffix("%")
     try:
@@ -56,7 +69,24 @@ def policy_named(name: str, budget: str | int, length: int | None = None) -> Pol
         number = Fraction(number * length // 100)
     if number != int(number) or number < 1:
         raise LessError(f"a budget must be a whole number of tokens, at least 1, and {budget!r} is {float(number):g}")
-    return POLICIES[name].with_budget(int(number))
+    return int(number)
+
+
+def need_less_kernels(kernels: object) -> LessKernels | None:
+    """The kernels. LessError for anything that is neither kernels of a model nor None."""
+    if kernels is not None and not isinstance(kernels, LessKernels):
+        raise LessError(f"kernels are LessKernels (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
+    return kernels
+
+
+def best_policy(kernels: LessKernels | None, budget: int) -> Policy:
+    """The policy that does most with this budget: Retention if the kernels have rho, else the one that they were trained for;
+    without kernels SnapKV."""
+    if kernels is None:
+        return POLICIES["snapkv"].with_budget(budget)
+    if "rho" in kernels.sizes:
+        return POLICIES["retention"].with_budget(budget)
+    return (policy_said(str(kernels.about.get("policy"))) or POLICIES["h2o"]).with_budget(budget)
 
 
 @dataclass(frozen=True)
@@ -95,8 +125,7 @@ class Setting:
         Raises LessError for what is no policy, kernels, table or chunk, or does not go together.
         """
         need_policy(policy)
-        if kernels is not None and not isinstance(kernels, LessKernels):
-            raise LessError(f"kernels are LessKernels (LessKernels.from_pretrained loads a folder) or None, not {kernels!r}")
+        need_less_kernels(kernels)
         if kernels is not None and sizes is not None and not sizes.items() <= kernels.sizes.items():
             theirs = {name: kernels.sizes[name] for name in sizes}
             raise LessError(f"these kernels are for {theirs}, not for {sizes}: train kernels for this model with `less-kv train`")

@@ -75,10 +75,10 @@ def options(arguments):
 def subject(chosen) -> Subject:
     """What the options say. Raises OSError or LessError if it is not there, or does not go together."""
     model, tokenizer = load_model(chosen.model, chosen.device)
-    kernels = load_kernels(model, chosen.model, chosen.kernels)
+    kernels = load_kernels(model, chosen.kernels)
     if kernels is None:
         raise LessError("the checks are about kernels: say which with --kernels")
-    paper_kernels = load_kernels(model, chosen.model, chosen.paper_kernels or ("" if chosen.model else str(PAPER_KERNELS)))
+    paper_kernels = load_kernels(model, chosen.paper_kernels or ("" if chosen.model else str(PAPER_KERNELS)))
     length = 256 if chosen.quick else chosen.length
     texts = [text for name in chosen.data for text in texts_of(name, length)] if chosen.data else None
     tasks = summaries = None

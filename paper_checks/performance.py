@@ -29,6 +29,7 @@ from less_fast.demo import KERNELS
 from less_fast.demo import MODEL as DEMO
 from less_fast.files import write_text
 from less_fast.hf.architecture import sizes
+from less_fast.hf.shipped import kernels_for
 from less_fast.layer.step import compiled, extend
 from less_fast.loading import load_model
 from less_fast.measuring import versions
@@ -151,7 +152,7 @@ def by_head(lengths: tuple[int, ...], rounds: int, compile: bool):
 def real_model(length: int, least: float, rounds: int):
     """SmolLM2 decodes 4 sequences with its kernels and a budget of 5 %, by head; beside it what this machine can do at most."""
     model, _ = load_model("smollm2")
-    kernels, machine = LessKernels.for_model(model), Machine.measure(model.device, model.dtype)
+    kernels, machine = kernels_for(model), Machine.measure(model.device, model.dtype)
     rows = decode(model, half_and_half(length // 20), {"LESS by head": kernels}, 4, length, rounds, compile=True)
     rows = [replace(one, limit=machine.limit(one, model, kernels if "LESS" in one.cache else None)) for one in rows]
     took, what = {row.cache: row.seconds for row in rows}, f"decoding, SmolLM2, {length} tokens, batch 4"

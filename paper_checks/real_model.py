@@ -176,7 +176,7 @@ def measure(chosen) -> None:
     if chosen.results.exists():
         done = json.loads(chosen.results.read_text(encoding="utf-8"))
     model, tokenizer = load_model(chosen.model, chosen.device, chosen.dtype)
-    kernels = load_kernels(model, chosen.model, chosen.kernels)
+    kernels = load_kernels(model, chosen.kernels)
     if kernels is None:
         raise LessError("the caches are about kernels: say which with --kernels")
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"

@@ -264,7 +264,7 @@ def contenders(layer, slot: int, budget: int, rule: str) -> Iterator[Contender]:
 def measure(chosen, write: Callable[[list[dict]], None]) -> None:
     """A row for each policy, budget and contender; printed and written as they come."""
     model, tokenizer = load_model(chosen.model)
-    kernels = load_kernels(model, chosen.model, "")
+    kernels = load_kernels(model, "")
     if kernels is None:
         raise LessError("this is about kernels, and none are shipped for this model: choose another")
     if strange := {*chosen.policies.split(",")} - {*SCORES}:

@@ -85,7 +85,7 @@ def measure(chosen) -> list[dict]:
     if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
         raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
     model, tokenizer = load_model(chosen.model, dtype=chosen.dtype)
-    kernels = load_kernels(model, chosen.model, "")
+    kernels = load_kernels(model, "")
     length = trained_length(model, kernels)
     if kernels is None or length is None:
         raise LessError("streams are about kernels and a trained context, and this model lacks one: choose another")

@@ -5,7 +5,7 @@ import torch
 from caches import FASTGEN, KINDS, generate, left_padded
 from models import make_kernels, make_model, tokens
 
-from less_fast import H2O, Lambda, LessCache, LessError, LessKernels
+from less_fast import H2O, Lambda, LessCache, LessError, LessKernels, Retention, SnapKV, kernels_for
 from less_fast.hf import CUSTOM_GENERATE
 from less_fast.loading import load_model
 
@@ -23,16 +23,16 @@ def constant(model, ids, mask=None, **options):
     return generate(model, ids, None, mask, custom_generate=CUSTOM_GENERATE, trust_remote_code=True, **options)
 
 
-def test_without_arguments_it_takes_the_kernels_that_come_with_the_package():
+def test_without_arguments_it_is_the_best_that_comes_with_the_package():
     model, tokenizer = load_model("")
     ids = tokenizer("def read_lines(path):\n    with open(path) as file:\n" * 4, return_tensors="pt")["input_ids"]
     out = constant(model, ids, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, LessCache)
-    cache = LessCache.for_model(model, H2O(26, 25), LessKernels.for_model(model))
+    cache = LessCache.for_model(model, Retention(64, 8), kernels_for(model))
     assert torch.equal(generate(model, ids, cache), out.sequences)
     assert out.past_key_values.memory() == cache.memory()
     assert out.past_key_values.setting.budgets == cache.setting.budgets
-    assert not torch.equal(constant(model, ids, budget=4, kernels=None), out.sequences)
+    assert not torch.equal(constant(model, ids, policy="h2o", budget=4), out.sequences)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,9 @@ def test_without_arguments_it_takes_the_kernels_that_come_with_the_package():
         (dict(policy=H2O(2, 2), budget=8, kernels=None), dict(policy=H2O(4, 4))),
         (dict(policy=H2O(2, 2), kernels="OURS", chunk=4), dict(policy=H2O(2, 2), kernels="OURS", chunk=4)),
         (dict(policy=H2O(2, 2), kernels="FOLDER"), dict(policy=H2O(2, 2), kernels="OURS")),
-        (dict(budget=6, kernels=None, int8=True), dict(policy=H2O(3, 3), int8=True)),
-        (dict(budget=4, kernels=None, budgets=TABLE), dict(policy=H2O(2, 2), budgets=TABLE)),
+        (dict(budget=6, int8=True), dict(policy=SnapKV(6, 1, 3), int8=True)),
+        (dict(budget=6, kernels="FOLDER"), dict(policy=H2O(3, 3), kernels="OURS")),
+        (dict(budget=4, budgets=TABLE), dict(policy=SnapKV(4, 1, 3), budgets=TABLE)),
         (dict(policy=FASTGEN, kernels=None, token_kinds=KINDS), dict(policy=FASTGEN, token_kinds=KINDS)),
     ],
     ids=lambda value: " ".join(value),
@@ -68,8 +69,6 @@ def test_its_arguments_are_those_of_a_cache_and_all_others_go_to_generate(argume
 
 def test_what_cannot_be_is_refused_in_one_sentence():
     model = make_model()
-    with pytest.raises(LessError, match="no kernels for this LlamaForCausalLM come with the package"):
-        constant(model, tokens(1, 9))
     with pytest.raises(LessError, match="no policy is called 'h3o'"):
         constant(model, tokens(1, 9), policy="h3o")
     cache = LessCache.for_model(model, H2O(2, 2))

@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..kernels import LessKernels
-from ..layer.checks import LessError
+from ..layer.checks import LessError, integer
 from ..layer.context import Context
 from ..layer.policies import Policy
 from ..layer.state import need_policy
-from ..setting import Setting
+from ..setting import Setting, best_policy, need_less_kernels
 from .architecture import calls_sdpa, check_model, device_of, less_layers, sizes, tensor_parallel
 from .clock import Clock
 from .identity import check_kernels
@@ -23,6 +23,7 @@ from .layer import NO_CROP, LessLayer
 from .positions import rotaries
 from .saving import load, save
 from .seam import check_version, layers_with, use_less_attention
+from .shipped import kernels_for
 from .watch import BROKEN_OFF, WatchedCache, keepers_of_positions, watch
 
 
@@ -40,7 +41,7 @@ class LessCache(WatchedCache):
     def for_model(
         cls,
         model: PreTrainedModel,
-        policy: Policy,
+        policy: Policy | None = None,
         kernels: LessKernels | None = None,
         budgets: Sequence[Sequence[int]] | str | None = None,
         chunk: int | None = None,
@@ -48,14 +49,18 @@ class LessCache(WatchedCache):
         compile: bool = False,
         context: int | None = None,
         int8: bool = False,
+        budget: int | None = None,
     ) -> "LessCache":
         """A cache for `model`, whose attention is switched to "less" (plain dense attention without this cache).
 
         Layers of the model with full attention are LESS's; all others keep the layer that transformers has for them.
 
-        policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise.
-        kernels: LessKernels made for this model, or None for the bare policy (what is evicted is forgotten). All caches share
-            them, and the copies that another device, dtype or a budget table asks for.
+        budget: how many tokens each KV head keeps on average. Alone it is enough: `LessCache.for_model(model, budget=64)` is the
+            best there is, by the kernels that come with this package for this very model: Retention if they have rho, and their
+            budgets by head. Without kernels it is SnapKV. `cache.setting` tells what it is.
+        policy: which tokens stay, the same for every layer and KV head unless `budgets` says otherwise. None: see budget.
+        kernels: LessKernels made for this model. None: with a policy the bare policy (what is evicted is forgotten), without one
+            see budget. All caches share them, and the copies that another device, dtype or a budget table asks for.
         budgets: a table (layers x KV heads) of integers, how many tokens each KV head keeps; `policy` says in what way. None:
             the table that the kernels have for this policy and as many tokens in all, else, or for "uniform", as many
             for every head as `policy` says.
@@ -79,6 +84,11 @@ class LessCache(WatchedCache):
         """
         check_version()
         config = check_model(model)
+        if policy is None:
+            kernels = kernels_for(model) if kernels is None else kernels
+            policy = best_policy(need_less_kernels(kernels), integer("budget, how many tokens each KV head keeps,", budget))
+        elif budget is not None:
+            policy = need_policy(policy).with_budget(budget)
         need_policy(policy)
         if not isinstance(compile, bool):
             raise LessError(f"compile is True or False, not {compile!r}")

@@ -14,6 +14,7 @@ shape (N rows, H KV heads, G query heads for each, S slots):
 What a policy may say of itself stands in Policy, the base class.
 """
 
+import ast
 import json
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -373,6 +374,16 @@ def policy_of(name: str, fields: dict) -> Policy | None:
     """The policy of a class name and fields, as they were written to a file; None if no such class is imported."""
     kind = _class_called(name)
     return kind and kind(**{field: tuple(x) if isinstance(x, list) else x for field, x in fields.items()})
+
+
+def policy_said(text: str) -> Policy | None:
+    """The policy that wrote itself as "H2O(heavy=26, recent=25)"; None if it is none, or its class is not imported."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}  # type: ignore[attr-defined]
+        return policy_of(call.func.id, fields)  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        return None
 
 
 def written(policy: Policy) -> tuple[str, dict]:

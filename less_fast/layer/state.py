@@ -377,12 +377,13 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
     return policies
 
 
-def need_policy(policy) -> None:
-    """LessError for anything that is no policy."""
+def need_policy(policy) -> Policy:
+    """The policy. LessError for anything that is none."""
     if not isinstance(policy, Policy):
         raise LessError(f"a policy is something like H2O(heavy=26, recent=25), its class inherits Policy: not {policy!r}")
     if type(policy).__hash__ is None:
         raise LessError(f"{policy!r} may change, and heads of equal policies lie together: make it @dataclass(frozen=True)")
+    return policy
 
 
 def need_kernels(kernels) -> None:

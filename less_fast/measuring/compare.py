@@ -39,12 +39,15 @@ class Row:
     kernels: str | None
     perplexity: float
     stderr: float
-    recovered: float | None  # share of the perplexity that the bare policy with uniform budgets loses to the full cache
+    recovered: (
+        float | None
+    )  # share of the perplexity that the policy `gap_of`, bare with uniform budgets, loses to the full cache
     recovered_stderr: float | None
     removed: float | None  # share of the negative log-likelihood that baseline+ with budgets of the same kind loses to it
     removed_stderr: float | None
     bytes: int
     tokens_per_second: float
+    gap_of: str | None = None
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Contender:
     make: Callable[[int | None], Cache]
     budgets: str | None = None
     plus: Policy | None = None  # that of Baseline+ with as many bytes
+    asked: Policy | None = None  # the policy that was asked for, whose bare cache, Baseline+ or LESS it is
 
 
 def compare(
@@ -67,11 +71,13 @@ def compare(
     progress: Callable[[Row], object] = lambda row: None,
     token_kinds: torch.Tensor | None = None,
     int8: bool = False,
+    by_head: Sequence[Policy] | None = None,
 ) -> list[Row]:
     """Measures the full cache, and for each policy the bare policy and, for all kernels by name, Baseline+ and LESS.
 
     Kernels that know curves for the policy are measured twice: with uniform budgets, and with their budget table, beside
-    Baseline+ with its own best table.
+    Baseline+ with its own best table. by_head: if given, such tables are measured under these policies alone, bare ones, too.
+    The gap of a policy without a bare row of uniform budgets is that of the first policy of the same budget.
 
     windows (W, T) int64. Perplexity is streaming (every token enters alone, chunk 1) over all tokens but the first of each
     window, its standard error taken over windows. Bytes are measured from the tensors, and tokens per second over the last
@@ -79,19 +85,21 @@ def compare(
     token_kinds, int8: as `LessCache.for_model` takes them; the full cache is that of transformers all the same.
     Raises LessError if the model's output is not finite.
     """
-    caches = list(contenders(model, policies, kernels, token_kinds, int8))
+    caches = list(contenders(model, policies, kernels, token_kinds, int8, by_head=by_head))
     speeds = decode(model, windows[:DECODED_ROWS], caches)
     rows: list[Row] = []
-    losses = {}
+    losses, bare = {}, {}
     for contender, (size, speed) in zip(caches, speeds):
         loss = window_losses(model, windows, contender)  # (W,)
         losses[contender.cache, contender.budgets, contender.policy] = loss
         if contender.cache == "full":
             full = loss
-        if contender.cache == "bare":
-            bare = loss
-        gains = contender.cache in ("baseline+", "less") and bare.mean() > full.mean()
-        recovered, recovered_stderr = share_recovered(full, bare, loss) if gains else (None, None)
+        lost = contender.cache == "bare" and contender.budgets == "uniform"
+        if lost:
+            bare[contender.asked] = loss
+        gap_of = contender.asked if contender.asked in bare else _of_budget(bare, contender.asked)
+        gains = gap_of is not None and not lost and bare[gap_of].mean() > full.mean()
+        recovered, recovered_stderr = share_recovered(full, bare[gap_of], loss) if gains else (None, None)
         equal = losses.get(("baseline+", contender.budgets, contender.plus), full)
         gains = contender.cache == "less" and equal.mean() > full.mean()
         removed, removed_stderr = share_recovered(full, equal, loss, of=torch.Tensor.clone) if gains else (None, None)
@@ -111,10 +119,16 @@ def compare(
                 removed_stderr=removed_stderr,
                 bytes=size,
                 tokens_per_second=speed,
+                gap_of=repr(gap_of) if gains else None,
             )
         )
         progress(rows[-1])
     return rows
+
+
+def _of_budget(bare, asked):
+    """The first of the policies with the budget of the one that was asked for, or None."""
+    return None if asked is None else next((policy for policy in bare if policy.budget == asked.budget), None)
 
 
 def share_recovered(
@@ -142,16 +156,17 @@ def contenders(
     token_kinds: torch.Tensor | None = None,
     int8: bool = False,
     context: int | None = None,
+    by_head: Sequence[Policy] | None = None,
 ) -> Iterator[Contender]:
     """The caches that `compare` measures, in its order. Kernels without rho sit a learned policy out.
 
-    context: as `LessCache.for_model` takes it, for all but the full cache.
+    by_head: see there; context: as `LessCache.for_model` takes it, for all but the full cache.
     """
     yield Contender("full", None, None, lambda chunk: DynamicCache(config=model.config))
 
     rho = next((learned.without_state() for learned in kernels.values() if "rho" in learned.sizes), None)
 
-    def contender(cache, policy, name=None, table=None, plus=None):
+    def contender(asked, cache, policy, name=None, table=None, plus=None):
         alone = rho if policy.learned else None  # what the bare policy and Baseline+ need
 
         def make(chunk):
@@ -159,21 +174,36 @@ def contenders(
             budgets = table or "uniform"
             return LessCache.for_model(model, policy, own, budgets, chunk, token_kinds, context=context, int8=int8)
 
-        return Contender(cache, policy, name, make, "by head" if table else "uniform", plus)
+        return Contender(cache, policy, name, make, "by head" if table else "uniform", plus, asked)
 
-    for policy in policies:
-        able = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or not policy.learned}
-        yield contender("bare", policy)
-        plus = {name: baseline_plus(model, policy, learned, int8) for name, learned in able.items()}
+    def able(policy):
+        """The kernels that can serve it, each with the policy of its Baseline+."""
+        some = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or not policy.learned}
+        return some, {name: baseline_plus(model, policy, learned, int8) for name, learned in some.items()}
+
+    def uniform(policy):
+        some, plus = able(policy)
+        yield contender(policy, "bare", policy)
         for rule in dict.fromkeys(plus.values()):
-            yield contender("baseline+", rule)
-        for name in able:
-            yield contender("less", policy, name, plus=plus[name])
-        for name, learned in able.items():
+            yield contender(policy, "baseline+", rule)
+        for name in some:
+            yield contender(policy, "less", policy, name, plus=plus[name])
+
+    def tables(policy, bare_too):
+        some, plus = able(policy)
+        for name, learned in some.items():
             table, bare_table = learned.budgets_for(policy), learned.budgets_for(plus[name], less=False)
             if table and bare_table:
-                yield contender("baseline+", plus[name], table=bare_table)
-                yield contender("less", policy, name, table, plus[name])
+                if bare_too and (alone := learned.budgets_for(policy, less=False)):
+                    yield contender(policy, "bare", policy, table=alone)
+                yield contender(policy, "baseline+", plus[name], table=bare_table)
+                yield contender(policy, "less", policy, name, table, plus[name])
+
+    for policy in policies:
+        yield from uniform(policy)
+        yield from tables(policy, False) if by_head is None else ()
+    for policy in by_head or ():
+        yield from tables(policy, True)
 
 
 def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels, int8: bool = False) -> Policy:

@@ -119,7 +119,7 @@ class LessLM(CachedLM):
             raise LessError("policy=full evicts nothing: for the full cache say cache=full, with any other policy")
         model, tokenizer = load_model(pretrained, device or "cpu", dtype)
         super().__init__(model, tokenizer, None, 1, int(batch_size), max_length)
-        learned = load_kernels(model, pretrained, kernels)
+        learned = load_kernels(model, kernels)
         kinds = token_kinds(tokenizer) if rule.kinds else None
         caches = contenders(model, [rule], {"": learned} if learned else {}, kinds)
         known = {(contender.cache, contender.budgets or budgets): contender.make for contender in caches}

@@ -2,21 +2,21 @@
 starts."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
 
 from ..hf.architecture import sizes_of
-from ..kernels import SHIPPED, LessKernels
+from ..hf.shipped import folders
+from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.policies import Policy
-from ..setting import POLICIES, Setting, policy_named
+from ..setting import POLICIES, Setting, best_policy, policy_named, tokens_of
 from . import PREFIX
 
 WORDS = {"policy", "budget", "kernels", "budgets", "chunk", "int8"}
 SCHEDULER = f"{__package__}.scheduler.scheduler"
-EXAMPLE = '--additional-config \'{"less": {"policy": "h2o", "budget": 64}}\''
+EXAMPLE = '--additional-config \'{"less": {"budget": 64}}\''
 
 
 class LessConfig:
@@ -51,13 +51,15 @@ class PlainConfig(LessConfig):
 def setting_of(vllm_config: VllmConfig) -> Setting:
     """The Setting that the engine's arguments ask for. LessError if they ask for none, or for what LESS cannot be."""
     words = (vllm_config.additional_config or {}).get("less")
-    if not isinstance(words, dict) or "policy" not in words:
+    if not isinstance(words, dict) or not {"policy", "budget"} & set(words):
         raise LessError(f"this architecture needs to know how LESS compresses: add {EXAMPLE}")
-    policy, config = _policy(words), vllm_config.model_config.hf_text_config
+    config = vllm_config.model_config.hf_text_config
+    kernels = kernels_at(words.get("kernels", None if "policy" in words else "best"), config)
+    policy = _policy(words) if "policy" in words else best_policy(kernels, tokens_of(words["budget"]))
     others = set(words) - WORDS - {field.name for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
     if others:
         raise LessError(f"no word of the setting is {sorted(others)[0]!r}: they are {', '.join(sorted(WORDS))}")
-    sizes, kernels = sizes_of(config), kernels_at(words.get("kernels"), config)
+    sizes = sizes_of(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * sizes["layers"]
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if kernels is not None and len(served) < sizes["layers"]:
@@ -90,20 +92,20 @@ _LOADED: dict[Any, LessKernels] = {}
 
 
 def kernels_at(where: Any, config: Any) -> LessKernels | None:
-    """The kernels in a folder or a repository of the hub, or for "shipped" those of the package that have the model's sizes.
+    """The kernels in a folder or a repository of the hub, or for "shipped" those of the package that have the model's sizes, for
+    "best" if there are any.
     Whether they are this model's own is asked when it has its weights: see identity.py."""
     if where is None or where == "none":
         return None
     if not isinstance(where, str):
         raise LessError(f'kernels are a folder, a name on the hub, or "shipped", not {where!r}')
-    if where == "shipped":
-        package, sizes = Path(__file__).parent.parent, sizes_of(config)
-        folders = [str(file.parent) for pattern in SHIPPED for file in sorted(package.glob(pattern))]
-        fitting = [folder for folder in folders if sizes.items() <= _load(folder).sizes.items()]
-        if not fitting:
-            raise LessError("no kernels for this model come with the package: train some with `less-kv train --model FOLDER`")
-        return _load(fitting[0])
-    return _load(where)
+    if where not in ("shipped", "best"):
+        return _load(where)
+    if fitting := folders(sizes_of(config)):
+        return _load(str(fitting[0]))
+    if where == "best":
+        return None
+    raise LessError("no kernels for this model come with the package: train some with `less-kv train --model FOLDER`")
 
 
 def _load(where: str) -> LessKernels:

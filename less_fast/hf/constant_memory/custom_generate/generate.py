@@ -9,9 +9,9 @@ except ImportError:
 
 def generate(
     model,
-    policy: "str | Policy" = "h2o",
+    policy: "str | Policy | None" = None,
     budget: int | None = None,
-    kernels: "str | LessKernels | None" = "shipped",
+    kernels: "str | LessKernels | None" = None,
     budgets=None,
     chunk: int | None = None,
     token_kinds=None,
@@ -22,21 +22,19 @@ def generate(
 ):
     """What `model.generate` returns, through a new LessCache.
 
-    policy: a policy, or a name in `less_fast.setting.POLICIES`. budget: tokens that each KV head keeps; if None, 51 for a name,
-        and what it says for a policy.
-    kernels: "shipped", those that come with less-kv for this very model; a folder or a repository of the hub; LessKernels; or
-        None for the bare policy. budgets, chunk, token_kinds, context, int8: see `LessCache.for_model`.
-    Raises LessError if these are none, do not go together, or the model cannot be served.
+    budget: tokens that each KV head keeps on average, 64 unless it or a policy says otherwise. policy: a policy, or a name in
+        `less_fast.setting.POLICIES`. kernels: a folder or a repository of the hub, or LessKernels.
+    Without them it is the best there is for this model: see `LessCache.for_model`, as for budgets, chunk, token_kinds, context
+    and int8. Raises LessError if these are none, do not go together, or the model cannot be served.
     """
     if past_key_values is not None:
         raise LessError("custom_generate makes a cache of its own: leave past_key_values out, or custom_generate")
     if isinstance(policy, str):
-        policy = policy_named(policy, 51 if budget is None else budget)
-    elif budget is not None:
-        policy = policy.with_budget(budget)
-    if kernels == "shipped":
-        kernels = LessKernels.for_model(model)
-    elif isinstance(kernels, str):
+        policy, budget = policy_named(policy, 64 if budget is None else budget), None
+    elif policy is None and budget is None:
+        budget = 64
+    if isinstance(kernels, str):
         kernels = LessKernels.from_pretrained(kernels).to(model.device)
-    cache = LessCache.for_model(model, policy, kernels, budgets, chunk, token_kinds, context=context, int8=int8)
+    more = dict(context=context, int8=int8, budget=budget)
+    cache = LessCache.for_model(model, policy, kernels, budgets, chunk, token_kinds, **more)
     return type(model).generate(model, past_key_values=cache, **kwargs)
