@@ -19,7 +19,7 @@ from models import SIZES, make_kernels, make_kinds, make_model, make_talking, to
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from less_fast import H2O, LessCache, LessError, LessKernels, cli
+from less_fast import H2O, LessCache, LessError, LessKernels, Retention, cli, loading
 from less_fast.chat import Conversation
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.hf.architecture import sizes
@@ -68,17 +68,21 @@ def test_compare_prints_the_table_and_the_same_as_json(command, story):
     record = json.loads(out)
     assert code == 0
     assert set(record) >= {"rows", "model", "text", "tokens", "chunking", "seed", "versions"}
-    assert [(row["cache"], row["budget"]) for row in record["rows"]] == [
-        ("full", None), *[
-            (cache, budget) for b in (10, 20)
-            for cache, budget in (("bare", b), ("baseline+", b + 4), ("less", b), ("less", b), ("baseline+", b + 4), ("less", b))
-        ]
-    ]  # fmt: skip
-    less = [(row["kernels"], row["budgets"]) for row in record["rows"] if row["cache"] == "less"]
-    assert less == [("exponential", "uniform"), ("paper", "uniform"), ("exponential", "by head")] * 2
+    h2o, best = ([repr(POLICIES[name].with_budget(b)) for b in (10, 20)] for name in ("h2o", "retention"))
+    told = [(row["cache"], row["budgets"], row["kernels"], row["gap_of"]) for row in record["rows"]]
+    ours = [("less", "uniform", name) for name in ("the paper's", "ours")]
+    uniform = [("bare", "uniform", None), ("baseline+", "uniform", None), *ours]
+    by_head = [("bare", "by head", None), ("baseline+", "by head", None), ("less", "by head", "ours")]
+    assert told == [
+        ("full", None, None, None),
+        *((*each, gap if each[0] != "bare" else None) for gap in h2o for each in uniform),
+        *((*each, gap) for gap in h2o for each in by_head),
+    ]
+    policies = {row["policy"] for row in record["rows"] if row["cache"] in ("bare", "less")}
+    assert policies == {*h2o, *best}
     assert set(record["rows"][0]) == {
         "cache", "policy", "budget", "budgets", "kernels", "perplexity", "stderr", "recovered", "recovered_stderr", "removed",
-        "removed_stderr", "bytes", "tokens_per_second",
+        "removed_stderr", "bytes", "tokens_per_second", "gap_of",
     }  # fmt: skip
     assert record["tokens"] == 4 * 255
     for row in record["rows"]:
@@ -197,7 +201,7 @@ def test_generate_streams_text_and_says_what_the_cache_holds(command):
     assert out.startswith("def main():\n")
     assert len(out) > 40
     said = " ".join(err.split())
-    table = LessKernels.from_pretrained(KERNELS).budgets_for(H2O(8, 8))
+    table = LessKernels.from_pretrained(KERNELS).budgets_for(Retention(16, 2))
     seen = int(re.search(r"(\d+) through the cache", said)[1])
     assert f"each KV head keeps {np.min(table)} to {min(np.max(table), seen)}, the others are folded into 8 features" in said
     assert "bytes held" in said
@@ -288,9 +292,7 @@ def talking(tmp_path_factory):
     model.float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     context = model.config.max_position_embeddings
-    return folder, lambda system="": Conversation(
-        model, tokenizer, LessCache.for_model(model, H2O(4, 4), context=context), system
-    )
+    return folder, lambda system="": Conversation(model, tokenizer, LessCache.for_model(model, budget=8, context=context), system)
 
 
 def answered(conversation, text, new):
@@ -381,7 +383,7 @@ def presses_ctrl_c(monkeypatch):
                 for _ in range(times if Impatient.came == 4 else 0):  # the prompt comes first
                     os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(cli, "Printer", Impatient)
+        monkeypatch.setattr("less_fast.cli.talking.Printer", Impatient)
 
     return press
 
@@ -475,7 +477,7 @@ def test_bench_measures_learned_kernels_by_head_beside_uniform_budgets(command):
 
 
 def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
-    monkeypatch.setitem(cli.SHAPES, "llama-2-7b", make_model().config)
+    monkeypatch.setitem(loading.SHAPES, "llama-2-7b", make_model().config)
     code, out, _ = command("bench", "--model", "llama-2-7b", "--length", 32, "--rounds", 1, "--no-compile", "--json")
     assert (code, json.loads(out)["model"]) == (0, "llama-2-7b")
 
@@ -620,9 +622,9 @@ def spoiled(tmp_path):
         (["train", "--budget", "1023"], "evicts nothing"),
         (["train", "--start", "x", "--epochs", "1"], "--at-once and --start are instead of --epochs: leave it out"),
         (["train", "--policy", "retention"], "the policy Retention needs rho: give the recipe rho_steps (--rho-steps)"),
-        (["train", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
-        (["bench", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
-        (["plan", "--family", "paper", "--hidden", "0"], "the paper's need a hidden width of at least 1"),
+        (["train", "--family", "paper", "--hidden", "0"], "the paper's need at least 1"),
+        (["bench", "--family", "paper", "--hidden", "0"], "the paper's need at least 1"),
+        (["plan", "--family", "paper", "--hidden", "0"], "the paper's need at least 1"),
         (["train", "--text", "a.txt", "--dataset", "b"], "--text and --dataset are two sources of text"),
         (["allocate", "--kernels", str(KERNELS), "--text", "a.txt", "--dataset", "b"], "--text and --dataset are two sources"),
         (["train", "--table-steps", "5", "--no-curves"], "--table-steps needs budget tables, and --no-curves leaves them out"),
@@ -734,7 +736,7 @@ def test_what_is_no_refusal_is_a_bug_that_shows_its_traceback_and_asks_to_be_rep
     def broken(*_):
         raise bug
 
-    monkeypatch.setattr(cli, "load_texts", broken)
+    monkeypatch.setattr("less_fast.cli.measuring.load_texts", broken)
     code, _, err = command("compare")
     assert (code, err.splitlines()[0]) == (1, "Traceback (most recent call last):")
     assert "please report it" in err.splitlines()[-1]
@@ -745,7 +747,7 @@ def test_a_memory_that_is_full_is_no_bug(command, monkeypatch, failure):
     def full(*_):
         raise failure
 
-    monkeypatch.setattr(cli, "load_texts", full)
+    monkeypatch.setattr("less_fast.cli.measuring.load_texts", full)
     code, _, err = command("compare")
     assert (code, err.strip()) == (2, "less-kv: there is not so much memory here: take a smaller budget, batch or length")
 
@@ -765,7 +767,7 @@ def test_dtypes_that_no_model_has_here_are_refused(dtype):
 
 def test_a_picture_that_would_replace_a_folder_is_refused_before_anything_is_measured(command, tmp_path, monkeypatch):
     (tmp_path / "x.png").mkdir()
-    monkeypatch.setattr(cli, "load_texts", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("less_fast.cli.measuring.load_texts", lambda *_: pytest.fail("it went on"))
     code, _, err = command("compare", "--plot", tmp_path / "x.png")
     assert (code, "a picture is a .png file" in err) == (2, True)
 
@@ -783,7 +785,7 @@ def test_curves_are_not_used_for_another_measure_and_refined_only_where_they_rea
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_training(command, story, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cli, "train_kernels", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("less_fast.cli.making.train_kernels", lambda *_: pytest.fail("training began"))
     code, _, err = command("train", "--text", story, "--out", tmp_path / "file", "--length", 64, "--sequences", 2)
     assert (code, "file" in err) == (2, True)
 

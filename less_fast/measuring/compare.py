@@ -39,9 +39,7 @@ class Row:
     kernels: str | None
     perplexity: float
     stderr: float
-    recovered: (
-        float | None
-    )  # share of the perplexity that the policy `gap_of`, bare with uniform budgets, loses to the full cache
+    recovered: float | None  # share of the perplexity that `gap_of`, bare with uniform budgets, loses to the full cache
     recovered_stderr: float | None
     removed: float | None  # share of the negative log-likelihood that baseline+ with budgets of the same kind loses to it
     removed_stderr: float | None
@@ -101,8 +99,8 @@ def compare(
         gains = gap_of is not None and not lost and bare[gap_of].mean() > full.mean()
         recovered, recovered_stderr = share_recovered(full, bare[gap_of], loss) if gains else (None, None)
         equal = losses.get(("baseline+", contender.budgets, contender.plus), full)
-        gains = contender.cache == "less" and equal.mean() > full.mean()
-        removed, removed_stderr = share_recovered(full, equal, loss, of=torch.Tensor.clone) if gains else (None, None)
+        pays = contender.cache == "less" and equal.mean() > full.mean()
+        removed, removed_stderr = share_recovered(full, equal, loss, of=torch.Tensor.clone) if pays else (None, None)
         perplexity = math.exp(loss.mean())
         rows.append(
             Row(

@@ -1,6 +1,7 @@
 """How kernels are trained: the paper's recipe, and that of the exponential family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..layer.checks import LessError, integer
 from ..layer.features import FAMILIES, MOST, RHO_HIDDEN, Learned
@@ -102,3 +103,13 @@ RECIPES = {
     ),
 }
 """How each family of learned kernels is trained, unless told otherwise."""
+
+
+def recipe_of(family: str, **changes: Any) -> Recipe:
+    """How the family is trained, with other fields if they are not None. LessError for fields that do not go together."""
+    recipe, changes = RECIPES[family], {name: value for name, value in changes.items() if value is not None}
+    if changes.get("hidden") == 0 and recipe.family == "paper":
+        raise LessError("a hidden width of 0 is for exponential kernels: the paper's need at least 1")
+    if recipe.halve_every and changes.get("epochs"):
+        changes["halve_every"] = max(1, changes["epochs"] // 4)
+    return replace(recipe, **changes)
