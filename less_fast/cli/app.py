@@ -42,7 +42,7 @@ class Commands(TyperGroup):
         sys.exit(2)
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 errors = Console(stderr=True)
 
 

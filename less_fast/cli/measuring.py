@@ -54,10 +54,10 @@ def compare(
     model: ModelOption = "",
     kernels: Annotated[
         list[str],
-        typer.Option(help=WHICH_KERNELS + "May be repeated. Those that come with the package by default."),
+        typer.Option(help=WHICH_KERNELS + "May be repeated. Those of the package by default."),
     ] = [],
     policy: Annotated[
-        PolicyOrBest, typer.Option(help="One policy, uniform and by head; best: H2O uniform, then the best policy by head.")
+        PolicyOrBest, typer.Option(metavar="NAME", help="One policy, uniform and by head; best: H2O uniform, the best by head.")
     ] = PolicyOrBest(BEST),
     budgets: Annotated[
         str, typer.Option(help="What each KV head keeps: tokens, or a share of the length, separated by commas.")
@@ -140,8 +140,8 @@ def bench(
     hidden: HiddenOption = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
     length: Annotated[int, typer.Option(min=32, max=LONGEST, help="Tokens of each sequence before the measured ones.")] = 4096,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache, of 8 tokens or one prompt each.")] = 4,
-    compile: Annotated[bool, typer.Option(help="Measure compiled code as well; compiling takes a minute or more.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache: 8 tokens, or a prompt.")] = 4,
+    compile: Annotated[bool, typer.Option(help="Measure compiled code, too: a minute more.")] = True,
     int8: Int8Option = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype("float32"),
@@ -151,8 +151,7 @@ def bench(
 ) -> None:
     """Speed and memory of full caches, the bare policy and LESS, in turns: attention step, decoding, prefill.
 
-    Weights of named shapes and of the kernels are random, and caches are filled with random tokens: speed does not depend on
-    values.
+    Weights of named shapes, kernels and tokens are random: speed does not depend on values.
     """
     rule = policy_named(policy.value, budget, length)
     if rule.budget is None or rule.kinds:

@@ -22,14 +22,16 @@ Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore
 WHICH_MODEL = "Folder, GGUF file or hub name of a model, or smollm2"
 ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
-WHICH_KERNELS = "Folder or hub name of kernels for the model; none; or performer, fourier or elu: controls without training. "
-KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those that come with the package by default.")]
+WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "
+KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
 BenchKernelsOption = Annotated[
-    str, typer.Option("--kernels", help="Folder or hub name of kernels for the model, with their tables; random ones by default.")
+    str, typer.Option("--kernels", help="Folder or hub name of kernels; random ones by default.")
 ]
-PolicyOption = Annotated[PolicyName, typer.Option("--policy", help="Which tokens are kept.")]
+POLICY_NAMES = ", ".join(POLICIES)
+PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help="Which tokens are kept: h2o, lambda, snapkv, ...")]
 BestOption = Annotated[
-    PolicyOrBest, typer.Option("--policy", help="Which tokens are kept; best: the best for these kernels, budgets by head.")
+    PolicyOrBest,
+    typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: best (by head, for these kernels), {POLICY_NAMES}."),
 ]
 BudgetOption = Annotated[str, typer.Option("--budget", help="What each KV head keeps: tokens, or a share of the length.")]
 TextOption = Annotated[list[Path], typer.Option("--text", help="Text file, may be repeated; the standard library by default.")]
@@ -40,18 +42,16 @@ LengthOption = Annotated[int, typer.Option("--length", min=32, max=LONGEST, help
 TokensOption = Annotated[str, typer.Option("--budget", help="Tokens that each KV head keeps.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first: for long texts on a CPU.")]
-Int8Option = Annotated[
-    bool, typer.Option("--int8", help="Hold keys and values in eight bits, so that a slot takes half as many bytes.")
-]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")]
+Int8Option = Annotated[bool, typer.Option("--int8", help="Keys and values in eight bits: half the bytes.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the model, and of the keys and values held.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16, float16.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
 HiddenOption = Annotated[
     int | None, typer.Option("--hidden", min=0, max=MOST, help="Hidden width of the kernels; 32 (paper: 512) by default.")
 ]
 RankOption = Annotated[int, typer.Option("--rank", min=1, max=MOST, help="Features of the low-rank state.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture (needs matplotlib).")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]
