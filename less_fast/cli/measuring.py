@@ -139,7 +139,7 @@ def bench(
     rank: RankOption = 8,
     hidden: HiddenOption = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
-    length: Annotated[int, typer.Option(min=32, max=LONGEST, help="Tokens of each sequence before the measured ones.")] = 4096,
+    length: Annotated[int, typer.Option(min=32, max=LONGEST, help="Tokens before the measured ones.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache: 8 tokens, or a prompt.")] = 4,
     compile: Annotated[bool, typer.Option(help="Measure compiled code, too: a minute more.")] = True,
     int8: Int8Option = False,
@@ -149,10 +149,7 @@ def bench(
     as_json: JsonOption = False,
     picture: PlotOption = None,
 ) -> None:
-    """Speed and memory of full caches, the bare policy and LESS, in turns: attention step, decoding, prefill.
-
-    Weights of named shapes, kernels and tokens are random: speed does not depend on values.
-    """
+    """Speed and memory of full caches, the bare policy and LESS, in turns, on random tokens: a step, decoding, prefill."""
     rule = policy_named(policy.value, budget, length)
     if rule.budget is None or rule.kinds:
         raise LessError(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")

@@ -24,11 +24,9 @@ ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the e
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
 WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
-BenchKernelsOption = Annotated[
-    str, typer.Option("--kernels", help="Folder or hub name of kernels; random ones by default.")
-]
+BenchKernelsOption = Annotated[str, typer.Option("--kernels", help="Folder or hub name of kernels; random ones by default.")]
 POLICY_NAMES = ", ".join(POLICIES)
-PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help="Which tokens are kept: h2o, lambda, snapkv, ...")]
+PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help="Which tokens are kept: h2o, snapkv, ...")]
 BestOption = Annotated[
     PolicyOrBest,
     typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: best (by head, for these kernels), {POLICY_NAMES}."),
