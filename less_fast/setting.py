@@ -15,7 +15,7 @@ from .kernels import LessKernels
 from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
-from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.slots import width
 from .layer.state import LayerState, check_fit, need_policy
 
@@ -24,7 +24,6 @@ POLICIES: dict[str, Policy] = {
     "window": Window(32),
     "lambda": Lambda(4, 28),
     "h2o": H2O(16, 16),
-    "decayed-h2o": DecayedH2O(16, 16, 0.99),
     "tova": TOVA(32),
     "scissorhands": Scissorhands(32, 16, 32),
     "snapkv": SnapKV(32, 8, 3),
