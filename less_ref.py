@@ -60,8 +60,8 @@ class Policy:
     """Which tokens a KV head keeps: at the end of a chunk the `budget` that rank highest among E, the kept and the new ones.
 
     born(q (G, m, D), k (m, D), v (m, D), kv_head) -> (m, *score_shape)    the scores of the new tokens
-    update(score, p (m, G, E), visible (m, E)) -> score    p: attention to each token; if `pooled`, that of all Hq query heads
-    rank(position (E,), score, n) -> (E,)    of equals the lower position is kept, -inf never; it may write into the score
+    update(score, p (m, G, E), visible (m, E)) -> score    p: each query's attention to each token; `pooled`: of all query heads
+    rank(position (E,), score, n) -> (E,)    called once; of equals the lower position is kept, -inf never; may write into score
     """
 
     score_shape, pooled = (), False
@@ -126,7 +126,7 @@ def attend(logits, v, phi, H, z):
     return softmax(logits) @ v
 
 
-def softmax(logits):
+def softmax(logits):  # (E,) -> (E,)
     weight = np.exp(logits - logits.max())
     return weight / weight.sum()
 
@@ -187,7 +187,7 @@ def fold(head, kept, kernels, kv_head):
 
 @dataclass
 class Trace:
-    """What a run did."""
+    """What a run did: all outputs, and every KV head after every chunk."""
 
     out: np.ndarray  # (T, Hq, D)
     heads: list  # [c][g] -> Head of KV head g after chunk c
@@ -448,7 +448,7 @@ class Elu:
     psi = phi
 
 
-# What is ours: not in the paper.
+# Not in the paper: what is ours, and what few models and broken tokens need.
 
 
 @dataclass(frozen=True, kw_only=True)
