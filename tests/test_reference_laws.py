@@ -75,9 +75,9 @@ def test_a_softcap_bounds_the_logits_and_a_sink_takes_its_share(case):
 
 @given(cases(attention=ANY_ATTENTION))
 def test_a_softcap_beyond_all_logits_and_sinks_far_below_them_change_nothing(case):
-    plain = replace(case, softcap=None, sinking=False).run()
-    same = less_ref.Logits(softcap=1e9, sinks=np.full(case.layer.query_heads, -1e3))
-    same = replace(case, softcap=None, sinking=False).run(step=lambda *rest, attention: less_ref.extend(*rest, same))
+    plain = replace(case, softcap=None, sinking=False)
+    far = less_ref.Logits(softcap=1e9, sinks=np.full(case.layer.query_heads, -1e3))
+    plain, same = plain.run(), plain.run(step=lambda *rest, attention: less_ref.extend(*rest, far))
     assert_close(same.out, plain.out)
     assert all(np.array_equal(a, b) for one, other in zip(same.kept, plain.kept) for a, b in zip(one, other))
 
