@@ -8,14 +8,13 @@ from .kernels import LessKernels
 from .layer.checks import LessError
 from .layer.fastgen import FastGen, token_kinds
 from .layer.features import LayerKernels
-from .layer.policies import H2O, TOVA, DecayedH2O, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.state import LayerState
 from .layer.step import extend
 
 __all__ = [
     "H2O",
     "TOVA",
-    "DecayedH2O",
     "FastGen",
     "Full",
     "Lambda",

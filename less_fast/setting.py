@@ -18,7 +18,6 @@ from .layer.features import Features
 from .layer.policies import (
     H2O,
     TOVA,
-    DecayedH2O,
     Full,
     Lambda,
     Policy,
@@ -36,7 +35,6 @@ POLICIES: dict[str, Policy] = {
     "window": Window(32),
     "lambda": Lambda(4, 28),
     "h2o": H2O(16, 16),
-    "decayed-h2o": DecayedH2O(16, 16, 0.99),
     "tova": TOVA(32),
     "scissorhands": Scissorhands(32, 16, 32),
     "snapkv": SnapKV(32, 8, 3),

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,7 +146,8 @@ def from_reference(model, ids) -> float:
     q, k, v, _, scale, softcap, sinks, out = zip(*calls)
     q, k, v, out = (torch.cat(x, 2)[0].double().numpy() for x in (q, k, v, out))  # (H, T, D)
     sinks = None if sinks[0] is None else sinks[0].double().numpy()
-    trace = less_ref.run(q, k, v, less_ref.H2O(**vars(SMALL)), scale=scale[0], softcap=softcap[0], sinks=sinks)
+    step = partial(less_ref.extend, attention=less_ref.Logits(softcap[0], sinks))
+    trace = less_ref.run(q, k, v, less_ref.H2O(**vars(SMALL)), scale=scale[0], step=step)
     for g, kept in enumerate(trace.kept[-1]):
         held = torch.cat([group.position[0] for group in layer.state.groups])[g]
         if sorted(held[held >= 0].tolist()) != kept.tolist():

@@ -7,7 +7,7 @@ from .check import Finding, Subject, verdict
 
 CLAIM = "Kernels transfer to other budgets and other policies, and still beat Baseline+"
 PAPER = "helps, less than matched kernels"
-TO = ("window", "lambda", "tova", "scissorhands", "snapkv", "decayed-h2o")
+TO = ("window", "lambda", "tova", "scissorhands", "snapkv")
 MATCHED = (("lambda", 0.05), ("tova", 0.05), ("h2o", 0.02))
 
 

@@ -78,9 +78,8 @@ class AnyHistory(RuleBasedStateMachine):
     def an_empty_state(self, layer, k3, seed, rows, attention, int8, drawn):
         policy = drawn.draw(st.sampled_from([SOME_POLICY, *(policies(name, largest=3) for name in ONE_AT_A_TIME)]))
         table = drawn.draw(policy_tables(layer.kv_heads, policy))  # heads of one policy and several budgets are ragged
-        ranks = None if table[0].fast.pooled else layer.ranks
         head_dim = 4 + 4 * (layer.head_dim > 4) if int8 else layer.head_dim + 1
-        layer = replace(layer, head_dim=head_dim, ranks=ranks)  # the last coordinate can shift all logits at once
+        layer = replace(layer, head_dim=head_dim)  # the last coordinate can shift all logits at once
         self.case, self.kernels = Case(layer, (), table, k3, None, seed, *attention, int8), None
         if k3 is not None:
             self.kernels = rounded(self.case.kernels, wide(self.dtype))
@@ -89,7 +88,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.fast_kernels = fast_kernels(self.kernels, layer, wide(self.dtype), self.case.rho)
         self.sinks = None if self.case.sinks is None else torch.tensor(self.case.sinks).float()  # (Hq,)
         sinks = None if self.sinks is None else self.sinks.double().numpy()  # (Hq,)
-        self.logits = less_ref.Logits(softcap=self.case.softcap, sinks=sinks)
+        self.attention = less_ref.Logits(self.case.softcap, sinks)
         self.context = drawn.draw(contexts(head_dim))
         self.state = self.allocate(rows)
         self.bytes_of_a_row = [bytes_held(group) / rows for group in self.state.groups]
@@ -211,7 +210,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def say_to_the_reference(self, row, moved, given, entered):
         """The same tokens enter, the broken ones among them: what it puts out, and its state before anything is evicted."""
-        rest = evicting_nothing(self.policies(row)), self.kernels, self.logits
+        rest = evicting_nothing(self.policies(row)), self.kernels, None, self.attention
         if self.context is None:
             q, *kv = given
             kv = (row.as_stored(x, self.case.int8) for x in kv)
@@ -228,7 +227,7 @@ class AnyHistory(RuleBasedStateMachine):
         """out (Hq, m, D), expected (m, Hq, D), q (Hq, m, D)."""
         first = row.reference.n == q.shape[1] and not self.case.int8  # of a first chunk that nobody scores
         first = np.repeat([first and not policy.fast.scored for policy in self.case.policies], self.case.layer.group)  # (Hq,)
-        factor = loss_of_digits(row.reference, q.double().numpy(), self.kernels, self.logits)  # (Hq, m)
+        factor = loss_of_digits(row.reference, q.double().numpy(), self.kernels, self.case.softcap)  # (Hq, m)
         for a, i in np.ndindex(factor.shape):
             name, measure = ("first", error) if first[a] else ("out", error_before_rounding)
             self.within(name, measure(out[a, i], expected[i, a]), factor[a, i])

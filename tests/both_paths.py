@@ -31,7 +31,8 @@ def allocate(case, rows=1, dtype=torch.float64, **instead):
 
 
 def empty(case):
-    return less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels)
+    """The reference's state before the first token, which a context may move."""
+    return less_ref.Stream(less_ref.empty_state(case.layer.kv_heads, case.layer.head_dim, case.kernels).heads)
 
 
 def batch(case, rows=1, dtype=torch.float64):
@@ -77,7 +78,7 @@ def extend_reference(case, state, row, policies, kernels=None):
     """The reference's on q, k, v of one row's chunk."""
     kernels, (q, *kv) = case.kernels if kernels is None else kernels, row
     k, v = map(less_ref.in_eight_bits, kv) if case.int8 else kv
-    return less_ref.extend(state, q, k, v, policies, kernels, less_ref.Logits(case.scale, case.softcap, case.sinks))
+    return less_ref.extend(state, q, k, v, policies, kernels, case.scale, case.attention)
 
 
 def heads_of(state, row, with_kinds=True):

@@ -63,10 +63,10 @@ def evicting_nothing(policies):
 
 def replayed(q, k, v, policies, kernels, chunks, scale, evicted):
     """`less_ref.run` with those victims for every chunk and KV head: (out, the state after every chunk)."""
-    state, logits = less_ref.empty_state(k.shape[0], k.shape[2], kernels), less_ref.Logits(scale)
+    state = less_ref.empty_state(k.shape[0], k.shape[2], kernels)
     outs, states = [], []
     for now, gone in zip(slices(chunks), evicted):
-        out, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], replaying(policies, gone), kernels, logits)
+        out, state = less_ref.extend(state, q[:, now], k[:, now], v[:, now], replaying(policies, gone), kernels, scale)
         outs.append(out)
         states.append(state)
     return np.concatenate(outs), states

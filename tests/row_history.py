@@ -18,7 +18,7 @@ class Row:
     tokens: list  # [q (Hq, D), k (Hkv, D), v (Hkv, D), kind] of each, its key as it stands now, or stood when it was evicted
     evicted: list  # for each KV head a set of positions
     forgotten: list  # and of these the ones that were folded before the row last moved back
-    reference: less_ref.State
+    reference: less_ref.Stream
 
     @classmethod
     def before_its_first_token(cls, case):
@@ -68,7 +68,7 @@ class AsTurned(less_ref.Rotary):
         return bits
 
 
-def loss_of_digits(before, q, kernels, logits):
+def loss_of_digits(before, q, kernels, softcap):
     """By how much a shift far below zero magnifies errors, (Hq, m), at least 1: every evicted token brings an error
     into the low-rank part, and where that is alone the sum that divides it may be as small as the error."""
     factor = np.ones(q.shape[:2])
@@ -76,7 +76,8 @@ def loss_of_digits(before, q, kernels, logits):
         head = before.heads[a * len(before.heads) // len(q)]
         if q[a, i, -1] < 0 and head.z.any():
             seen = head.position < before.n - q.shape[1] + i + 1
-            exact, _ = logits.of(q[a, i], head.k[seen], a)
+            exact = head.k[seen] @ q[a, i] * q.shape[2] ** -0.5
+            exact = exact if softcap is None else softcap * np.tanh(exact / softcap)
             mass = kernels.phi(q[a, i], a) @ head.z + np.exp(exact).sum()
             factor[a, i] = max(1.0, (before.n - len(seen)) / mass) if mass else np.inf
     return factor

@@ -5,6 +5,7 @@ hypothesis shrinks sizes and not thousands of numbers, and two policy scores are
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ class Layer:
     head_dim: int
     rank: int
     hidden: int
-    ranks: tuple | None = None  # one for each KV head, where they differ; `rank` is the largest
 
     @property
     def query_heads(self):
@@ -31,16 +31,8 @@ class Layer:
 
 @st.composite
 def layers(draw):
-    kv_heads, rank = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    ranks = draw(st.none() | st.tuples(*[st.integers(1, rank)] * kv_heads))
-    return Layer(
-        kv_heads=kv_heads,
-        group=draw(st.integers(1, 3)),
-        head_dim=draw(st.integers(1, 6)),
-        rank=max(ranks) if ranks else rank,
-        hidden=draw(st.integers(1, 6)),
-        ranks=ranks,
-    )
+    sizes = dict(kv_heads=3, group=3, head_dim=6, rank=4, hidden=6)
+    return Layer(**{name: draw(st.integers(1, largest)) for name, largest in sizes.items()})
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,6 @@ def policies(*names, largest=5):
     two = st.sampled_from([(a, b) for b in range(1, largest + 1) for a in range(largest + 1)] + [(1, 0), (largest, 0)])
     fields = {
         "H2O": two,
-        "DecayedH2O": two.flatmap(lambda both: st.tuples(*map(st.just, both), st.sampled_from([0.5, 0.9, 1.0]))),
         "TOVA": st.tuples(st.integers(1, 2 * largest)),
         "Scissorhands": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.just(both[1]), st.sampled_from([1, 3, 7, 52]))),
         "SnapKV": two.flatmap(lambda both: st.tuples(st.just(sum(both)), st.integers(1, sum(both)), st.integers(0, 3))),
@@ -82,7 +73,7 @@ def policies(*names, largest=5):
     return st.one_of([st.builds(Policy, st.just(name), fields[name]) for name in names or EVICTING_POLICIES])
 
 
-ONE_AT_A_TIME = ("H2O", "DecayedH2O", "TOVA", "Scissorhands", "SnapKV", "Retention", "Lambda", "Window")
+ONE_AT_A_TIME = ("H2O", "TOVA", "Scissorhands", "SnapKV", "Retention", "Lambda", "Window")
 EVICTING_POLICIES = (*ONE_AT_A_TIME, "FastGen")
 ANY_POLICY = policies(*EVICTING_POLICIES, "Full")
 
@@ -133,8 +124,8 @@ def reference_kernels(layer, seed, family=1.0):
         sizes |= dict(q0=(Hq, D, R), k0=(Hkv, D, R), k3=(Hkv, R))
     weights = {name: rng.normal(size=size) * size[1] ** -0.5 for name, size in sizes.items()}
     if family == "exponential":
-        return less_ref.Exponential(**weights, ranks=layer.ranks)
-    return less_ref.Kernels(**weights | {"k3": weights["k3"] * family}, ranks=layer.ranks)
+        return less_ref.Exponential(**weights)
+    return less_ref.Kernels(**weights | {"k3": weights["k3"] * family})
 
 
 def reference_rho(layer, seed):
@@ -159,21 +150,16 @@ def fast_kernels(reference, layer=None, dtype=torch.float64, rho=None):
         return None
     if not isinstance(reference, less_ref.Kernels):
         family = getattr(features, type(reference).__name__)
-        kernels = family(layer.query_heads, layer.kv_heads, layer.head_dim, reference.rank(0))
+        kernels = family(layer.query_heads, layer.kv_heads, layer.head_dim, reference.rank)
         if kernels.state_dict():
             kernels.w = torch.from_numpy(reference.w)
         return kernels.to(dtype)
-    (Hq, D, h), Hkv, R = reference.q1.shape, reference.k1.shape[0], reference.k3.shape[-1]
-    exponential = isinstance(reference, less_ref.Exponential)
-    family = features.Exponential if exponential else less_fast.LayerKernels
-    kernels = family(Hq, Hkv, D, reference.ranks or R, h).to(dtype)
+    (Hq, D, h), Hkv = reference.q1.shape, reference.k1.shape[0]
+    family = features.Exponential if isinstance(reference, less_ref.Exponential) else less_fast.LayerKernels
+    kernels = family(Hq, Hkv, D, reference.rank, h).to(dtype)
     with torch.no_grad():
         for name, weight in kernels.named_parameters():
             weight.copy_(torch.from_numpy(getattr(reference, name)))
-        for g, rank in enumerate(kernels.ranks):  # the reference does not look at these
-            if not exponential:
-                kernels.q2[g * Hq // Hkv : (g + 1) * Hq // Hkv, :, rank:] = 0
-                kernels.k2[g, :, rank:], kernels.k3[g, rank:], kernels.k3[g, :, rank:] = 0, 0, 0
     return kernels.requires_grad_(False)
 
 
@@ -231,11 +217,16 @@ class Case:
         """(T,): the kinds of the tokens of that sequence."""
         return np.random.default_rng([self.seed, 3, *more]).choice(3, self.length, p=[0.6, 0.25, 0.15])
 
-    def run(self, **instead):
+    @property
+    def attention(self):
+        """The reference's."""
+        plain = self.softcap is None and not self.sinking
+        return less_ref.attention if plain else less_ref.Logits(self.softcap, self.sinks)
+
+    def run(self, step=less_ref.extend, **instead):
         """The reference on this case."""
-        usual = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks)
-        logits = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        return less_ref.run(**usual | logits | instead)
+        usual = dict(zip("qkv", self.qkv()), policy=self.reference, kernels=self.kernels, chunks=self.chunks, scale=self.scale)
+        return less_ref.run(**usual | instead, step=partial(step, attention=self.attention))
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
@@ -258,7 +249,7 @@ def cases(draw, length=LENGTHS, chunks=chunkings, policy=policies(), k3=KERNELS,
     table = draw(policy_tables(layer.kv_heads, policy))
     softcap, sinking = draw(attention)
     return Case(
-        layer=layer if not table[0].fast.pooled else replace(layer, ranks=None),
+        layer=layer,
         chunks=draw(chunks(draw(length))),
         policies=table,
         k3=draw(k3),

@@ -35,7 +35,6 @@ CHUNKS = (5, *(1,) * 9, 3, *(1,) * 6)
 H2O_HERE = Policy("H2O", (2, 2))
 TABLES = {
     "h2o": (H2O_HERE,) * 3,
-    "decayed h2o": (Policy("DecayedH2O", (2, 2, 0.9)),) * 3,
     "window": (Policy("Window", (4,)),) * 3,
     "lambda": (Policy("Lambda", (1, 3)),) * 3,
     "tova": (Policy("TOVA", (4,)),) * 3,

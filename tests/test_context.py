@@ -44,7 +44,6 @@ def test_a_stream_within_a_context_equals_the_reference_after_every_chunk(stream
     theirs = less_ref.Context(length, less_ref.Rotary(np.array(frequencies), interleaved), case.int8)
     qkv, state = batch(case, len(valid)), allocate(case, len(valid), movable=True)
     kinds, real, references = kinds_of(case, len(valid)), torch.from_numpy(valid), [empty(case) for _ in valid]
-    logits = less_ref.Logits(case.scale, case.softcap, case.sinks)
     sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
     for now in slices(case.chunks):
         q, k, v = at(with_pads(qkv, valid, fill=0), now)
@@ -54,7 +53,9 @@ def test_a_stream_within_a_context_equals_the_reference_after_every_chunk(stream
             if mask[now].any():
                 policies = case.reference_of(case.kinds(row)[mask])
                 alone = widened(x[row][:, real[row, now]] for x in at(qkv, now))
-                expected, references[row] = theirs.extend(references[row], *alone, policies, case.kernels, logits)
+                expected, references[row] = theirs.extend(
+                    references[row], *alone, policies, case.kernels, case.scale, case.attention
+                )
                 assert_close(out[row][:, real[row, now]].transpose(0, 1), expected)
             assert (state.n[row], state.moved[row]) == (references[row].n, references[row].moved)
             for got, wanted in zip(heads_of(state, row, with_kinds=False), references[row].heads, strict=True):
@@ -74,7 +75,7 @@ def test_a_window_that_fits_into_half_a_context_does_not_notice_it(budget, lengt
     rotary = less_ref.Rotary(np.array([1.0, 0.3]), interleaved)
     q, k = (rotary.turn(x, np.arange(T)) for x in (q, k))
     policy = less_ref.Window(budget)
-    within = less_ref.run(q, k, v, policy, context=less_ref.Context(length, rotary))
+    within = less_ref.run(q, k, v, policy, step=less_ref.Context(length, rotary).extend)
     assert_close(within.out, less_ref.run(q, k, v, policy).out)
 
 
@@ -88,7 +89,7 @@ def test_what_is_held_stands_where_its_true_position_less_what_was_moved_says_an
         before, (_, state) = state, context.extend(state, *token, less_ref.Lambda(1, 4), less_ref.Elu(6))
         head = state.heads[0]
         assert_close(head.k, rotary.turn(k[0, head.position], np.maximum(head.position - state.moved, 0)))
-        if state.moved > before.moved:  # all that is folded now left at this very step
+        if i and state.moved > before.moved:  # all that is folded now left at this very step
             gone = np.setdiff1d(np.append(before.heads[0].position, i), head.position)
             assert len(gone) == 1
             assert_close(head.z, less_ref.Elu(6).psi(rotary.turn(k[0, gone], gone - state.moved)[0], 0))
@@ -120,10 +121,9 @@ def test_a_chunk_that_cannot_find_room_is_refused_and_changes_nothing():
     with pytest.raises(LessError, match="5 tokens at once find no room in a context of 8: give at most 4"):
         Context(8, rotary).enter(state, q[:, :, :5], k[:, :, :5])
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors()))
+    step = less_ref.Context(8, less_ref.Rotary(np.ones(1))).extend
     with pytest.raises(ValueError, match="give at most 4"):
-        less_ref.run(
-            *np.zeros((3, 1, 13, 4)), less_ref.Window(2), chunks=[8, 5], context=less_ref.Context(8, less_ref.Rotary(np.ones(1)))
-        )
+        less_ref.run(*np.zeros((3, 1, 13, 4)), less_ref.Window(2), chunks=[8, 5], step=step)
     with pytest.raises(LessError, match="movable"):
         Context(8, rotary).enter(LayerState.allocate(H2O(2, 2), 2, 1, 1, 4), q, k)
     with pytest.raises(LessError, match="length of a context"):

@@ -63,7 +63,7 @@ def assert_the_first_layer_follows_the_reference(model, policy, kernels, chunk=N
     for g, head in enumerate(heads_of(cache.layers[0].state, 0, with_kinds=False)):
         assert head.position.tolist() == trace.kept[-1][g].tolist()
         for name in ("score", "H", "z"):
-            assert_close(getattr(head, name), getattr(trace, name)[-1][g])
+            assert_close(getattr(head, name), getattr(trace.heads[-1][g], name))
 
 
 SCORED = [H2O(3, 2), TOVA(5), Scissorhands(5, 2, 4), SnapKV(5, 2, 1), Retention(5, 1), FASTGEN]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FAST = ROOT / "less_fast"
 ROOMS = ["layer", "files", "budgets", "hub", "official", "kernels", "setting", "hf", "text", "gguf", "demo", "loading"]
 ROOMS += ["chat", "training", "measuring", "cli", "vllm"]
-LATER = {("layer", "files"), ("kernels", "hf")}
+LATER = {("layer", "files")}
 """What is imported within a function alone: saving a state needs safetensors, finding a model's kernels transformers."""
 
 

@@ -29,7 +29,7 @@ CASES = {
     "gemma2, softcap": (
         "Gemma2Config",
         SLIDING | dict(query_pre_attn_scalar=32, attn_logit_softcapping=5.0, tie_word_embeddings=True),
-        {"policy": "decayed-h2o", "budget": 32},
+        {"policy": "h2o", "budget": 32},
     ),
     "gpt_oss, sinks": ("GptOssConfig", SLIDING | SINKS, {"policy": "h2o", "budget": 32}),
 }

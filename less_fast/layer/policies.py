@@ -192,23 +192,6 @@ class H2O(Policy):
 
 
 @dataclass(frozen=True)
-class DecayedH2O(H2O):
-    """H2O whose scores fade by `decay` with every query, so that old attention counts less (A2SF, Jo and Shin 2024)."""
-
-    decay: float
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_share("decay")
-
-    def update(self, score, p, visible):
-        real = visible.any(-1)  # (N, H, m)
-        fading = self.decay ** _later(real).to(score.dtype)  # (N, H, m)
-        faded = self.decay ** real.sum(-1, keepdim=True).to(score.dtype)  # (N, H, 1)
-        return score * faded + ordered_sum(ordered_sum(p) * fading[..., None])
-
-
-@dataclass(frozen=True)
 class TOVA(Policy):
     """Keeps what the last query attends to most, by the mean over all query heads of the layer (Oren et al. 2024)."""
 
