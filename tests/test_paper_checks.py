@@ -17,7 +17,7 @@ from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
-from less_fast import H2O, Full, LessError, LessKernels
+from less_fast import H2O, Full, LessCache, LessError, LessKernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.layer import step as step_module
 from less_fast.measuring.compare import contenders
@@ -394,6 +394,13 @@ def test_the_harness_knows_the_model_by_its_name():
     assert {group.policy.budget for layer in cache.layers for group in layer.state.groups} == {24}  # 20, and the state's weight
     assert type(cache.layers[0].policy).__name__ == "Lambda"
     assert (model.batch_size, model.max_length) == (4, 400)
+
+
+def test_the_harness_asks_for_the_best_cache_by_itself():
+    model = get_model("less-kv").create_from_arg_string("max_length=400,budget=20")
+    cache, wanted = model.make(None), LessCache.for_model(model.model, budget=20)
+    assert (cache.setting.policy, cache.setting.budgets) == (wanted.setting.policy, wanted.setting.budgets)
+    assert wanted.setting.budgets
 
 
 @pytest.mark.parametrize(

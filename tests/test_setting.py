@@ -219,3 +219,22 @@ def test_caches_of_one_model_share_the_kernels_of_heads_apart():
     one, other = ([group.kernels for layer in cache.layers for group in layer.state.groups] for cache in caches)
     assert len(one) == 5
     assert all(a is b for a, b in zip(one, other, strict=True))
+
+
+def test_a_budget_alone_asks_for_the_best_that_the_kernels_can_do():
+    model = make_model()
+
+    def policy(kernels, about=None):
+        if about:
+            kernels.about["policy"] = about
+        return LessCache.for_model(model, kernels=kernels, budget=9).setting.policy
+
+    assert policy(make_kernels(model, rho=3), "TOVA(budget=4)") == POLICIES["retention"].with_budget(9)
+    assert policy(make_kernels(model), "TOVA(budget=4)") == TOVA(9)
+    assert policy(make_kernels(model), "H2O(heavy=3, recent=1)") == H2O(3, 1).with_budget(9)
+    assert policy(make_kernels(model), "a policy of mine") == policy(make_kernels(model)) == POLICIES["h2o"].with_budget(9)
+    assert policy(None) == POLICIES["snapkv"].with_budget(9)
+    assert LessCache.for_model(model, budget=9).setting.kernels is None
+    for none in (None, 0, 2.5, True):
+        with pytest.raises(LessError, match="budget, how many tokens each KV head keeps, must be an integer from 1"):
+            LessCache.for_model(model, budget=none)

@@ -4,7 +4,7 @@ The harness (0.4.13) knows its own models and those that were imported; no entry
 command is run through this file:
 
     python -m less_fast.measuring.harness run --model less-kv \\
-        --model_args pretrained=FOLDER,kernels=FOLDER,cache=less,policy=h2o,budget=5% --tasks boolq --device cpu
+        --model_args pretrained=FOLDER,kernels=FOLDER,budget=5% --tasks boolq --device cpu
 
 and in Python `import less_fast.measuring.harness` comes before `lm_eval.simple_evaluate(model="less-kv", ...)`.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..layer.checks import LessError, integer
 from ..layer.fastgen import token_kinds
 from ..loading import load_config, load_kernels, load_model
-from ..setting import policy_named
+from ..setting import best_policy, policy_named, tokens_of
 from ..text import beginning
 from .compare import contenders
 from .reading import Reader
@@ -91,8 +91,8 @@ class LessLM(CachedLM):
 
     pretrained: folder or hub name of a model; the embedded one if empty. kernels: of kernels for it; the embedded model's own if
     empty, and none for another model. cache: full, bare, baseline+ (as many bytes as LESS holds) or less.
-    policy: a name of `less_fast.setting.POLICIES`. budget: tokens that each KV head keeps (51), or a share of max_length (5%).
-    budgets: uniform, or by head, the kernels' table.
+    policy: a name of `less_fast.setting.POLICIES`, or best, by `best_policy`. budget: tokens that each KV head keeps (51), or a
+    share of max_length (5%). budgets: uniform, or by head, the kernels' table; by default by head where there is one.
     Raises OSError or LessError, with the reason, if these are not there or do not go together.
     """
 
@@ -101,9 +101,9 @@ class LessLM(CachedLM):
         pretrained: str = "",
         kernels: str = "",
         cache: str = "less",
-        policy: str = "h2o",
+        policy: str = "best",
         budget: int | str = "5%",
-        budgets: str = "uniform",
+        budgets: str = "",
         dtype: str = "float32",
         device: str = "cpu",
         batch_size: int | str = 8,
@@ -114,21 +114,22 @@ class LessLM(CachedLM):
             raise LessError(f"batch_size is a number of requests, not {batch_size!r}: it is not sought automatically")
         context = load_config(pretrained).get_text_config(decoder=True).max_position_embeddings
         max_length = integer("max_length", max_length, 0) or context
-        rule = policy_named(policy, budget, max_length)
-        if rule.budget is None:
+        tokens, rule = tokens_of(budget, max_length), None if policy == "best" else policy_named(policy, budget, max_length)
+        if rule and rule.budget is None:
             raise LessError("policy=full evicts nothing: for the full cache say cache=full, with any other policy")
         model, tokenizer = load_model(pretrained, device or "cpu", dtype)
         super().__init__(model, tokenizer, None, 1, int(batch_size), max_length)
         learned = load_kernels(model, kernels)
+        rule = rule or best_policy(learned, tokens)
         kinds = token_kinds(tokenizer) if rule.kinds else None
-        caches = contenders(model, [rule], {"": learned} if learned else {}, kinds)
-        known = {(contender.cache, contender.budgets or budgets): contender.make for contender in caches}
-        if (cache, budgets) not in known:
+        caches = list(contenders(model, [rule], {"": learned} if learned else {}, kinds))
+        asked = [one for one in caches if one.cache == cache and (not budgets or one.budgets in (budgets, None))]
+        if not asked:
             raise LessError(
                 f"there is no cache {cache!r} with budgets {budgets!r} for this policy and these kernels: choose one of "
-                f"{', '.join(f'{kind} ({spread})' for kind, spread in known)}"
+                f"{', '.join(f'{one.cache} ({one.budgets})' if one.budgets else one.cache for one in caches)}"
             )
-        self.make = known[cache, budgets]
+        self.make = min(asked, key=lambda one: one.budgets != "by head").make
 
 
 if __name__ == "__main__":
