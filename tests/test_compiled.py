@@ -22,7 +22,7 @@ from closeness import BUDGETS
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make_kernels, make_kinds, make_model, tokens
-from strategies import ANY_POLICY, ANY_SLOTS, Case, Layer, Policy, cases, padded_batches, slices
+from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, Case, Layer, Policy, cases, padded_batches, slices
 from transformers import CompileConfig
 
 import less_fast
@@ -117,7 +117,7 @@ def test_compiled_steps_stay_within_the_measured_budgets_in_lower_precision(dtyp
     check()
 
 
-@given(cases(policy=ANY_POLICY, int8=ANY_SLOTS), st.integers(1, 3))
+@given(cases(policy=ANY_POLICY, attention=ANY_ATTENTION, int8=ANY_SLOTS), st.integers(1, 3))
 def test_the_work_that_is_left_out_where_nothing_is_masked_would_change_nothing(case, rows):
     """On a CPU the eager path asks whether masks are needed. Compiled code and a GPU do not ask. Chunks are contiguous, as their
     masked copies are: sums over other strides may differ in the last bit."""
