@@ -104,6 +104,18 @@ def test_an_answer_stays_as_it_was_written_and_its_end_is_the_templates(template
     assert conversation.ids[0, :-1].tolist() == [token for piece in pieces for token in encoded(tokenizer, piece)]
 
 
+@pytest.mark.parametrize("said", ["0", "0 or 1, 10 or 0?", "1"])
+def test_whatever_numbers_the_user_says_the_whole_turn_is_fed(said):
+    """A number stands in for the answer where the template is asked what stands behind it."""
+    talking = _, tokenizer = make_talking()
+    conversation = begin(talking)
+    conversation.answer("Hi", **says(tokenizer, "return", "<|end|>"))
+    before = conversation.ids[0].tolist()
+    conversation.answer(said, **says(tokenizer, "x", "<|end|>"))
+    between = encoded(tokenizer, f"<|end|>\n<|turn|>user\n{said}<|end|>\n<|turn|>assistant\n")
+    assert conversation.ids[0].tolist() == [*before, *between, *encoded(tokenizer, "x")]
+
+
 def test_half_a_character_at_the_end_of_an_answer_is_no_trouble(talking):
     _, tokenizer = talking
     conversation = begin(talking)

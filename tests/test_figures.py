@@ -13,15 +13,17 @@ from models import make_kernels, make_model, recorded, reference_kernels, refere
 from transformers import DynamicCache
 
 import less_ref
-from less_fast import H2O, LessCache
+from less_fast import H2O, LessCache, Retention
 from less_fast.budgets import Curves
-from less_fast.hf.architecture import attention_modules, sizes
+from less_fast.hf.architecture import attention_modules, less_layers, sizes
 from less_fast.measuring import compare as measuring
+from less_fast.measuring.caches import describe
 from less_fast.measuring.compare import compare, table
 from less_fast.setting import Setting
 from less_fast.training import Recipe, head_costs, together, train
 from less_fast.training.joint import mean_divergence
 from less_fast.training.recording import SHARD
+from paper_checks.architectures import tiny
 
 LAYERS, WINDOWS, LENGTH = 2, 5, 24
 POLICIES = [H2O(2, 2), H2O(3, 4)]
@@ -323,3 +325,21 @@ def test_a_layers_errors_are_means_over_all_validation_windows():
                 errors.append(less_ref.training_loss(trace.out, full, projection, e))
             assert abs(errors[8] - np.mean(errors)) > 0.02 * np.mean(errors)  # or weights would not show
             assert said[name] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_said_of_a_cache_names_the_features_of_the_layers_that_less_serves_or_that_tokens_are_forgotten():
+    mixed, plain = tiny("gemma2"), make_model()
+    ranks = [5 * (index in less_layers(mixed)) for index in range(sizes(mixed)["layers"])]
+    assert 0 in ranks
+    rho = make_kernels(plain, rho=3)
+    for model, policy, kernels, said in (
+        (mixed, H2O(3, 3), make_kernels(mixed, ranks).float(), "folded into 5 features"),
+        (plain, H2O(3, 3), make_kernels(plain, [4, 2, 3]), "folded into 2 to 4 features"),
+        (plain, Retention(6, 2), rho, "folded into 3 features"),
+        (plain, Retention(6, 2), rho.without_state(), "forgotten"),
+        (plain, H2O(3, 3), None, "forgotten"),
+    ):
+        cache = LessCache.for_model(model, policy, kernels, "uniform")
+        model(tokens(1, 9), past_key_values=cache)
+        assert f"9 through the cache: each KV head keeps 6, the others are {said}; " in describe(cache)
