@@ -1,4 +1,4 @@
-"""What a cache knows of its past by hashes alone: masks and texts are told apart by every column, in whatever pieces they came and
+"""What a cache knows of its past, by hashes alone: every column tells masks and texts apart, in whatever pieces they came, and
 whatever became of the rows."""
 
 import pytest

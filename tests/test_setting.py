@@ -98,14 +98,11 @@ def test_baseline_plus_is_the_first_budget_whose_bare_cache_holds_the_bytes_of_l
 def test_the_best_policy_is_retention_with_rho_else_what_the_kernels_were_trained_for_and_without_kernels_snapkv():
     model = make_model()
     assert best_policy(None, 12) == SnapKV(12, 3, 3)
-    for about, wanted in (
-        ({}, H2O(6, 6)),
-        ({"policy": "Lambda(sinks=2, recent=30)"}, Lambda(2, 10)),
-        ({"policy": "x"}, H2O(6, 6)),
-    ):
+    told = {"Lambda(sinks=2, recent=30)": Lambda(2, 10), "of nobody": H2O(6, 6), None: H2O(6, 6)}
+    for said, wanted in told.items():
         for rho, best in ((None, wanted), (3, Retention(12, 1))):
             kernels = make_kernels(model, rho=rho)
-            kernels.about |= about
+            kernels.about |= {} if said is None else {"policy": said}
             assert best_policy(kernels, 12) == best
 
 
