@@ -18,7 +18,7 @@ from less_fast.budgets import Curves
 from less_fast.hf.architecture import attention_modules, less_layers, sizes
 from less_fast.measuring import compare as measuring
 from less_fast.measuring.caches import describe
-from less_fast.measuring.compare import compare, table
+from less_fast.measuring.compare import compare, contenders, table
 from less_fast.setting import Setting
 from less_fast.training import Recipe, head_costs, together, train
 from less_fast.training.joint import mean_divergence
@@ -230,6 +230,29 @@ def test_the_table_prints_the_figures_of_its_rows(compared):
         assert cells == ["" if part is None else f"{100 * part:.1f}% ± {100 * error:.1f}%" for part, error in shares]
     assert held == [f"{row.bytes:,}" for row in rows]
     assert speed == [f"{row.tokens_per_second:,.0f}" for row in rows]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("context", [None, 64])
+@pytest.mark.parametrize("by_head", [None, POLICIES[1:]], ids=["beside uniform", "alone"])
+def test_every_cache_that_is_compared_is_made_as_asked_and_baseline_plus_holds_just_the_bytes_of_less(
+    speaker, kernels, int8, context, by_head
+):
+    def held(policy, some=None):
+        return Setting.of(sizes(speaker[0]), range(LAYERS), policy, some, "uniform", int8=int8).memory(torch.float64)
+
+    _, *rows = contenders(speaker[0], POLICIES[:1], kernels, int8=int8, context=context, by_head=by_head)
+    told = {(row.cache, row.budgets) for row in rows}
+    assert told >= {("less", "uniform"), ("less", "by head"), ("baseline+", "by head")}
+    assert (("bare", "by head") in told) == (by_head is not None)
+    for row in rows:
+        made = row.make(3).setting
+        table = kernels["ours"].budgets_for(row.policy, row.cache == "less") if row.budgets == "by head" else None
+        assert (made.policy, made.budgets, made.chunk) == (row.policy, table, 3)
+        assert (made.int8, made.context, made.kernels) == (int8, context, kernels.get(row.kernels))
+        if row.cache == "less":
+            less = held(row.policy, kernels[row.kernels])
+            assert held(row.plus.with_budget(row.plus.budget - 1)) < less <= held(row.plus)
 
 
 @pytest.mark.parametrize("lost", [0.0, -0.1])
