@@ -204,6 +204,23 @@ def test_a_conversation_goes_on_after_midnight_under_a_template_that_writes_the_
     assert "Sunday" not in text
 
 
+def test_a_turn_whose_answer_may_go_beyond_the_models_positions_is_refused_before_it_is_fed(talking, monkeypatch):
+    conversation, asked = begin(talking), []
+    monkeypatch.setattr("less_fast.chat.check_length", lambda model, length: asked.append(length))
+    conversation.answer("Hi", max_new_tokens=5, **GREEDY)
+    assert asked == [conversation.ids.shape[1]]  # with an answer that was cut off
+
+    def refuse(model, length):
+        raise LessError(f"{length} tokens")
+
+    monkeypatch.setattr("less_fast.chat.check_length", refuse)
+    seen, ids = conversation.cache.get_seq_length(), conversation.ids
+    with pytest.raises(LessError, match="tokens"):
+        conversation.answer("more", max_new_tokens=7)
+    assert (conversation.cache.get_seq_length(), len(conversation.messages)) == (seen, 2)
+    assert conversation.ids is ids
+
+
 def test_a_turn_that_the_template_does_not_take_is_refused_with_its_reason():
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     conversation = begin(make_talking(refuses + TEMPLATE), system="Be brief.")

@@ -232,6 +232,12 @@ def test_the_table_prints_the_figures_of_its_rows(compared):
     assert speed == [f"{row.tokens_per_second:,.0f}" for row in rows]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernels_without_their_state_have_the_tables_of_the_bare_policy(kernels, policy):
+    ours = kernels["ours"]
+    assert ours.without_state().budgets_for(policy) == ours.budgets_for(policy, less=False) != ours.budgets_for(policy)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("context", [None, 64])
 @pytest.mark.parametrize("by_head", [None, POLICIES[1:]], ids=["beside uniform", "alone"])

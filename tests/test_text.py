@@ -58,6 +58,17 @@ def test_windows_begin_with_all_that_the_tokenizer_puts_before_a_text_and_nothin
     assert not set(found[:, len(wanted) :].flatten().tolist()) & {1, 2}
 
 
+def test_some_windows_come_from_anywhere_in_the_text():
+    every = windows(EMBEDDED, [" ".join(map(str, range(200)))], 20)
+    wanted, seen = {*map(tuple, every.tolist())}, set()
+    assert len(wanted) == len(every) > 10
+    for seed in range(60):
+        some = [*map(tuple, windows(EMBEDDED, [" ".join(map(str, range(200)))], 20, 3, seed).tolist())]
+        assert len({*some} & wanted) == 3
+        seen |= {*some}
+    assert seen == wanted
+
+
 @pytest.mark.parametrize("tokenizer", [EMBEDDED, LLAMA], ids=["of bytes", "of words"])
 @given(
     some=st.lists(st.sampled_from(["the dog", " cat", "\n", "  ", "\n\n", "he", "x = 1", "日本", "\t"]), max_size=60),
