@@ -38,14 +38,15 @@ def test_a_row_has_the_median_the_quartiles_and_all_tokens_of_the_batch():
     assert row.tokens_per_second == 3 * 10 / 3.0
 
 
+@pytest.mark.parametrize("wide", [1, 8], ids=["together", "apart"])  # of nine heads each budget has tensors of its own
 @pytest.mark.parametrize(("length", "kept"), [(3, range(3)), (6, range(6)), (50, range(44, 50))])
-def test_a_filled_state_is_one_after_so_many_tokens(length, kept):
-    state = LayerState.allocate([Window(6), Window(2)], 2, 2, 2, 4)
+def test_a_filled_state_is_one_after_so_many_tokens(length, kept, wide):
+    state = LayerState.allocate([Window(2), *[Window(6)] * wide], 2, 1 + wide, 1 + wide, 4)
     caches.fill(state, length)
     assert state.n.tolist() == [length] * 2
     for row in range(2):
-        window, narrow = (head.position.tolist() for head in heads_of(state, row))
-        assert window == list(kept)
+        narrow, *windows = (head.position.tolist() for head in heads_of(state, row))
+        assert windows == [list(kept)] * wide
         assert narrow == list(kept)[-2:]
 
 

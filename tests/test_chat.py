@@ -104,6 +104,18 @@ def test_an_answer_stays_as_it_was_written_and_its_end_is_the_templates(template
     assert conversation.ids[0, :-1].tolist() == [token for piece in pieces for token in encoded(tokenizer, piece)]
 
 
+@pytest.mark.parametrize("said", ["0", "0 or 1, 10 or 0?", "1"])
+def test_whatever_numbers_the_user_says_the_whole_turn_is_fed(said):
+    """A number stands in for the answer where the template is asked what stands behind it."""
+    talking = _, tokenizer = make_talking()
+    conversation = begin(talking)
+    conversation.answer("Hi", **says(tokenizer, "return", "<|end|>"))
+    before = conversation.ids[0].tolist()
+    conversation.answer(said, **says(tokenizer, "x", "<|end|>"))
+    between = encoded(tokenizer, f"<|end|>\n<|turn|>user\n{said}<|end|>\n<|turn|>assistant\n")
+    assert conversation.ids[0].tolist() == [*before, *between, *encoded(tokenizer, "x")]
+
+
 def test_half_a_character_at_the_end_of_an_answer_is_no_trouble(talking):
     _, tokenizer = talking
     conversation = begin(talking)
@@ -190,6 +202,23 @@ def test_a_conversation_goes_on_after_midnight_under_a_template_that_writes_the_
     text = tokenizer.decode(conversation.ids[0])
     assert text.startswith("Saturday\n")
     assert "Sunday" not in text
+
+
+def test_a_turn_whose_answer_may_go_beyond_the_models_positions_is_refused_before_it_is_fed(talking, monkeypatch):
+    conversation, asked = begin(talking), []
+    monkeypatch.setattr("less_fast.chat.check_length", lambda model, length: asked.append(length))
+    conversation.answer("Hi", max_new_tokens=5, **GREEDY)
+    assert asked == [conversation.ids.shape[1]]  # with an answer that was cut off
+
+    def refuse(model, length):
+        raise LessError(f"{length} tokens")
+
+    monkeypatch.setattr("less_fast.chat.check_length", refuse)
+    seen, ids = conversation.cache.get_seq_length(), conversation.ids
+    with pytest.raises(LessError, match="tokens"):
+        conversation.answer("more", max_new_tokens=7)
+    assert (conversation.cache.get_seq_length(), len(conversation.messages)) == (seen, 2)
+    assert conversation.ids is ids
 
 
 def test_a_turn_that_the_template_does_not_take_is_refused_with_its_reason():

@@ -234,3 +234,4 @@ def test_what_cannot_be_compiled_is_refused_and_never_compiled_by_generate(polic
         LessCache.for_model(model, policy, token_kinds=make_kinds(), compile=True)
     assert not LessCache.for_model(model, policy, token_kinds=make_kinds()).is_compileable
     assert LessCache.for_model(model, Window(4)).is_compileable
+    assert not LessCache.for_model(model, Window(4), context=16).is_compileable  # rows move when they are full

@@ -13,15 +13,17 @@ from models import make_kernels, make_model, recorded, reference_kernels, refere
 from transformers import DynamicCache
 
 import less_ref
-from less_fast import H2O, LessCache
+from less_fast import H2O, LessCache, Retention
 from less_fast.budgets import Curves
-from less_fast.hf.architecture import attention_modules, sizes
+from less_fast.hf.architecture import attention_modules, less_layers, sizes
 from less_fast.measuring import compare as measuring
-from less_fast.measuring.compare import compare, table
+from less_fast.measuring.caches import describe
+from less_fast.measuring.compare import compare, contenders, table
 from less_fast.setting import Setting
 from less_fast.training import Recipe, head_costs, together, train
 from less_fast.training.joint import mean_divergence
 from less_fast.training.recording import SHARD
+from paper_checks.architectures import tiny
 
 LAYERS, WINDOWS, LENGTH = 2, 5, 24
 POLICIES = [H2O(2, 2), H2O(3, 4)]
@@ -230,6 +232,35 @@ def test_the_table_prints_the_figures_of_its_rows(compared):
     assert speed == [f"{row.tokens_per_second:,.0f}" for row in rows]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernels_without_their_state_have_the_tables_of_the_bare_policy(kernels, policy):
+    ours = kernels["ours"]
+    assert ours.without_state().budgets_for(policy) == ours.budgets_for(policy, less=False) != ours.budgets_for(policy)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("context", [None, 64])
+@pytest.mark.parametrize("by_head", [None, POLICIES[1:]], ids=["beside uniform", "alone"])
+def test_every_cache_that_is_compared_is_made_as_asked_and_baseline_plus_holds_just_the_bytes_of_less(
+    speaker, kernels, int8, context, by_head
+):
+    def held(policy, some=None):
+        return Setting.of(sizes(speaker[0]), range(LAYERS), policy, some, "uniform", int8=int8).memory(torch.float64)
+
+    _, *rows = contenders(speaker[0], POLICIES[:1], kernels, int8=int8, context=context, by_head=by_head)
+    told = {(row.cache, row.budgets) for row in rows}
+    assert told >= {("less", "uniform"), ("less", "by head"), ("baseline+", "by head")}
+    assert (("bare", "by head") in told) == (by_head is not None)
+    for row in rows:
+        made = row.make(3).setting
+        table = kernels["ours"].budgets_for(row.policy, row.cache == "less") if row.budgets == "by head" else None
+        assert (made.policy, made.budgets, made.chunk) == (row.policy, table, 3)
+        assert (made.int8, made.context, made.kernels) == (int8, context, kernels.get(row.kernels))
+        if row.cache == "less":
+            less = held(row.policy, kernels[row.kernels])
+            assert held(row.plus.with_budget(row.plus.budget - 1)) < less <= held(row.plus)
+
+
 @pytest.mark.parametrize("lost", [0.0, -0.1])
 def test_of_what_loses_nothing_there_is_no_share(speaker, kernels, monkeypatch, lost):
     """What the bare policy and Baseline+ lose, in nats per token; LESS loses 0.2."""
@@ -323,3 +354,21 @@ def test_a_layers_errors_are_means_over_all_validation_windows():
                 errors.append(less_ref.training_loss(trace.out, full, projection, e))
             assert abs(errors[8] - np.mean(errors)) > 0.02 * np.mean(errors)  # or weights would not show
             assert said[name] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_said_of_a_cache_names_the_features_of_the_layers_that_less_serves_or_that_tokens_are_forgotten():
+    mixed, plain = tiny("gemma2"), make_model()
+    ranks = [5 * (index in less_layers(mixed)) for index in range(sizes(mixed)["layers"])]
+    assert 0 in ranks
+    rho = make_kernels(plain, rho=3)
+    for model, policy, kernels, said in (
+        (mixed, H2O(3, 3), make_kernels(mixed, ranks).float(), "folded into 5 features"),
+        (plain, H2O(3, 3), make_kernels(plain, [4, 2, 3]), "folded into 2 to 4 features"),
+        (plain, Retention(6, 2), rho, "folded into 3 features"),
+        (plain, Retention(6, 2), rho.without_state(), "forgotten"),
+        (plain, H2O(3, 3), None, "forgotten"),
+    ):
+        cache = LessCache.for_model(model, policy, kernels, "uniform")
+        model(tokens(1, 9), past_key_values=cache)
+        assert f"9 through the cache: each KV head keeps 6, the others are {said}; " in describe(cache)

@@ -265,6 +265,20 @@ def test_repeating_and_selecting_rows_carries_the_state_along(model, policy):
     assert_same_states(cache, [straight] * 3, [0, 1, 2])
 
 
+INDICES = [[2, 0], [-1], slice(1, None), slice(None, None, 2), torch.tensor([2, 0, 2]), torch.tensor([True, False, True])]
+
+
+@pytest.mark.parametrize("indices", INDICES, ids=str)
+def test_rows_are_selected_by_whatever_indexes_a_tensor(model, indices):
+    cache, (ids, mask) = LessCache.for_model(model, H2O(3, 3)), left_padded([9, 4, 7], 9)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    wanted = cache.lengths[indices]
+    cache.batch_select_indices(indices)
+    assert torch.equal(cache.lengths, wanted)
+    assert cache.batch_size == len(wanted)
+
+
 def test_the_policy_full_keeps_everything_and_grows(model):
     cache = LessCache.for_model(model, Full())
     ids = tokens(2, 9)

@@ -184,6 +184,9 @@ def test_states_that_were_not_allocated_alike_are_not_joined():
         (allocate([a, b, b]), allocate([a, a, b])),
         (allocate(), allocate(head_dim=6)),
         (allocate(), allocate(dtype=torch.float64)),
+        (allocate(), allocate(movable=True)),
+        (allocate(movable=True), allocate()),
+        (allocate(), allocate(int8=True)),
         (allocate(), allocate(kernels=kernels[0])),
         (allocate(kernels=kernels[0]), allocate(kernels=kernels[1])),
     ]:

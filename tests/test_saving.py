@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from less_fast import H2O, TOVA, LessCache, LessError, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
 from less_fast.files import digest, read, write
-from less_fast.measuring.caches import full_bytes
+from less_fast.measuring.caches import full_bytes, held_bytes
 from less_fast.training.head_costs import measure
 from paper_checks.architectures import tiny
 
@@ -70,6 +71,16 @@ def test_a_loaded_cache_knows_what_a_full_one_would_hold(tmp_path, dtype, int8):
     loaded = LessCache.load(tmp_path / "cache", model)
     assert full_bytes(loaded) == full_bytes(cache) == 3 * 2 * 2 * 2 * 15 * 8 * dtype.itemsize  # layers, k and v, N, Hkv, T, D
     assert {layer.dtype for layer in loaded.less_layers} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_what_a_full_cache_would_hold_is_what_it_holds_after_the_same_pass_pads_and_all(name):
+    model, (ids, mask) = tiny(name), left_padded([15, 6], 15)
+    ours, full = LessCache.for_model(model, H2O(3, 4)), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for cache in (ours, full):
+            model(ids, attention_mask=mask, past_key_values=cache)
+    assert full_bytes(ours) == held_bytes(full) > held_bytes(ours)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "falcon", "gpt2", "modernbert-decoder"])

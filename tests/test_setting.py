@@ -8,12 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 
-from less_fast import H2O, TOVA, Lambda, LessCache, LessError, LessKernels, SnapKV, Window
+from less_fast import H2O, TOVA, Lambda, LessCache, LessError, LessKernels, Retention, SnapKV, Window
 from less_fast.budgets import Curves
 from less_fast.demo import KERNELS
 from less_fast.layer.features import Performer
 from less_fast.layer.policies import policy_of
-from less_fast.setting import POLICIES, Setting, policy_named
+from less_fast.setting import POLICIES, Setting, best_policy, policy_named
 
 SHAPE = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)
 TABLE = [[3, 9], [5, 5], [12, 1]]
@@ -75,13 +75,35 @@ def test_each_head_gets_the_policy_and_the_kernels_that_the_setting_says():
 
 @pytest.mark.parametrize("budgets", [None, TABLE])
 @pytest.mark.parametrize("ranks", [None, 3, [4, 2, 5]])
-def test_the_bytes_that_are_counted_are_those_that_a_cache_holds(budgets, ranks):
+@pytest.mark.parametrize("more", [{}, dict(context=64), dict(int8=True), dict(context=64, int8=True)], ids=str)
+def test_the_bytes_that_are_counted_are_those_that_a_cache_holds(budgets, ranks, more):
     model = make_model()
     kernels = ranks and make_kernels(model, ranks)
-    cache = LessCache.for_model(model, H2O(3, 3), kernels, budgets)
+    cache = LessCache.for_model(model, H2O(3, 3), kernels, budgets, **more)
     with torch.no_grad():
         model(tokens(1, 30), past_key_values=cache)
-    assert Setting.of(SHAPE, range(3), H2O(3, 3), kernels, budgets).memory(torch.float64) == sum(cache.memory().values())
+    setting = Setting.of(SHAPE, range(3), H2O(3, 3), kernels, budgets, **more)
+    assert setting.memory(torch.float64) == sum(cache.memory().values())
+
+
+@pytest.mark.parametrize("more", [{}, dict(context=64), dict(int8=True), dict(context=64, int8=True)], ids=str)
+def test_baseline_plus_is_the_first_budget_whose_bare_cache_holds_the_bytes_of_less(more):
+    """Kept as LESS keeps them: in eight bits, and so that they can move."""
+    setting = Setting.of(SHAPE, range(3), H2O(3, 3), make_kernels(make_model(), 5), **more)
+    budget = setting.baseline_plus(torch.float32).budget
+    smaller, enough = (Setting.of(SHAPE, range(3), H2O(b, 0), **more).memory(torch.float32) for b in (budget - 1, budget))
+    assert smaller < setting.memory(torch.float32) <= enough
+
+
+def test_the_best_policy_is_retention_with_rho_else_what_the_kernels_were_trained_for_and_without_kernels_snapkv():
+    model = make_model()
+    assert best_policy(None, 12) == SnapKV(12, 3, 3)
+    told = {"Lambda(sinks=2, recent=30)": Lambda(2, 10), "of nobody": H2O(6, 6), None: H2O(6, 6)}
+    for said, wanted in told.items():
+        for rho, best in ((None, wanted), (3, Retention(12, 1))):
+            kernels = make_kernels(model, rho=rho)
+            kernels.about |= {} if said is None else {"policy": said}
+            assert best_policy(kernels, 12) == best
 
 
 @pytest.mark.parametrize(

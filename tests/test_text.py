@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,8 +27,8 @@ def words_of(template, **names):
 
 def llama_like():
     """As Llama 2's: spaces are letters, one is put before a text, and the first one is taken off what is decoded."""
-    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *map(chr, range(97, 123)), "▁cat", "he", "▁t", "do"]
-    merges = [("▁", "t"), ("h", "e"), ("d", "o")]
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *map(chr, range(97, 123)), "▁cat", "he", "▁t", "do", "\n\n"]
+    merges = [("▁", "t"), ("h", "e"), ("d", "o"), ("\n", "\n")]
     own = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
     own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -58,11 +58,23 @@ def test_windows_begin_with_all_that_the_tokenizer_puts_before_a_text_and_nothin
     assert not set(found[:, len(wanted) :].flatten().tolist()) & {1, 2}
 
 
+def test_some_windows_come_from_anywhere_in_the_text():
+    every = windows(EMBEDDED, [" ".join(map(str, range(200)))], 20)
+    wanted, seen = {*map(tuple, every.tolist())}, set()
+    assert len(wanted) == len(every) > 10
+    for seed in range(60):
+        some = [*map(tuple, windows(EMBEDDED, [" ".join(map(str, range(200)))], 20, 3, seed).tolist())]
+        assert len({*some} & wanted) == 3
+        seen |= {*some}
+    assert seen == wanted
+
+
 @pytest.mark.parametrize("tokenizer", [EMBEDDED, LLAMA], ids=["of bytes", "of words"])
 @given(
     some=st.lists(st.sampled_from(["the dog", " cat", "\n", "  ", "\n\n", "he", "x = 1", "日本", "\t"]), max_size=60),
     at_once=st.integers(1, 50),
 )
+@example(some=["he", "\n\n", "he"], at_once=2)  # a token of two lines' ends, and a cut would be between them
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer, some, at_once):
     whole, before = tokenizer("".join(some), add_special_tokens=False)["input_ids"], text.LETTERS_AT_ONCE
     text.LETTERS_AT_ONCE = at_once
@@ -96,19 +108,29 @@ def test_what_is_new_is_spelled_behind_what_stands_before():
 
 
 @pytest.mark.parametrize("tokenizer", [EMBEDDED, LLAMA], ids=["of bytes", "of words"])
-@given(words=st.lists(st.sampled_from(["the", " cat", "dog", "€", "\n", "日本", " "]), max_size=12))
-def test_what_is_printed_token_by_token_is_the_text_of_all_tokens(tokenizer, words):
-    before, new = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("the dog", "".join(words)))
+@given(
+    words=st.lists(st.sampled_from(["the", " cat", "dog", "€", "\n", "日本", " "]), max_size=12),
+    before=st.sampled_from(["the dog", ""]),
+    cut=st.integers(0, 2),
+)
+def test_what_is_printed_token_by_token_is_the_text_of_all_tokens(tokenizer, words, before, cut):
+    """Half a character at the end, too, and the next text behind it, without its prompt."""
+    before, new = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, "".join(words)))
+    new = [token for token in new if token != tokenizer.unk_token_id][: len(new) - cut]
     shown, said = Printer(tokenizer, before), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda text, end, flush: said.append(text + end))
-        shown.put(torch.tensor([before]))
-        for token in new:
-            shown.put(torch.tensor([token]))
-            assert "\ufffd" not in said[-1:]
-        shown.end()
-    whole, shown_before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *new], before))
-    assert "".join(said) == whole[len(shown_before) :] + "\n"
+        for _ in range(2):
+            said.clear()
+            shown.put(torch.tensor([before or [CAT]]))
+            assert not said
+            for token in new:
+                shown.put(torch.tensor([token]))
+                assert not any("\ufffd" in part for part in said)
+            shown.end()
+            whole, shown_before = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *new], before))
+            assert "".join(said) == whole[len(shown_before) :] + "\n"
+            before = [*before, *new]
 
 
 def test_several_texts_are_not_printed_at_once():

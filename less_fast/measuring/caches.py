@@ -30,9 +30,9 @@ def describe(cache: LessCache) -> str:
     seen, kernels = int(cache.get_seq_length()), cache.setting.kernels
     at_most = "at most " if cache.setting.policy.kinds else ""
     kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
-    ranks = [layer.rank for layer in kernels.layers] if kernels else []
-    folded = f"folded into {_ends(ranks)} features" if kernels else "forgotten"
-    if kernels and cache.setting.context and seen > cache.setting.context:
+    ranks = [kernels.layers[index].rank for index in cache.setting.less_layers] if kernels else []
+    folded = f"folded into {_ends(ranks)} features" if any(ranks) else "forgotten"
+    if any(ranks) and cache.setting.context and seen > cache.setting.context:
         folded += f" (anew every {cache.setting.context // 2} tokens)"
     return f"{seen} through the cache: each KV head keeps {at_most}{kept}, the others are {folded}; {_held(cache)}"
 
