@@ -1,7 +1,8 @@
-"""Texts as tokens: windows for training and measuring."""
+"""Texts as tokens, windows of them for training and measuring, and tokens as text."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,8 @@ def _in_pieces(tokenizer, text: str) -> Iterator[np.ndarray]:
 def text_behind(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new: Sequence[int]) -> str:
     """What the text becomes longer by if the tokens `new` stand behind those before: alone they may be spelled in another way
     (Llama 2's tokenizer takes the first space off). Special tokens are left out."""
-    before = list(before[-TOKENS_BEFORE:])
+    special = set(tokenizer.all_special_ids)
+    before = list(islice((token for token in reversed(before) if token not in special), TOKENS_BEFORE))[::-1]
     shown, whole = (
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in (before, [*before, *new])
     )

@@ -104,6 +104,7 @@ def test_what_is_new_is_spelled_behind_what_stands_before():
     before = LLAMA("the dog")["input_ids"]
     assert text_behind(LLAMA, before, [CAT, CAT]) == " cat cat"
     assert text_behind(LLAMA, [], [CAT, CAT]) == "cat cat"
+    assert text_behind(LLAMA, [*before, *[LLAMA.eos_token_id] * 20], [CAT, CAT]) == " cat cat"
     assert text_behind(LLAMA, before, [CAT, LLAMA.eos_token_id]) == " cat"
 
 
