@@ -236,6 +236,7 @@ def test_models_of_other_architectures_are_generated_from_and_compared(command, 
     assert bare["bytes"] < full["bytes"]
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_slots_in_eight_bits_are_measured_planned_and_generated_with(command, story):
     """A slot of a head of 64 holds 2 (64 + 4) bytes in place of 2 (64 4)."""
 
@@ -447,6 +448,7 @@ def test_a_temperature_that_float32_cannot_divide_by_is_refused(command):
     assert "--temperature is 0, which takes the likeliest token, or at least 0.001" in err
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(command, tmp_path):
     small = ["--length", 64, "--rounds", 1, "--batch", "2,1", "--no-compile", "--hidden", 16]
     code, table, _ = command("bench", *small, "--plot", tmp_path / "speed.png")
@@ -465,6 +467,7 @@ def test_bench_measures_all_caches_and_parts_and_prints_table_json_and_picture(c
     assert all(row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] for row in rows)
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_bench_measures_learned_kernels_by_head_beside_uniform_budgets(command):
     small = ["--length", 128, "--budget", 16, "--rounds", 1, "--batch", 1, "--no-compile", "--json"]
     code, out, _ = command("bench", *small, "--kernels", KERNELS)
@@ -476,6 +479,7 @@ def test_bench_measures_learned_kernels_by_head_beside_uniform_budgets(command):
     assert all(row["limit"] > 0 for row in record["rows"])
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_bench_takes_a_named_shape_with_random_weights(command, monkeypatch):
     monkeypatch.setitem(loading.SHAPES, "llama-2-7b", make_model().config)
     code, out, _ = command("bench", "--model", "llama-2-7b", "--length", 32, "--rounds", 1, "--no-compile", "--json")
