@@ -156,7 +156,7 @@ def test_less_beats_the_bare_policy_and_equal_memory_on_held_out_text(embedded):
     model, tokenizer = embedded
     texts = (text for _, text in corpus.documents("test"))
     kernels = {"ours": LessKernels.from_pretrained(KERNELS), "paper": LessKernels.from_pretrained(PAPER_KERNELS)}
-    rows = compare(model, windows(tokenizer, texts, 1024, 12), [H2O(26, 25)], kernels)
+    rows = compare(model, windows(tokenizer, texts, 512, 6), [H2O(13, 12)], kernels)
     full, bare, plus, ours, paper, plus_by_head, ours_by_head = rows
     assert full.perplexity < ours.perplexity < paper.perplexity < plus.perplexity < bare.perplexity
     assert full.perplexity < ours_by_head.perplexity < plus_by_head.perplexity < ours.perplexity
