@@ -609,7 +609,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
     parser.add_argument("--environment", type=Path, help="folder of kvpress's environment, made if it is missing")
-    parser.add_argument("--quick", action="store_true", help="a small size, nothing compiled; kvpress only if its environment is there")
+    parser.add_argument("--quick", action="store_true", help="small, nothing compiled; kvpress only if its environment is there")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
