@@ -689,6 +689,12 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(command, arguments, sent
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("arguments", [["--policy", "retention"], ["--policy", "lambda", "--budget", 8, "--length", 64]])
+def test_a_training_that_its_options_make_impossible_is_refused_before_texts_are_read(command, monkeypatch, arguments, tmp_path):
+    monkeypatch.setattr("less_fast.cli.making.load_texts", lambda *_: pytest.fail("it went on"))
+    assert command("train", "--out", tmp_path / "out", *arguments)[0] == 2
+
+
 @pytest.mark.parametrize("name", ["paper", "exponential", "perform"])
 def test_kernels_that_are_neither_controls_nor_anywhere_are_refused(command, story, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

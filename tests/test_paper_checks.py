@@ -465,13 +465,13 @@ def test_dead_kernels_swapped_answers_and_ignored_budgets_change_the_verdict_on_
     assert less >= plus
     assert harness.check(without_state(here)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(140, 140))
         assert harness.check(here).verdict == FAILS
     own = CachedLM._scores
     with monkeypatch.context() as patch:  # the worst answer in the place of the best
         patch.setattr(CachedLM, "_scores", lambda lm, pairs: [(-nats, greedy) for nats, greedy in own(lm, pairs)])
         assert harness.check(here).verdict == FAILS
-    monkeypatch.setattr(Subject, "policies", lambda subject: [H2O(500, 500)])
+    monkeypatch.setattr(Subject, "policies", lambda subject: [H2O(140, 140)])
     assert harness.check(here).verdict == FAILS
 
 
@@ -528,7 +528,7 @@ def test_kernels_that_add_nothing_and_swapped_texts_change_the_verdict_on_summar
     assert healthy.verdict in (HOLDS, IN_PART)
     assert summarization.check(without_state(more)).verdict == FAILS
     with monkeypatch.context() as patch:  # Baseline+ keeps everything
-        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(500, 500))
+        patch.setattr("less_fast.measuring.compare.baseline_plus", lambda *rest: H2O(140, 140))
         assert summarization.check(more).verdict == FAILS
     own = summarization.rouge
     monkeypatch.setattr(summarization, "rouge", lambda references, texts: own(references, texts[1:] + texts[:1]))

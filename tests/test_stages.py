@@ -253,23 +253,26 @@ from short_training import quick_training
 from dataclasses import replace
 from short_training import RECIPE
 from less_fast import H2O, Retention
-kernels = quick_training(Path({folder!r}), replace(RECIPE, rho_steps={rho}, rho_rate=0.01, windows=10), {policy}, disk=1.5e5)
-assert (kernels is None) == (torch.distributed.get_rank() > 0)
-if kernels:
-    kernels.save_pretrained({folder!r} + "/kernels")
+for name, policy, rho in {trainings}:
+    recipe = replace(RECIPE, rho_steps=rho, rho_rate=0.01, windows=10)
+    kernels = quick_training(Path({folder!r}, name), recipe, policy, disk=1.5e5)
+    assert (kernels is None) == (torch.distributed.get_rank() > 0)
+    if kernels:
+        kernels.save_pretrained(Path({folder!r}, "kernels-" + name))
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("policy", "rho"), [(POLICY, 0), (Retention(6, 1), 12)], ids=["h2o", "retention"])
-def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path, policy, rho):
+def test_two_processes_of_torchrun_give_the_kernels_of_one(tmp_path):
+    trainings = [("h2o", POLICY, 0), ("retention", Retention(6, 1), 12)]
     program = tmp_path / "program.py"
-    program.write_text(PROCESS.format(paths=sys.path, folder=str(tmp_path), policy=policy, rho=rho))
+    program.write_text(PROCESS.format(paths=sys.path, folder=str(tmp_path), trainings=trainings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    alone = quick_training(recipe=replace(RECIPE, rho_steps=rho, rho_rate=0.01, windows=10), policy=policy)
-    assert_equal_weights(LessKernels.from_pretrained(tmp_path / "kernels"), alone)
+    for name, policy, rho in trainings:
+        alone = quick_training(recipe=replace(RECIPE, rho_steps=rho, rho_rate=0.01, windows=10), policy=policy)
+        assert_equal_weights(LessKernels.from_pretrained(tmp_path / f"kernels-{name}"), alone)
 
 
 @pytest.mark.parametrize("together", [0, 2], ids=["each layer alone", "all layers at once"])
