@@ -1,7 +1,7 @@
 """LESS beside its peers: the caches of transformers, and NVIDIA's kvpress, on the same weights, tokens and threads.
 
     python paper_checks/peers.py --out paper_checks/results/peers.json
-    python paper_checks/peers.py --quick        # a small size, to see that it runs; makes no environment
+    python paper_checks/peers.py --quick        # a small size with nothing compiled, to see that it runs; makes no environment
 
 kvpress asks for an older transformers than LESS. It gets an environment of its own (--environment, 1.4 GB, made if missing), with
 the same Python and torch; QuantizedCache, whose backend is not among our requirements, is measured there as well. Each side is a
@@ -609,7 +609,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
     parser.add_argument("--environment", type=Path, help="folder of kvpress's environment, made if it is missing")
-    parser.add_argument("--quick", action="store_true", help="a small size; kvpress only if its environment is there")
+    parser.add_argument("--quick", action="store_true", help="small, nothing compiled; kvpress only if its environment is there")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -628,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     setup = Setup(1024, (51, 102), (1, 8), chosen.rounds, chosen.threads)
     if chosen.quick:
-        setup = replace(setup, length=256, budgets=(26,), batches=(1, 2), rounds=1, compiled=("H2O with LESS",))
+        setup = replace(setup, length=128, budgets=(13,), batches=(1, 2), rounds=1, compiled=())
     environment: Path | None = chosen.environment or default_environment()
     skipped = None
     try:

@@ -72,13 +72,13 @@ def half_and_half(budget: int) -> H2O:
     return H2O(1, 1).with_budget(budget)
 
 
-def attention_step(length: int, rounds: int):
+def attention_step(length: int, rounds: int, compile: bool):
     """One token, 8 sequences, 8 heads, a budget of 5 %."""
     policy = half_and_half(length // 20)
     contenders = {"bare": (policy, None), "paper": (policy, layer_of(8, 512)), "narrow": (policy, layer_of(8, 64))}
-    rows = attention_steps(layer_of(8), contenders, 8, length, rounds, torch.float32, "cpu", True)
+    rows = attention_steps(layer_of(8), contenders, 8, length, rounds, torch.float32, "cpu", compile)
     took = {row.cache: row.seconds for row in rows}
-    for mode in MODES:
+    for mode in MODES[: 1 + compile]:
         paper, narrow, bare = (took[name + mode] for name in ("paper", "narrow", "bare"))
         yield Bar(f"attention step, full / LESS (the paper's kernels){mode}", took["full"] / paper, least=10)
         yield Bar(f"attention step, full / LESS (hidden 64){mode}", took["full"] / narrow, least=20)
@@ -277,13 +277,13 @@ def model_and_kernels(rho: int | None = None):
 def parts(quick: bool) -> dict[str, Iterator]:
     """What is measured, by name: each gives bars, and in the end its raw figures."""
     return {
-        "attention": attention_step(640 if quick else 8192, 2 if quick else 30),
+        "attention": attention_step(640 if quick else 8192, 2 if quick else 30, not quick),
         "unequal": unequal_budgets(640 if quick else 8192, 2 if quick else 15, not quick),
         "retention": retention_step(2 if quick else 30, not quick),
-        "decoding": end_to_end(256 if quick else 4096, 1 if quick else 6, not quick),
+        "decoding": end_to_end(128 if quick else 4096, 1 if quick else 6, not quick),
         "by-head": by_head((256,) if quick else (1024, 4096), 1 if quick else 15, not quick),
-        "prompts": prompts(256 if quick else 4096, 1 if quick else 7),
-        "stream": stream(1_000 if quick else 1_000_000),
+        "prompts": prompts(128 if quick else 4096, 1 if quick else 7),
+        "stream": stream(200 if quick else 1_000_000),
         "recompiles": recompiles(),
         "smollm2": real_model(4096, 1.6, 2),
         "smollm2-long": real_model(8192, 2.5, 2),

@@ -169,6 +169,7 @@ def test_of_a_mixed_model_each_layer_is_filled_with_what_it_holds(name, monkeypa
         assert network(torch.ones(batch, 1, dtype=torch.int64), past_key_values=cache).logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("small_machine")
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3_5_text"])
 def test_a_mixed_model_is_benchmarked_in_all_parts(name):
     model = tiny(name)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -27,6 +28,7 @@ from less_fast.demo import MODEL, corpus
 from less_fast.hf.architecture import sizes
 from less_fast.hub import CARD, CONFIG, WEIGHTS
 from less_fast.layer.features import FAMILIES
+from less_fast.measuring.bench import Machine
 from less_fast.setting import POLICIES
 
 HUGE = 10**30
@@ -241,7 +243,8 @@ def home(tmp_path_factory):
     (home / "binary").write_bytes(bytes(range(256)))
     (home / "empty").touch()
     (home / "folder").mkdir()
-    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+    small = partial(Machine.measure, size=64)  # the right size takes ten seconds
+    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True), patch.object(Machine, "measure", small):
         yield home
 
 

@@ -1,12 +1,12 @@
 """The comparison with peers: what it counts, what it refuses, and its own side at a small size, without kvpress."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from dataclasses import asdict, replace
+from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import make_kernels, make_model
@@ -14,32 +14,58 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from less_fast import H2O, LessCache
+from less_fast.demo import MODEL
+from less_fast.layer import step
 from paper_checks import peers
 from paper_checks.peers import Contender, Pass, Refused, Setup
 
-ROOT = Path(__file__).parent.parent
 SETUP = Setup(length=40, budgets=(6,), batches=(1, 2), rounds=2, threads=1)
 
 
-def test_its_own_side_is_measured_without_kvpress_which_is_skipped_with_a_reason(tmp_path):
+def test_its_own_side_is_measured_without_kvpress_which_is_skipped_with_a_reason(tmp_path, capsys):
     out, missing = tmp_path / "figures" / "peers.json", tmp_path / "none"
-    command = [sys.executable, ROOT / "paper_checks" / "peers.py", "--quick", "--environment", missing, "--out", out]
-    here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
-    assert done.returncode == 0, done.stderr
-    assert "kvpress was skipped: its environment is missing" in done.stdout
+    assert peers.main(["--quick", "--threads", "1", "--environment", str(missing), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "kvpress was skipped: its environment is missing" in said
     assert not missing.exists()
     record = json.loads(out.read_text())
     assert [*record["sides"]] == ["LESS"]
     rows = {row["cache"]: row for row in record["rows"]}
-    assert {"DynamicCache", "H2O", "H2O with LESS, compiled", "Retention with LESS, by head"} <= rows.keys()
+    assert {"DynamicCache", "H2O", "H2O with LESS", "Retention with LESS, by head"} <= rows.keys()
     assert rows["DynamicCache"]["worse"] == 0
     for name, row in rows.items():
-        assert name in done.stdout
-        assert row["held_most"] == (255 if row["budget"] is None else row["budget"])
+        assert name in said
+        assert row["held_most"] == (127 if row["budget"] is None else row["budget"])
         assert all(row["speed"][batch]["tokens_per_second"] > 0 for batch in ("1", "2"))
-    assert rows["H2O with LESS"]["nats"] == pytest.approx(rows["H2O with LESS, step compiled"]["nats"], abs=1e-3)
     assert rows["H2O"]["worse"] > rows["Retention with LESS, by head"]["worse"] > 0
+
+
+def test_what_can_be_compiled_is_before_the_clock_runs_and_predicts_the_same(tmp_path, monkeypatch):
+    """A side that answers here, in this process; torch traces its code, and for brevity generates none."""
+    np.save(tmp_path / "tokens.npy", torch.randint(2048, (2, SETUP.length)).numpy())
+    caches = ["StaticCache, compiled", "H2O with LESS", "H2O with LESS, step compiled", "H2O with LESS, compiled"]
+    traced, said = [], []
+
+    def traces(code, **how):
+        traced.append(code)
+        return own(code, backend="eager", **how)
+
+    def requests():
+        names = [contender["cache"] for contender in said[0]["contenders"]]
+        return (json.dumps([names.index(name), 2, 0]) + "\n" for name in caches)
+
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", traces)
+    monkeypatch.setattr(step, "_compiled", cache(step._compiled.__wrapped__))  # nothing of other tests, nor for them
+    monkeypatch.setattr(sys, "stdin", (request for each in [requests] for request in each()))
+    setup = replace(SETUP, compiled=("StaticCache", "H2O with LESS"))
+    options = {"setup": asdict(setup), "tokens": str(tmp_path / "tokens.npy"), "model": str(MODEL)}
+    with torch._dynamo.config.patch(recompile_limit=peers.VARIANTS):
+        peers._serve(peers.OURS, options, said.append)
+    static, plain, *compiled = [measured["nats"] for measured in said[1:]]
+    assert len(traced) == 3  # both models whole, and a step
+    assert compiled == [pytest.approx(plain, abs=1e-3)] * 2
+    assert static != pytest.approx(plain, abs=1e-3)
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from ..training import train as train_kernels
 from ..training.costs import Costs
 from ..training.head_costs import MEASURES, check_policy
 from ..training.recipe import CURVE_WINDOWS
+from ..training.stages import joint_rules, need_rho
 from .app import app, check_free, evicting
 from .options import (
     BudgetOption,
@@ -108,6 +109,8 @@ def train(
         steps = {name: number or 0 for name, number in steps.items()} | dict(together_steps=at_once)
     several = dict(rho_steps=rho_steps, rho_rate=rho_rate, together_windows=round_of, joint_uses=joint_uses)
     recipe = recipe_of(family.value, rank=rank, seed=seed, batch=batch, hidden=hidden, **steps, **several)
+    need_rho(rule, bool(rho_steps or start))
+    joint_rules(rule, recipe, length)
     own = not (text or dataset)  # the standard library's, which has a split for validation
     texts, source = load_texts(text, dataset, "train", 8 * length * (sequences + validation))
     device = _join_torchrun(device)

@@ -28,7 +28,6 @@ from . import MODEL, corpus
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
 WARM_UP = 0.02  # share of the steps; after it the learning rates fall linearly to zero
-VALIDATION_TOKENS = 65536
 CHECK_EVERY = 500  # steps between two looks at the validation perplexity
 VIEWS = (32, 64, 128, 256)
 
@@ -47,7 +46,7 @@ def main() -> None:
     tokenizer = train_tokenizer((text for _, text in docs["train"]), options.length)
     streams = tokenized(tokenizer, (text for _, text in docs["train"]))
     print(f"train: {sum(map(len, streams)) / 1e6:.2f} million tokens")
-    held_out = windows(tokenizer, (text for _, text in docs["validation"]), options.length, VALIDATION_TOKENS // options.length)
+    held_out = windows(tokenizer, (text for _, text in docs["validation"]), options.length, options.validation // options.length)
     held_out = held_out.to(options.device)  # (W, T)
 
     model = new_model(tokenizer, options).to(options.device)
@@ -213,6 +212,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens in all, over several epochs")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a window, and the model's context")
+    parser.add_argument("--validation", type=int, default=65536, help="held-out tokens on which it is measured")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--query-heads", type=int, default=4, help="which share 256 dimensions")
     parser.add_argument("--kv-heads", type=int, default=4)

@@ -169,10 +169,11 @@ def attention_steps(
     layer: query_heads, kv_heads and head_dim; contenders: by name a policy (one, or one for each KV head) and kernels or None.
     """
     place, D = torch.device(device), layer["head_dim"]
+    # Those that may not fit come first, before anything is computed.
+    keys, values = (torch.randn(batch, layer["kv_heads"], length, D, dtype=dtype, device=place) for _ in "kv")  # (N, Hkv, T, D)
     q, k, v = (
         torch.randn(batch, layer[heads], 1, D, dtype=dtype, device=place) for heads in ("query_heads", "kv_heads", "kv_heads")
     )  # (N, H, 1, D)
-    keys, values = (torch.randn(batch, layer["kv_heads"], length, D, dtype=dtype, device=place) for _ in "kv")  # (N, Hkv, T, D)
     steps = {"full": partial(scaled_dot_product_attention, q, keys, values, enable_gqa=True)}
     size = {"full": keys.nbytes + values.nbytes}
     for name, (policy, features) in contenders.items():

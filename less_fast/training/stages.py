@@ -143,15 +143,31 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     if curves:
         check_policy(policy)
         grid(policy, T)
-    several = recipe.together_steps or recipe.joint_steps or recipe.table_steps
-    multiples = recipe.joint_budgets if several else ()
-    budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= T - 2]
-    if multiples and not budgets:
-        raise LessError(f"nothing is evicted within {T} tokens with the joint_budgets {multiples}: use smaller ones")
     setting = Setting(sizes(model), tuple(less_layers(model)), policy)
-    settings = [replace(setting, policy=rule.with_budget(budget)) for budget in budgets for rule in _rules(policy, recipe)]
+    settings = [replace(setting, policy=rule) for rule in joint_rules(policy, recipe, T)]
     predictions(model, windows[:1, :2], lambda _, *qkv: dense(*qkv))  # refuses models whose layers attend in another way
     return settings
+
+
+def joint_rules(policy: Policy, recipe: Recipe, length: int) -> list[Policy]:
+    """The policies under which all layers learn together from windows of so many tokens, each with one of the recipe's budgets.
+
+    LessError if a budget is too small for its policy, or none evicts anything.
+    """
+    several = recipe.together_steps or recipe.joint_steps or recipe.table_steps
+    multiples = recipe.joint_budgets if several else ()
+    budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= length - 2]
+    if multiples and not budgets:
+        raise LessError(f"nothing is evicted within {length} tokens with the joint_budgets {multiples}: use smaller ones")
+    return [rule.with_budget(budget) for budget in budgets for rule in _rules(policy, recipe)]
+
+
+def need_rho(policy: Policy, known: bool) -> None:
+    """LessError if the policy is a learned one, and the kernels neither know rho nor learn it."""
+    if policy.learned and not known:
+        raise LessError(
+            "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
+        )
 
 
 def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
@@ -178,10 +194,7 @@ def _begin(model, recipe, policy, about, start):
         kernels.load_state_dict(kernels.state_dict() | known)  # rho_steps train rho anew
         about["start"] = start.about
         kernels.curves.update(start.curves)
-    if policy.learned and "rho" not in kernels.sizes:
-        raise LessError(
-            "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
-        )
+    need_rho(policy, "rho" in kernels.sizes)
     return kernels
 
 
