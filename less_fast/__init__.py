@@ -4,6 +4,7 @@ from less_fast import LayerState, extend          one attention layer, torch alo
 from less_fast import LessCache, LessKernels      a cache for Hugging Face decoders
 """
 
+from .files import load_state, save_state
 from .kernels import LessKernels
 from .layer.checks import LessError
 from .layer.fastgen import FastGen, token_kinds
@@ -30,6 +31,8 @@ __all__ = [
     "Window",
     "extend",
     "kernels_for",
+    "load_state",
+    "save_state",
     "token_kinds",
 ]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .layer.checks import LessError
-from .layer.policies import Policy, policy_said
+from .layer.names import policy_said
+from .layer.policies import Policy
 
 Table = list[list[int]]  # layers x KV heads
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from .layer.checks import LessError
+from .layer.state import LayerState
 
 FORMAT, VERSION = "less-kv state", "2"
 
@@ -103,6 +104,38 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
     if not isinstance(about, dict):
         raise LessError(f"{path} does not say what it holds, though its checksum is right: make it again with this program")
     return tensors, about
+
+
+def save_state(state: LayerState, path: str | os.PathLike) -> None:
+    """Writes the state of one layer as one safetensors file: written aside, then renamed. OSError if that fails."""
+    write(path, state.saved(), _identity(state))
+
+
+def load_state(state: LayerState, path: str | os.PathLike) -> None:
+    """Fills a state with a saved one. LessError, and nothing changed, if the file is broken, or was saved with other policies,
+    kernels, sizes or another number of rows."""
+    tensors, about = read(path)
+    mine = _identity(state)
+    if other := next((part for part in mine if about.get(part) != mine[part]), None):
+        raise LessError(
+            f"{path} holds a state of {about.get(other)}, not of {mine[other]}: load it into one allocated as that state was"
+        )
+    state.take_over(tensors)
+
+
+def _identity(state):
+    groups, heads = state.groups, torch.arange(state.kv_heads, device=state.n.device)
+    kernels = [digest(group.kernels.state_dict()) for group in groups if group.kernels]
+    return {
+        "groups": "; ".join(
+            f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}" for group in groups
+        ),
+        "heads": f"{state.query_heads} query heads, {state.kv_heads} KV heads of {state.head_dim}",
+        "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
+        "rows": f"{len(state.n)} rows",
+        "moved": "slots that stay where they are" if state.moved is None else "slots that can move back",
+        "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
+    }
 
 
 def digest(tensors: dict[str, torch.Tensor], about: str = "") -> str:

@@ -15,18 +15,8 @@ from .kernels import LessKernels
 from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
-from .layer.policies import (
-    H2O,
-    TOVA,
-    Full,
-    Lambda,
-    Policy,
-    Retention,
-    Scissorhands,
-    SnapKV,
-    Window,
-    policy_said,
-)
+from .layer.names import policy_said
+from .layer.policies import H2O, TOVA, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.slots import width
 from .layer.state import LayerState, check_fit, need_policy
 

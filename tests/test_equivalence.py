@@ -176,9 +176,9 @@ def test_a_saved_and_loaded_state_goes_on_identically(case, before):
     for now in slices(case.chunks)[:before]:
         extend(case, state, qkv, now)
     with tempfile.TemporaryDirectory() as folder:
-        state.save(Path(folder) / "state.safetensors")
+        less_fast.save_state(state, Path(folder) / "state.safetensors")
         loaded = allocate(case, 2)
-        loaded.load(Path(folder) / "state.safetensors")
+        less_fast.load_state(loaded, Path(folder) / "state.safetensors")
         assert [path.name for path in Path(folder).iterdir()] == ["state.safetensors"]
     assert_identical(loaded, state)
     for now in slices(case.chunks)[before:]:
@@ -214,11 +214,11 @@ def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case
     saved = allocate(SAVED)
     for now in slices(SAVED.chunks):
         less_fast.extend(saved, *at(batch(SAVED), now))
-    saved.save(tmp_path / "state")
+    less_fast.save_state(saved, tmp_path / "state")
     other = allocate(case, **instead)
     before = [(name, tensor, tensor.clone()) for name, tensor in other.tensors()]
     with pytest.raises(ValueError, match="holds a state of"):
-        other.load(tmp_path / "state")
+        less_fast.load_state(other, tmp_path / "state")
     for (name, tensor, copy), (_, now) in zip(before, other.tensors(), strict=True):
         assert now is tensor, name
         assert torch.equal(tensor, copy), name

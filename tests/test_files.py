@@ -12,7 +12,7 @@ import torch
 from models import make_kernels, make_model, tokens
 
 from less_fast import H2O, LayerState, LessCache, LessKernels, extend
-from less_fast.files import aside, write_text
+from less_fast.files import aside, save_state, write_text
 
 
 def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
@@ -146,7 +146,7 @@ def test_what_was_loaded_does_not_change_with_its_file(tmp_path, harm, dtype, in
             model(tokens(1, 20, seed=seed), past_key_values=cache)
         extend(state, *(torch.randn(1, 2, 9, 8, dtype=dtype) for _ in "qkv"))
         cache.save(tmp_path / name / "cache")
-        state.save(tmp_path / name / "state")
+        save_state(state, tmp_path / name / "state")
 
     def load():
         again = LayerState.allocate(H2O(3, 3), 1, 2, 2, 8, dtype=dtype, int8=int8)

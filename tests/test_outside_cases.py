@@ -30,7 +30,7 @@ from transformers import (
 
 from less_fast import H2O, FastGen, Full, LayerKernels, LayerState, LessCache, LessError, LessKernels, extend
 from less_fast.demo import MODEL
-from less_fast.files import read
+from less_fast.files import load_state, read, save_state
 from less_fast.hf.architecture import less_layers
 from less_fast.hf.identity import identity
 from less_fast.hf.seam import predictions
@@ -310,8 +310,8 @@ def test_a_layers_state_goes_on_in_any_autograd_mode(tmp_path, policy, operation
             elif operation == "reorder":
                 state.reorder(torch.tensor([1, 0]))
             elif operation == "load":
-                state.save(tmp_path / "layer")
-                state.load(tmp_path / "layer")
+                save_state(state, tmp_path / "layer")
+                load_state(state, tmp_path / "layer")
         with MODES[after]():
             out = [extend(state, *tokens_of(1))]
             one = [None if x is None else x[:, :, :1] if x.ndim == 4 else x[:, :1] for x in tokens_of(2)]
@@ -602,16 +602,16 @@ def test_a_layer_is_loaded_only_into_a_state_of_as_many_rows_and_the_same_kernel
     torch.manual_seed(0)
     kernels, others = (LayerKernels(4, 2, 8, 3, 5).requires_grad_(False) for _ in range(2))
     for torch_kernels in (kernels, None):
-        layer_state(2, torch_kernels).save(tmp_path / "layer")
+        save_state(layer_state(2, torch_kernels), tmp_path / "layer")
         wrong = [(layer_state(3, torch_kernels), "of 2 rows, not of 3 rows")]
         wrong += [(layer_state(2, others), "kernels")] if torch_kernels else []
         for state, match in wrong:
             before = [tensor.clone() for _, tensor in state.tensors()]
             with pytest.raises(LessError, match=match):
-                state.load(tmp_path / "layer")
+                load_state(state, tmp_path / "layer")
             assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors(), strict=True))
         state = LayerState.allocate(SMALL, 2, 4, 2, 8, torch_kernels)
-        state.load(tmp_path / "layer")
+        load_state(state, tmp_path / "layer")
         saved = dict(layer_state(2, torch_kernels).tensors())
         assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors())
 
@@ -736,9 +736,9 @@ def test_several_writers_of_one_path_leave_one_whole_file(tmp_path, by):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1  # threads leave torch.compile as it was
     else:
         code = (
-            "import sys, torch\nfrom less_fast import LayerState, H2O\n"
+            "import sys, torch\nfrom less_fast import LayerState, H2O, save_state\n"
             "state = LayerState.allocate(H2O(3, 3), 1, 4, 2, 8)\n"
-            "[state.save(sys.argv[1]) for _ in range(200)]"
+            "[save_state(state, sys.argv[1]) for _ in range(200)]"
         )
         run = [sys.executable, "-c", code, tmp_path / "cache"]
         writers = [subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]

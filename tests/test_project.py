@@ -15,14 +15,12 @@ ROOT = Path(__file__).parent.parent
 FAST = ROOT / "less_fast"
 ROOMS = ["layer", "files", "budgets", "hub", "official", "kernels", "setting", "hf", "text", "gguf", "demo", "loading"]
 ROOMS += ["chat", "training", "measuring", "cli", "vllm"]
-LATER = {("layer", "files")}
-"""What is imported within a function alone: saving a state needs safetensors, finding a model's kernels transformers."""
 
 
-def imported(file, everywhere=True):
-    """The modules that a file imports, with dots, of the project without less_fast; at its top level alone if not everywhere."""
+def imported(file):
+    """The modules that a file imports, within functions, too, with dots, those of the project without less_fast."""
     tree, here = ast.parse(file.read_text()), file.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             start = here[: len(here) + 1 - node.level] if node.level else ()
             module = ".".join([*start, *(node.module or "").split(".")]).strip(".")
@@ -48,9 +46,7 @@ def test_every_file_is_in_a_room():
 def test_a_file_imports_only_its_own_room_and_those_that_stand_above_it(file):
     own = room(file)
     others = {name.split(".")[0] for name in imported(file)} & set(ROOMS)
-    above = set(ROOMS[: ROOMS.index(own) + 1])
-    assert others <= above | {later for this, later in LATER if this == own}
-    assert {name.split(".")[0] for name in imported(file, everywhere=False)} & set(ROOMS) <= above
+    assert others <= set(ROOMS[: ROOMS.index(own) + 1])
 
 
 def test_vllm_is_imported_in_its_own_room_alone():
@@ -64,7 +60,7 @@ def test_no_file_of_a_room_imports_one_that_imports_it():
     arrows = {}
     for file in FILES:
         name = file.relative_to(FAST).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        names = {part for module in imported(file, everywhere=False) for part in (module, module.rpartition(".")[0])}
+        names = {part for module in imported(file) for part in (module, module.rpartition(".")[0])}
         arrows[name] = names - {name}
     inside = {name: {other for other in to if other in arrows} for name, to in arrows.items() if "." in name}
     while ends := [name for name, to in inside.items() if not to & inside.keys()]:
@@ -75,7 +71,7 @@ def test_no_file_of_a_room_imports_one_that_imports_it():
 
 def test_the_layer_needs_torch_and_the_standard_library_alone():
     for file in (FAST / "layer").glob("*.py"):
-        others = {name.split(".")[0] for name in imported(file, everywhere=False)}
+        others = {name.split(".")[0] for name in imported(file)}
         assert others <= {"torch", "layer", *sys.stdlib_module_names}, file
 
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from less_fast import H2O, TOVA, LessCache, LessError, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
-from less_fast.files import digest, read, write
+from less_fast.files import digest, read, save_state, write
 from less_fast.measuring.caches import full_bytes, held_bytes
 from less_fast.training.head_costs import measure
 from paper_checks.architectures import tiny
@@ -226,12 +226,12 @@ def test_edited_and_foreign_files_are_refused(tmp_path, change, match):
 def test_files_that_are_no_caches_are_refused(tmp_path):
     model, cache = saved(tmp_path / "cache")
     (tmp_path / "text").write_text("no safetensors")
-    cache.layers[0].state.save(tmp_path / "layer")
+    save_state(cache.layers[0].state, tmp_path / "layer")
     with pytest.raises(ValueError, match="no state of a cache, or not all of it"):
         LessCache.load(tmp_path / "text", model)
     with pytest.raises(ValueError, match="no state of a cache, or not all of it"):
         LessCache.load(tmp_path, model)
-    with pytest.raises(ValueError, match=r"load it with LayerState\.load"):
+    with pytest.raises(ValueError, match=r"load it with less_fast\.load_state"):
         LessCache.load(tmp_path / "layer", model)
     with pytest.raises(FileNotFoundError):
         LessCache.load(tmp_path / "nothing", model)

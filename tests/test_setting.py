@@ -12,7 +12,7 @@ from less_fast import H2O, TOVA, Lambda, LessCache, LessError, LessKernels, Rete
 from less_fast.budgets import Curves
 from less_fast.demo import KERNELS
 from less_fast.layer.features import Performer
-from less_fast.layer.policies import policy_of
+from less_fast.layer.names import policy_of
 from less_fast.setting import POLICIES, Setting, best_policy, policy_named
 
 SHAPE = dict(layers=3, query_heads=4, kv_heads=2, head_dim=8)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..kernels import LessKernels
@@ -32,10 +32,6 @@ class LessCache(WatchedCache):
 
     `copy.deepcopy` gives a second cache that goes on from the same state by itself; both share the model and the kernels.
     """
-
-    config: PreTrainedConfig
-    setting: Setting
-    world_size: int
 
     @classmethod
     def for_model(
@@ -147,7 +143,7 @@ class LessCache(WatchedCache):
         Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken, is none of `save`, or was
         saved with another model or other kernels, or under a policy that is not imported.
         """
-        return load(cls, path, model, kernels, compile)
+        return load(cls.for_model, path, model, kernels, compile)
 
     @classmethod
     def join(cls, caches: Sequence["LessCache"]) -> "LessCache":

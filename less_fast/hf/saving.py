@@ -1,7 +1,8 @@
 """Saved caches: all that a LessCache holds in one file, and back."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -9,17 +10,16 @@ from transformers import PreTrainedModel
 from ..files import digest, read, write
 from ..kernels import LessKernels
 from ..layer.checks import LessError
-from ..layer.policies import policy_of, written
+from ..layer.names import policy_of, written
 from .architecture import attention_modules, check_model, device_of
 from .identity import check_saved, identity
 from .layer import LessLayer
-from .watch import BROKEN_OFF
+from .watch import BROKEN_OFF, WatchedCache
 
-if TYPE_CHECKING:
-    from .cache import LessCache
+Kept = TypeVar("Kept", bound=WatchedCache)
 
 
-def save(cache: "LessCache", path: str | os.PathLike) -> None:
+def save(cache: WatchedCache, path: str | os.PathLike) -> None:
     """See `LessCache.save`."""
     model = cache.model()
     unsaved = {type(layer).__name__ for layer in cache.layers} - {"LessLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
@@ -57,12 +57,12 @@ def save(cache: "LessCache", path: str | os.PathLike) -> None:
 
 
 def load(
-    kind: type["LessCache"], path: str | os.PathLike, model: PreTrainedModel, kernels: LessKernels | None, compile: bool
-) -> "LessCache":
+    for_model: Callable[..., Kept], path: str | os.PathLike, model: PreTrainedModel, kernels: LessKernels | None, compile: bool
+) -> Kept:
     """See `LessCache.load`."""
     tensors, about = read(path)
     if "model" not in about:
-        raise LessError(f"{path} holds one layer's state, not a cache: load it with LayerState.load")
+        raise LessError(f"{path} holds one layer's state, not a cache: load it with less_fast.load_state")
     check_model(model)
     for what, value in _kind(model).items():
         if about["model"].get(what) != value:
@@ -77,7 +77,7 @@ def load(
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
     check_saved(path, about["model"], model)
     asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about["context"], about["int8"]
-    cache = kind.for_model(model, policy, kernels, *asked)
+    cache = for_model(model, policy, kernels, *asked)
     modules = attention_modules(model)
     heads = iter(about["heads"])
     for index, (layer, length) in enumerate(zip(cache.layers, about["lengths"])):

@@ -10,10 +10,11 @@ import weakref
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..layer.checks import LessError
+from ..setting import Setting
 from .architecture import decoder_of
 from .clock import Clock
 from .layer import LessLayer
@@ -28,8 +29,9 @@ ANOTHER_MODEL = "this model is not the one that the cache was made for: make one
 
 
 class WatchedCache(Cache):
-    """What a LessCache knows of its model, and what it checks before and after each pass.
+    """What a LessCache knows of itself and its model, and what it checks before and after each pass.
 
+    setting: how it is compressed. world_size: processes among which the heads are shared out.
     open: a pass has begun and not ended. clock: what has been seen. token_kinds: (vocabulary,), for policies that ask.
     keepers: modules of the model that keep positions outside the cache, by name (see `keepers_of_positions`). positions: what
     they held for each row after the last pass, or None before the first one. trained: for how many tokens the kernels were, until
@@ -37,6 +39,9 @@ class WatchedCache(Cache):
     """
 
     model: weakref.ref[PreTrainedModel]
+    config: PreTrainedConfig
+    setting: Setting
+    world_size: int
     clock: Clock
     keepers: dict[str, str]
     open = False

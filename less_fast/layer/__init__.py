@@ -1,5 +1,5 @@
 """What one attention layer computes, with torch alone: this folder can be copied into a project of one's own.
 
 policies (and fastgen): what is kept; features: the kernels phi and psi; state: what is remembered; attend and step: `extend`,
-the one verb; parallel: a whole stream at once, for training. Only saving a state asks for more: ../files.py and safetensors.
+the one verb; parallel: a whole stream at once, for training.
 """

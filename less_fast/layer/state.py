@@ -5,7 +5,6 @@ the groups of a layer lie together in one ragged tensor, and a single token goes
 another's budget, neither in memory nor in time. While tokens arrive only `step.py` and `context.py` change what is in them.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -290,26 +289,6 @@ class LayerState:
             ],
         )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as one safetensors file: written aside, then renamed. OSError if that fails."""
-        from ..files import write  # this room needs torch alone; files need safetensors
-
-        write(path, self.saved(), self._identity())
-
-    def load(self, path: str | os.PathLike) -> None:
-        """Takes over a saved state. LessError, and nothing changed, if the file is broken, or was saved with other policies,
-        kernels, sizes or another number of rows."""
-        from ..files import read
-
-        tensors, about = read(path)
-        mine = self._identity()
-        if other := next((part for part in mine if about.get(part) != mine[part]), None):
-            raise LessError(
-                f"{path} holds a state of {about.get(other)}, not of {mine[other]}: load it into a state that is allocated as "
-                f"that one was"
-            )
-        self.take_over(tensors)
-
     @torch.inference_mode(False)
     def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
         """Puts other tensors, named as `saved` names them, in the place of these."""
@@ -321,22 +300,6 @@ class LayerState:
                 setattr(group, name, tensors[f"{index}.{name}"].to(self.n.device))
         for part, groups in zip(self.parts, apart):
             part.join(groups)
-
-    def _identity(self):
-        from ..files import digest
-
-        groups, heads = self.groups, torch.arange(self.kv_heads, device=self.n.device)
-        kernels = [digest(group.kernels.state_dict()) for group in groups if group.kernels]
-        return {
-            "groups": "; ".join(
-                f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}" for group in groups
-            ),
-            "heads": f"{self.query_heads} query heads, {self.kv_heads} KV heads of {self.head_dim}",
-            "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
-            "rows": f"{len(self.n)} rows",
-            "moved": "slots that stay where they are" if self.moved is None else "slots that can move back",
-            "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",
-        }
 
 
 def _with_slots(x, slots, value):

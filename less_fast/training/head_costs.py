@@ -17,8 +17,9 @@ from ..hf.identity import check_kernels
 from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError, integer
+from ..layer.names import written
 from ..layer.parallel import dense, eviction_times, linear_parallel
-from ..layer.policies import Policy, written
+from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
 from .checks import check_setting, check_windows
