@@ -350,7 +350,7 @@ def test_with_room_for_everything_the_harness_hears_what_its_own_model_of_transf
     """Text beyond the context, an empty context, continuations of one token and of many; greedy texts until they shall stop."""
     arguments = f"max_length=64,batch_size=4,pretrained={MODEL}"
     theirs = get_model("hf").create_from_arg_string(f"{arguments},dtype=float32,device=cpu")
-    ours = get_model("less-kv").create_from_arg_string(f"{arguments},cache=less,budget=100%,kernels={KERNELS}")
+    ours = get_model("less-kv").create_from_arg_string(f"{arguments},cache=less,budget=100%,budgets=uniform,kernels={KERNELS}")
     text = "import os\n\n\ndef read(path):\n    with open(os.path.join(path)) as file:\n        return file.read()\n" * 4
     long = Instance("loglikelihood", {}, (text, "import sys"), 0)
     requests = [*questions(), long, Instance("loglikelihood", {}, ("", "import sys"), 0)]
@@ -392,7 +392,7 @@ def test_the_harness_takes_the_model_on_its_own_command_line(tmp_path):
 
 
 def test_the_harness_knows_the_model_by_its_name():
-    arguments = "cache=baseline+,policy=lambda,budget=5%,max_length=400"
+    arguments = "cache=baseline+,policy=lambda,budget=5%,budgets=uniform,max_length=400"
     model = get_model("less-kv").create_from_arg_string(arguments, {"batch_size": 4})
     cache = model.make(1)
     model.model(torch.arange(1, 60)[None], past_key_values=cache, use_cache=True)
