@@ -12,7 +12,7 @@ import torch
 from models import make_kernels, make_model, tokens
 
 from less_fast import H2O, LayerState, LessCache, LessKernels, extend
-from less_fast.files import aside, save_state, write_text
+from less_fast.files import aside, load_state, save_state, write_text
 
 
 def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
@@ -150,7 +150,7 @@ def test_what_was_loaded_does_not_change_with_its_file(tmp_path, harm, dtype, in
 
     def load():
         again = LayerState.allocate(H2O(3, 3), 1, 2, 2, 8, dtype=dtype, int8=int8)
-        again.load(tmp_path / "one" / "state")
+        load_state(again, tmp_path / "one" / "state")
         cache = LessCache.load(tmp_path / "one" / "cache", model, kernels["one"])
         return LessKernels.from_pretrained(tmp_path / "one"), cache, again
 
