@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import make_kernels, make_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from less_fast import H2O, TOVA, LessCache, LessError, LessKernels, Policy, Scissorhands, SnapKV
 from less_fast.demo import KERNELS, MODEL
@@ -112,8 +112,6 @@ def test_a_cache_that_has_seen_nothing_is_saved_too(tmp_path):
 
 
 def test_another_process_goes_on_where_this_one_stopped(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model, kernels = AutoModelForCausalLM.from_pretrained(MODEL).eval(), LessKernels.from_pretrained(KERNELS)
     prompt = torch.arange(100, 160)[None]
     cache = LessCache.for_model(model, H2O(6, 6), kernels)
@@ -257,6 +255,16 @@ def test_another_model_other_kernels_and_an_unknown_policy_are_refused(tmp_path)
     write(tmp_path / "bare", tensors, about | {"policy": ["Unheard", {}]})
     with pytest.raises(ValueError, match="policy Unheard, which is not there"):
         LessCache.load(tmp_path / "bare", model)
+
+
+def test_a_cache_of_shipped_kernels_finds_them_again(tmp_path):
+    model, ids = AutoModelForCausalLM.from_pretrained(MODEL).eval(), torch.arange(5, 65)[None]
+    cache = LessCache.for_model(model, budget=20)
+    feed(model, ids, cache, prompt=50)
+    cache.save(tmp_path / "cache")
+    again = LessCache.load(tmp_path / "cache", model)
+    assert cache.setting.kernels
+    assert torch.equal(feed(model, ids, again, prompt=5), feed(model, ids, cache, prompt=5))
 
 
 def test_a_fine_tune_of_the_model_is_another_model_and_its_own_copy_is_not(tmp_path):

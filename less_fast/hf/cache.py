@@ -138,6 +138,8 @@ class LessCache(WatchedCache):
     ) -> "LessCache":
         """A cache that `save` wrote, for the same model and the same kernels; it goes on bit for bit where that one was.
 
+        kernels: those that it was saved with; None for none, or for those that come with the package for this model.
+
         For several continuations of one prompt load it several times, copy it (`copy.deepcopy`), or repeat its rows
         (`batch_repeat_interleave`).
         Raises FileNotFoundError if there is no file, and LessError, with the reason, if it is broken, is none of `save`, or was

@@ -14,6 +14,7 @@ from ..layer.names import policy_of, written
 from .architecture import attention_modules, check_model, device_of
 from .identity import check_saved, identity
 from .layer import LessLayer
+from .shipped import kernels_for
 from .watch import BROKEN_OFF, WatchedCache
 
 Kept = TypeVar("Kept", bound=WatchedCache)
@@ -70,6 +71,8 @@ def load(
                 f"{path} was saved with another model, of {what} {about['model'].get(what)}, and this one is of {value}: load it "
                 f"with the model that it was saved with"
             )
+    if kernels is None and about["kernels"]:
+        kernels = kernels_for(model)
     if about["kernels"] != (kernels and digest(kernels.state_dict())):
         raise LessError(f"{path} was saved {'with other' if about['kernels'] else 'without'} kernels: load it with the same")
     policy = policy_of(*about["policy"])
