@@ -40,7 +40,7 @@ def aside(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a full disk, for example
+        if error.errno is not None and error.filename in (None, str(temporary)):  # nobody knows the name of the file beside
             error.filename = str(path)
         raise
     finally:
@@ -90,7 +90,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
         tensors, metadata = read_tensors(path)
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # no path may hold a NUL
         raise LessError(f"{path} is no state of a cache, or not all of it: {error}") from error
     if metadata.get(FORMAT) != VERSION:
         known = f"of version {metadata.get(FORMAT)}, and this program reads {VERSION}"

@@ -128,6 +128,8 @@ class LessKernels(nn.Module):
             write_tensors(weights_file, self.state_dict())
             config_file.write(config.encode())
             card_file.write(readme.encode(errors="replace"))
+            for file in (weights_file, config_file, card_file):
+                file.flush()  # a full disk shows here, before anything is renamed
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Uploads the kernels, their config and the model card to a repository of the hub; returns its address."""

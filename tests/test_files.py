@@ -2,6 +2,7 @@
 opened there would be, and what was read from one does not change with it."""
 
 import os
+import resource
 import shutil
 import stat
 import threading
@@ -11,8 +12,8 @@ import pytest
 import torch
 from models import make_kernels, make_model, tokens
 
-from less_fast import H2O, LayerState, LessCache, LessKernels, extend
-from less_fast.files import aside, load_state, save_state, write_text
+from less_fast import H2O, LayerState, LessCache, LessError, LessKernels, extend
+from less_fast.files import aside, load_state, read, save_state, write_text
 
 
 def test_a_file_appears_whole_and_replaces_the_one_before(tmp_path):
@@ -163,3 +164,24 @@ def test_what_was_loaded_does_not_change_with_its_file(tmp_path, harm, dtype, in
     for file in ("kernels.safetensors", "cache", "state"):
         HARMS[harm](tmp_path / "one" / file, tmp_path / "other" / file)
     assert all(torch.equal(now, before) for now, before in zip(said(*loaded), wanted, strict=True))
+
+
+def test_kernels_that_a_full_disk_cuts_short_leave_the_folder_as_it_was(tmp_path):
+    make_kernels(make_model()).save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert max(len(before[name]) for name in ("config.json", "README.md")) < 3500 < len(before["kernels.safetensors"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            make_kernels(make_model(), rank=2).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_path_that_cannot_be_is_named_as_it_was_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none/text'$"), aside(tmp_path / "none" / "text"):
+        pass
+    with pytest.raises(LessError, match="is no state of a cache"):
+        read(f"{tmp_path}/\0")

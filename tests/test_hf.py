@@ -19,7 +19,7 @@ from models import (
 from transformers import set_seed
 
 import less_ref
-from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, Retention, Scissorhands, SnapKV, Window
+from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessCache, LessError, Retention, Scissorhands, SnapKV, Window
 from less_fast.hf.architecture import attention_modules
 
 
@@ -410,3 +410,13 @@ def test_output_attentions_is_refused(model):
     cache = LessCache.for_model(model, H2O(2, 2))
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens(1, 8), past_key_values=cache, output_attentions=True)
+
+
+def test_another_number_of_rows_is_refused_by_that_word_whatever_the_masks(model):
+    ids, mask = left_padded([9, 4], 9)
+    for rows in (1, 4):
+        cache = LessCache.for_model(model, H2O(3, 2))
+        out = generate(model, ids, cache, mask, new=3)
+        longer, valid = (torch.nn.functional.pad(x, (0, 15 - x.shape[1]), value=1).repeat(2, 1)[:rows] for x in (out, mask))
+        with pytest.raises(LessError, match=f"this cache holds 2 sequences, and {rows} came"):
+            generate(model, longer, cache, valid)

@@ -262,9 +262,14 @@ def test_a_cache_of_shipped_kernels_finds_them_again(tmp_path):
     cache = LessCache.for_model(model, budget=20)
     feed(model, ids, cache, prompt=50)
     cache.save(tmp_path / "cache")
-    again = LessCache.load(tmp_path / "cache", model)
+    again, other = (LessCache.load(tmp_path / "cache", model) for _ in "12")
     assert cache.setting.kernels
     assert torch.equal(feed(model, ids, again, prompt=5), feed(model, ids, cache, prompt=5))
+    assert LessCache.join([cache, again, other]).lengths.tolist() == [120, 120, 60]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight *= 2
+    with pytest.raises(LessError, match="was saved with another model"):
+        LessCache.load(tmp_path / "cache", model)
 
 
 def test_a_fine_tune_of_the_model_is_another_model_and_its_own_copy_is_not(tmp_path):

@@ -42,6 +42,7 @@ SETTINGS = [
     ({"policy": "h2o", "heavy": 3}, "takes all of its fields"),
     ({"policy": "h2o", "heavy": 3, "recent": 3, "budget": 6}, "leave it out, or them"),
     ({**H2O, "chnk": 64}, "no word of the setting is 'chnk'"),
+    ({"budget": 64, "recent": 3, "window": 3}, "no word of the setting is 'recent'"),  # of no policy that was named
     ({**H2O, "chunk": 0}, "chunk must be an integer"),
     ({**H2O, "budgets": [[51]]}, "4 layers x 4 KV heads"),
     ({**H2O, "kernels": "/nowhere"}, "no kernels at /nowhere"),

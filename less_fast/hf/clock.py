@@ -10,6 +10,10 @@ import torch
 from ..layer.checks import LessError
 
 MULTIPLIER = 6364136223846793005  # of the hashes: odd, so that no column is ever multiplied away
+OTHER_ROWS = (
+    "this cache holds {} sequences, and {} came: make a cache for these, or repeat or select its rows (batch_repeat_interleave, "
+    "batch_select_indices); reset() keeps their number"
+)
 OTHER_MASK = (
     "the attention mask contradicts an earlier one about the past, in rows {}: what came as a token cannot be masked later "
     "(tokens of rows that ended early in `generate`, for example), nor a pad unmasked (by no mask at all, for example). Pass the "
@@ -82,10 +86,13 @@ class Clock:
         None, the tokens ids (N, seen)."""
         if self.masks is None or not (seen := self.length()):
             return
+        for rows in (len(x) for x in (columns, ids) if x is not None):
+            if rows != len(self.masks):
+                raise LessError(OTHER_ROWS.format(len(self.masks), rows))
         columns = self.masks.new_ones(1, seen) if columns is None else columns.to(self.masks.device).bool()
         if rows := _differ(columns, self.masks):
             raise LessError(OTHER_MASK.format(rows))
-        if ids is None or self.tokens is None or len(ids) != len(self.tokens):
+        if ids is None or self.tokens is None:
             return
         if rows := _differ(_told(ids.to(columns.device), columns), self.tokens):
             raise LessError(OTHER_TOKENS.format(seen, rows))

@@ -71,6 +71,7 @@ def load(
                 f"{path} was saved with another model, of {what} {about['model'].get(what)}, and this one is of {value}: load it "
                 f"with the model that it was saved with"
             )
+    check_saved(path, about["model"], model)
     if kernels is None and about["kernels"]:
         kernels = kernels_for(model)
     if about["kernels"] != (kernels and digest(kernels.state_dict())):
@@ -78,7 +79,6 @@ def load(
     policy = policy_of(*about["policy"])
     if policy is None:
         raise LessError(f"{path} was saved under the policy {about['policy'][0]}, which is not there: import it first")
-    check_saved(path, about["model"], model)
     asked = about["budgets"], about["chunk"], tensors.get("token_kinds"), compile, about["context"], about["int8"]
     cache = for_model(model, policy, kernels, *asked)
     modules = attention_modules(model)

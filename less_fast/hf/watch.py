@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..layer.checks import LessError
 from ..setting import Setting
 from .architecture import decoder_of
-from .clock import Clock
+from .clock import OTHER_ROWS, Clock
 from .layer import LessLayer
 from .seam import CHANGING, check_mask
 
@@ -78,10 +78,7 @@ class WatchedCache(Cache):
         ids = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if ids is None else ids  # (N, m) or (N, m, hidden size)
         if tokens is not None and self.batch_size not in (-1, tokens.shape[0]):
-            raise LessError(
-                f"this cache holds {self.batch_size} sequences, and {tokens.shape[0]} came: make a cache for these, or repeat or "
-                f"select its rows (batch_repeat_interleave, batch_select_indices); reset() keeps their number"
-            )
+            raise LessError(OTHER_ROWS.format(self.batch_size, tokens.shape[0]))
         if not torch.compiler.is_compiling():  # a prompt is not compiled, and what it shows stays so
             self._check_state_of_the_model(decoder, args, kwargs, tokens)
         self.clock.ids = ids if ids is not None and ids.ndim == 2 else None

@@ -89,8 +89,8 @@ class CachedLM(Reader, TemplateLM):
 class LessLM(CachedLM):
     """The same for `--model less-kv` of the harness, by what --model_args can say.
 
-    pretrained: folder or hub name of a model; the embedded one if empty. kernels: of kernels for it; the embedded model's own if
-    empty, and none for another model. cache: full, bare, baseline+ (as many bytes as LESS holds) or less.
+    pretrained: folder or hub name of a model; the embedded one if empty. kernels: of kernels for it; those that come with the
+    package for this model if empty. cache: full, bare, baseline+ (as many bytes as LESS holds) or less.
     policy: a name of `less_fast.setting.POLICIES`, or best, by `best_policy`. budget: tokens that each KV head keeps (51), or a
     share of max_length (5%). budgets: uniform, or by head, the kernels' table; by default by head where there is one.
     Raises OSError or LessError, with the reason, if these are not there or do not go together.
@@ -122,7 +122,7 @@ class LessLM(CachedLM):
         learned = load_kernels(model, kernels)
         rule = rule or best_policy(learned, tokens)
         kinds = token_kinds(tokenizer) if rule.kinds else None
-        caches = list(contenders(model, [rule], {"": learned} if learned else {}, kinds))
+        caches = list(contenders(model, [rule], {"": learned} if learned else {}, kinds, by_head=[rule]))
         asked = [one for one in caches if one.cache == cache and (not budgets or one.budgets in (budgets, None))]
         if not asked:
             raise LessError(

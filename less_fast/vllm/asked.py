@@ -56,14 +56,15 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     config = vllm_config.model_config.hf_text_config
     kernels = kernels_at(words.get("kernels", None if "policy" in words else "best"), config)
     policy = _policy(words) if "policy" in words else best_policy(kernels, tokens_of(words["budget"]))
-    others = set(words) - WORDS - {field.name for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
+    own = {field.name for field in dataclasses.fields(policy)} if "policy" in words else set()  # type: ignore[arg-type]
+    others = set(words) - WORDS - own
     if others:
         raise LessError(f"no word of the setting is {sorted(others)[0]!r}: they are {', '.join(sorted(WORDS))}")
     sizes = sizes_of(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * sizes["layers"]
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if kernels is not None and len(served) < sizes["layers"]:
-        raise LessError("behind vLLM kernels do not serve mixed models yet: leave them out, for the bare policy")
+        raise LessError('behind vLLM kernels do not serve mixed models yet: say "kernels": "none", for the bare policy')
     int8 = words.get("int8", False)
     return Setting.of(sizes, served, policy, kernels, words.get("budgets"), words.get("chunk"), int8=int8)
 
@@ -136,7 +137,7 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
     refuse(
         window is not None and model.max_model_len > window,
         f"the kernels were trained on texts of {window} tokens and break in longer ones, which come up to "
-        f"{model.max_model_len}: add --max-model-len {window}",
+        f'{model.max_model_len}: add --max-model-len {window}, or say "kernels": "none", for the bare policy',
     )
     refuse(
         vllm_config.speculative_config is not None,

@@ -36,7 +36,7 @@ def check_identity(model: nn.Module, layers: Sequence[LessAttention], setting: S
             layer.probed = None
     here: dict[str, Any] = {"rope": rope_of(vllm_config.model_config.hf_config), "layers": lines}
     if difference := difference_from(kernels, here, setting.less_layers):
-        raise LessError(OF_ANOTHER_MODEL.format(difference))
+        raise LessError(OF_ANOTHER_MODEL.format(difference) + ', or say "kernels": "none", for the bare policy')
 
 
 def _add(device: torch.device, vllm_config: VllmConfig) -> Any:
