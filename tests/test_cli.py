@@ -522,6 +522,7 @@ def test_train_makes_kernels_that_compare_uses(command, story, tmp_path, family)
     code, printed, _ = command("train", "--text", story, "--out", out, *small)
     assert code == 0
     assert "layer 2" in printed
+    assert printed.index("measuring what this training takes") < printed.index("this training takes about") < len(printed)
     assert ("all layers, 12 tokens, uniform" in printed) == (family == "exponential")
     assert "all layers, 12 tokens, by head" in printed
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "kernels.safetensors"]

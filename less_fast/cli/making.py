@@ -123,6 +123,8 @@ def train(
         held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, validation, seed)
     work = out / ".training"
     begin = load_kernels(network, start) if start else None
+    if not work.exists():
+        print("measuring what this training takes, by a few steps of each stage ...", flush=True)
     learned = train_kernels(network, training[:sequences], held_out, rule, recipe, work, disk * 1e9, curves, begin, _tell)
     if learned is None:
         return
