@@ -54,6 +54,11 @@ def eviction_times(
     return torch.maximum(e, last_held[..., :T] + 1)
 
 
+def dense(q, k, v, scale: float | None = None) -> torch.Tensor:
+    """Full causal attention, (N, Hq, T, D)."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
 def parallel(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,33 +67,9 @@ def parallel(
     kernels: Features | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """The streaming output (N, Hq, T, D), dense over T x T and differentiable in the kernels.
-
-    q (N, Hq, T, D); k, v (N, Hkv, T, D); e (N, Hkv, T) as of `eviction_times`.
-    """
-    exact, lse = exact_part(q, k, v, e, scale)
-    if kernels is None:
-        return exact
-    G, T = q.shape[1] // k.shape[1], q.shape[2]
-    folded = _per_query_head(torch.arange(T, device=q.device)[:, None] > e[:, :, None], G)  # (N, Hq, T, T)
-    weight = kernels.phi(q) @ _per_query_head(kernels.psi(k), G).mT * folded  # (N, Hq, T, T)
-    return merge(exact, lse, weight @ _per_query_head(v, G), weight.sum(-1))
-
-
-def dense(q, k, v, scale: float | None = None) -> torch.Tensor:
-    """Full causal attention, (N, Hq, T, D)."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-
-
-def linear_parallel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    e: torch.Tensor,
-    kernels: Features | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """As `parallel`, in float32 or wider, the low-rank part in linear time: at most one token of a head goes at each step."""
+    """The streaming output (N, Hq, T, D), in float32 or wider, differentiable in q, k, v and the kernels; the low-rank part in
+    linear time. q (N, Hq, T, D); k, v (N, Hkv, T, D); e (N, Hkv, T) as of `eviction_times`: of each head at most one token goes
+    at a step."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
     exact, lse = exact_part(q, k, v, e, scale)

@@ -18,7 +18,7 @@ from ..hf.seam import predictions
 from ..kernels import LessKernels
 from ..layer.checks import LessError, integer
 from ..layer.names import written
-from ..layer.parallel import dense, eviction_times, linear_parallel
+from ..layer.parallel import dense, eviction_times, parallel
 from ..layer.policies import Policy
 from ..layer.state import need_policy
 from ..setting import Setting
@@ -116,7 +116,7 @@ def measure(
                 e = eviction_times(q, k, v, policy.with_budget(budget), scale, kernels=settings[-1].layer(index)[1])
                 for row, setting in enumerate(settings):
                     _, features = setting.layer(index)
-                    out = linear_parallel(q, k, v, e, features, scale).to(full.dtype)  # (N, Hq, T, D)
+                    out = parallel(q, k, v, e, features, scale).to(full.dtype)  # (N, Hq, T, D)
                     costs = _divergences(model, ids, index, full, out, predicted, kv_heads)
                     total[row, index, :, column] += (
                         torch.tensor(costs, dtype=torch.float64, device="cpu") * len(ids) / len(windows)
@@ -139,7 +139,7 @@ def _by_gradient(model, parts, policy, budgets, settings, total, progress):
             times = eviction_times_of(layers, policy.with_budget(budget), settings[-1].kernels)
             for index, layer in layers.items():
                 for row, setting in enumerate(settings):
-                    out = linear_parallel(layer.q, layer.k, layer.v, times[index], setting.layer(index)[1], layer.scale)
+                    out = parallel(layer.q, layer.k, layer.v, times[index], setting.layer(index)[1], layer.scale)
                     total[row, index, :, column] += layer.cost_of_heads(out).sum((0, 2)).double().cpu() / tokens
     if not total.isfinite().all():
         raise LessError("a cost is not finite: the weights of the model or the kernels are broken")

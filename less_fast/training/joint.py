@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..hf.seam import predictions, read
 from ..layer.checks import LessError
-from ..layer.parallel import dense, eviction_times, linear_parallel
+from ..layer.parallel import dense, eviction_times, parallel
 from ..setting import Setting
 from .checks import check_setting, check_windows
 from .descent import Descent
@@ -57,7 +57,7 @@ def _streamed(setting: Setting, times: dict[int, torch.Tensor]) -> Callable[...,
         policy, features = setting.layer(index)
         if index not in times:
             times[index] = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale, kernels=features)
-        return linear_parallel(q, k, v, times[index], features, scale).to(q.dtype)
+        return parallel(q, k, v, times[index], features, scale).to(q.dtype)
 
     return attention
 
