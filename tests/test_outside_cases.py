@@ -85,6 +85,25 @@ def test_a_mask_that_says_something_else_about_the_past_is_refused(name, change)
     torch.testing.assert_close(feed(model, ids, cache, wrong), wanted)
 
 
+def changed(operation, model, cache, mask, ids, folders):
+    """The cache, which was fed ten columns, after the operation; and what it was fed then."""
+    if operation == "swap":
+        cache.batch_select_indices([1, 0])
+        mask, ids = mask[[1, 0]], ids[[1, 0]]
+    elif operation == "repeat":
+        cache.batch_repeat_interleave(2)
+        mask, ids = mask.repeat_interleave(2, 0), ids.repeat_interleave(2, 0)
+    elif operation == "copy":
+        cache = copy.deepcopy(cache)
+    elif operation == "load":
+        cache.save(path := folders.mktemp("changed") / "cache")
+        cache = LessCache.load(path, model)
+    elif operation == "reset":
+        cache.reset()
+        feed(model, ids[:, :10], cache, mask[:, :10])
+    return cache, mask, ids
+
+
 @given(
     bits=st.lists(st.lists(st.booleans(), min_size=11, max_size=11), min_size=2, max_size=2),
     at_once=st.integers(1, 10),
@@ -98,20 +117,7 @@ def test_masks_are_taken_if_and_only_if_they_repeat_what_was_fed(tmp_path_factor
     model, mask, ids = make_model(num_hidden_layers=1), torch.tensor(bits).long(), tokens(2, 11)
     cache = LessCache.for_model(model, SMALL, chunk=chunk)
     feed(model, ids[:, :10], cache, mask[:, :10], at_once)
-    if operation == "swap":
-        cache.batch_select_indices([1, 0])
-        mask = mask[[1, 0]]
-    elif operation == "repeat":
-        cache.batch_repeat_interleave(2)
-        mask, ids = mask.repeat_interleave(2, 0), ids.repeat_interleave(2, 0)
-    elif operation == "copy":
-        cache = copy.deepcopy(cache)
-    elif operation == "load":
-        cache.save(path := tmp_path_factory.mktemp("masks") / "cache")
-        cache = LessCache.load(path, model)
-    elif operation == "reset":
-        cache.reset()
-        feed(model, ids[:, :10], cache, mask[:, :10])
+    cache, mask, ids = changed(operation, model, cache, mask, ids, tmp_path_factory)
     wrong = mask.clone()
     wrong[row, column] ^= 1
     with pytest.raises(LessError, match=rf"contradicts an earlier one about the past, in rows \[{row}\]"):
@@ -138,21 +144,8 @@ def test_a_text_is_gone_on_with_if_and_only_if_it_begins_with_what_was_fed(
     mask = torch.cat([torch.tensor(bits).long(), torch.ones(2, 3, dtype=torch.long)], 1)
     cache = LessCache.for_model(model, SMALL)
     feed(model, ids[:, :10], cache, mask[:, :10], at_once)
-    if operation == "swap":
-        cache.batch_select_indices([1, 0])
-        mask, ids = mask[[1, 0]], ids[[1, 0]]
-    elif operation == "repeat":
-        cache.batch_repeat_interleave(2)
-        mask, ids = mask.repeat_interleave(2, 0), ids.repeat_interleave(2, 0)
-    elif operation == "copy":
-        cache = copy.deepcopy(cache)
-    elif operation == "load":
-        cache.save(path := tmp_path_factory.mktemp("tokens") / "cache")
-        cache = LessCache.load(path, model)
-    elif operation == "reset":
-        cache.reset()
-        feed(model, ids[:, :10], cache, mask[:, :10])
-    elif operation == "join":
+    cache, mask, ids = changed(operation, model, cache, mask, ids, tmp_path_factory)
+    if operation == "join":
         short = LessCache.for_model(model, SMALL)
         feed(model, ids[:1, 4:10], short, mask[:1, 4:10])
         cache, ids = LessCache.join([cache, short]), ids[[0, 1, 0]]

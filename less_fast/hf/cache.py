@@ -80,6 +80,7 @@ class LessCache(WatchedCache):
         """
         check_version()
         config = check_model(model)
+        given = kernels
         if policy is None:
             kernels = kernels_for(model) if kernels is None else kernels
             policy = best_policy(need_less_kernels(kernels), integer("budget, how many tokens each KV head keeps,", budget))
@@ -91,8 +92,8 @@ class LessCache(WatchedCache):
         rank, world_size = tensor_parallel(model)
         fits_any = kernels is None and (budgets is None or isinstance(budgets, str)) and world_size == 1
         model_sizes, served = None if fits_any else sizes(model), less_layers(model)
-        if isinstance(kernels, LessKernels):
-            check_kernels(model, kernels)
+        if isinstance(given, LessKernels):
+            check_kernels(model, given)
         setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk, context, int8)
         table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
         if policy.kinds and not table:
