@@ -41,19 +41,18 @@ def card(kernels) -> str:
     about, sizes = kernels.about, kernels.sizes
     served = [layer.rank for layer in kernels.layers if layer.rank or sizes["family"] == "none"]
     of = f"{len(served)} of " * (len(served) < sizes["layers"])
-    rule = "Retention(budget=51, recent=6)" if "rho" in sizes else "H2O(heavy=26, recent=25)"
     lines = [
         CARD_BEGINS + "tags: [less, kv-cache, long-context]\n---\n",
         f"# LESS kernels for {about.get('model', 'a model of the shape below')}",
         "",
         f"Kernels of the {sizes['family']} family for {of}{sizes['layers']} layers, {sizes['query_heads']} query heads and "
-        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {max(served)} features for each KV head. With them, "
-        f"text is generated in constant memory: what the policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
+        f"{sizes['kv_heads']} KV heads of {sizes['head_dim']}, {max(served)} features for each KV head.",
+        "They generate text in constant memory: what a policy evicts is folded into a small state (LESS, arXiv 2402.09398).",
         "",
         "```python",
-        f"from less_fast import {rule.partition('(')[0]}, LessCache, LessKernels",
+        "from less_fast import LessCache, LessKernels",
         "",
-        f"cache = LessCache.for_model(model, policy={rule}, kernels=LessKernels.from_pretrained(WHERE))",
+        "cache = LessCache.for_model(model, kernels=LessKernels.from_pretrained(WHERE), budget=64)",
         "model.generate(**inputs, past_key_values=cache)",
         "```",
         "",
