@@ -32,7 +32,7 @@ class Clock:
     tensor alone.
     masks, tokens: (N,) int64, hashes of what these columns were: 1 for a token and 0 for a pad; the token's id. None if nobody
     knows: a file did not tell, or embeddings came.
-    ids, valid: of the m columns of the pass under way, (N, m) each, or None: no ids came, no pads are among them.
+    m, ids, valid: how many columns the pass under way has, and what they are, (N, m) each; None: no ids came, no pads are there.
     """
 
     def __init__(self) -> None:
