@@ -6,10 +6,11 @@ from less_fast import LessCache, LessKernels      a cache for Hugging Face decod
 
 from .files import load_state, save_state
 from .kernels import LessKernels
+from .layer.attend import Logits
 from .layer.checks import LessError
 from .layer.fastgen import FastGen, token_kinds
 from .layer.features import LayerKernels
-from .layer.policies import H2O, TOVA, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.state import LayerState
 from .layer.step import extend
 
@@ -17,13 +18,13 @@ __all__ = [
     "H2O",
     "TOVA",
     "FastGen",
-    "Full",
     "Lambda",
     "LayerKernels",
     "LayerState",
     "LessCache",
     "LessError",
     "LessKernels",
+    "Logits",
     "Policy",
     "Retention",
     "Scissorhands",

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from .layer.checks import LessError
 from .layer.state import LayerState
 
-FORMAT, VERSION = "less-kv state", "2"
+FORMAT, VERSION = "less-kv state", "3"
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
 
 def save_state(state: LayerState, path: str | os.PathLike) -> None:
     """Writes the state of one layer as one safetensors file: written aside, then renamed. OSError if that fails."""
-    write(path, state.saved(), _identity(state))
+    write(path, state.tensors(), _identity(state))
 
 
 def load_state(state: LayerState, path: str | os.PathLike) -> None:
@@ -124,14 +124,12 @@ def load_state(state: LayerState, path: str | os.PathLike) -> None:
 
 
 def _identity(state):
-    groups, heads = state.groups, torch.arange(state.kv_heads, device=state.n.device)
-    kernels = [digest(group.kernels.state_dict()) for group in groups if group.kernels]
+    kernels = [digest(part.kernels.state_dict()) for part in state.parts if part.kernels]
+    ranks = {part.z.shape[2] for part in state.parts}
     return {
-        "groups": "; ".join(
-            f"{group.policy} with rank {group.z.shape[-1]} on KV heads {heads[group.kv_heads].tolist()}" for group in groups
-        ),
+        "policies": f"{', '.join(map(str, state.policies()))} with rank {', '.join(map(str, ranks))}",
         "heads": f"{state.query_heads} query heads, {state.kv_heads} KV heads of {state.head_dim}",
-        "dtype": f"{groups[0].k.dtype}, {groups[0].H.dtype}",
+        "dtype": f"{state.parts[0].slots.k.dtype}, {state.wide}",
         "rows": f"{len(state.n)} rows",
         "moved": "slots that stay where they are" if state.moved is None else "slots that can move back",
         "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",

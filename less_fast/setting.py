@@ -16,12 +16,11 @@ from .layer.checks import LessError, integer
 from .layer.fastgen import FastGen
 from .layer.features import Features
 from .layer.names import policy_said
-from .layer.policies import H2O, TOVA, Full, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
+from .layer.policies import H2O, TOVA, Lambda, Policy, Retention, Scissorhands, SnapKV, Window
 from .layer.slots import width
 from .layer.state import LayerState, check_fit, need_policy
 
 POLICIES: dict[str, Policy] = {
-    "full": Full(),
     "window": Window(32),
     "lambda": Lambda(4, 28),
     "h2o": H2O(16, 16),
@@ -38,7 +37,7 @@ def policy_named(name: str, budget: str | int, length: int | None = None) -> Pol
     """The policy of that name with a budget as `tokens_of` reads it. LessError if there is no such policy or budget."""
     if name not in POLICIES:
         raise LessError(f"no policy is called {name!r}: choose one of {', '.join(POLICIES)}")
-    return POLICIES[name] if POLICIES[name].budget is None else POLICIES[name].with_budget(tokens_of(budget, length))
+    return POLICIES[name].with_budget(tokens_of(budget, length))
 
 
 def tokens_of(budget: str | int, length: int | None = None) -> int:
@@ -186,7 +185,7 @@ class Setting:
 
     def without_state(self) -> "Setting":
         """The same for the bare policy, where what is evicted is forgotten: no kernels, or rho alone if the policy is learned."""
-        return replace(self, kernels=self.kernels.without_state() if self.kernels and self.policy.learned else None)
+        return replace(self, kernels=self.kernels.without_state() if self.kernels and self.policy.needs == "rho" else None)
 
     def baseline_plus(self, dtype: torch.dtype) -> Policy:
         """The policy with the smallest budget that, without kernels, holds at least as many bytes as this setting (Baseline+).

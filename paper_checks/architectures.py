@@ -149,7 +149,7 @@ def from_reference(model, ids) -> float:
     step = partial(less_ref.extend, attention=less_ref.Logits(softcap[0], sinks))
     trace = less_ref.run(q, k, v, less_ref.H2O(**vars(SMALL)), scale=scale[0], step=step)
     for g, kept in enumerate(trace.kept[-1]):
-        held = torch.cat([group.position[0] for group in layer.state.groups])[g]
+        held = torch.cat([group.slots.positions()[0] for group in layer.state.parts])[g]
         if sorted(held[held >= 0].tolist()) != kept.tolist():
             return math.inf
     return difference(torch.from_numpy(out), torch.from_numpy(trace.out).transpose(0, 1))

@@ -17,16 +17,16 @@ def check(subject: Subject) -> Finding:
     steps = 4 if subject.quick else 64
     model(ids[:, :-steps], past_key_values=cache, use_cache=True)
     states = [layer.state for layer in cache.layers]
-    places = [tensor.data_ptr() for state in states for _, tensor in state.tensors()]
+    places = [tensor.data_ptr() for state in states for _, tensor in state.tensors().items()]
     most = 0
     for column in range(ids.shape[1] - steps, ids.shape[1]):
-        before = [(group.k.clone(), group.v.clone()) for state in states for group in state.groups]
+        before = [(group.slots.k.clone(), group.slots.v.clone()) for state in states for group in state.parts]
         model(ids[:, column : column + 1], past_key_values=cache, use_cache=True)
-        groups = [group for state in states for group in state.groups]
+        groups = [group for state in states for group in state.parts]
         for (k, v), group in zip(before, groups):
-            changed = ((group.k != k) | (group.v != v)).any(-1)  # (N, H, S)
+            changed = ((group.slots.k != k) | (group.slots.v != v)).any(-1)  # (N, H, S)
             most = max(most, int(changed.sum(-1).max()))
-    stayed = places == [tensor.data_ptr() for state in states for _, tensor in state.tensors()]
+    stayed = places == [tensor.data_ptr() for state in states for _, tensor in state.tensors().items()]
     sentence = (
         f"over {steps} steps the tensors {'stayed' if stayed else 'did not stay'} where they were, and a step changed at most "
         f"{most} of the slots of a KV head"

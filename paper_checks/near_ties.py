@@ -22,9 +22,9 @@ def check(subject: Subject) -> Finding:
     for column in range(start, ids.shape[1]):
         model(ids[:, column : column + 1], past_key_values=cache, use_cache=True)
         for layer in cache.layers:
-            for group in layer.state.groups:
-                rank = group.policy.rank(group.position, group.score, layer.state.n[:, None, None].int())
-                rank = torch.where(group.position >= 0, rank, torch.inf)  # the scratch slot holds nothing
+            for group in layer.state.parts:
+                rank = group.policy.rank(group.slots.positions(), group.slots.scores(), layer.state.n[:, None, None].int())
+                rank = torch.where(group.slots.positions() >= 0, rank, torch.inf)  # the scratch slot holds nothing
                 lowest = rank.sort(-1).values[..., :2]
                 close += ((lowest[..., 1] - lowest[..., 0]) <= CLOSE * lowest[..., 1].abs()).sum().item()
                 count += lowest[..., 0].numel()

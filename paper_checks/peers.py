@@ -162,7 +162,7 @@ def held_tokens(cache: Any) -> float:
     """Tokens that a KV head holds: the largest number over the layers; of a LessCache the mean over all its heads."""
     if hasattr(cache, "less_layers"):
         states = [layer.state for layer in cache.less_layers]
-        entries = sum((group.position >= 0).sum().item() for state in states for group in state.groups)
+        entries = sum((group.slots.positions() >= 0).sum().item() for state in states for group in state.parts)
         return entries / sum(state.kv_heads * len(state.n) for state in states)
     return max(int(layer.get_seq_length()) for layer in cache.layers)
 

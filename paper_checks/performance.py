@@ -178,7 +178,7 @@ def prompts(length: int, rounds: int):
             yield Bar(f"prefill, peak memory of {4 * length} / {length} tokens, {one.cache}", grows, most=4.5)
     others = []
     for policy in (Lambda(4, length // 20 - 4), Retention(32, 4).with_budget(length // 20)):
-        learned = model_and_kernels(rho=32)[1].without_state() if policy.learned else None
+        learned = model_and_kernels(rho=32)[1].without_state() if policy.needs == "rho" else None
         others += prefill(model, policy, {"bare": learned}, 1, length, rounds)
         full, own = others[-2:]
         yield Bar(f"prefill, bare {type(policy).__name__} / DynamicCache", own.seconds / full.seconds, most=1.05)

@@ -169,7 +169,7 @@ def streamed(policy, memory, int8, kernels, q, k, v, scale=None):
     (N, H, T, D), scale = k.shape, q.shape[-1] ** -0.5 if scale is None else scale
     q = q.unflatten(1, (H, -1))  # (N, H, G, T, D)
     held = memory((N, H, D)) if memory else None
-    born = kernels.rho(q, k, v) if policy.learned else None
+    born = kernels.rho(q, k, v) if policy.needs == "rho" else None
     if isinstance(policy, Oracle):
         policy = replace(policy, future=look_ahead(q, k, scale, policy.sums))
     k, v = (in_eight_bits(x) if int8 else x for x in (k, v))
@@ -196,7 +196,7 @@ def streamed(policy, memory, int8, kernels, q, k, v, scale=None):
             weight = torch.cat([logits.logsumexp(-1, keepdim=True), extra], -1).softmax(-1)  # (N, H, G, 1 + M)
             out = (weight[..., None] * torch.cat([out[..., None, :], value], -2)).sum(-2)
         outs.append(out)
-        if policy.scored:
+        if policy.queries != 0:
             score = policy.update(score, p[:, :, :, None], there[:, :, None])
         if t + 1 < S:
             place += 1

@@ -110,7 +110,7 @@ def measure(chosen) -> list[dict]:
         note("full", None, "anew", anew(model, ids, trained_length(model) or length, lambda: None), time.perf_counter() - start)
     rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]
     for rule in [Window(rules[0].budget), *rules]:
-        bare = kernels.without_state() if rule.learned else None
+        bare = kernels.without_state() if rule.needs == "rho" else None
         for cache, own in {"bare": bare, "less": kernels}.items():
             if cache not in caches or (cache == "less" and isinstance(rule, Window)):
                 continue

@@ -44,7 +44,7 @@ from less_fast.layer.context import Context, Rotary
 
 MOST_ROWS = 3
 MOST_TOKENS = 6  # at once
-SOME_POLICY = st.one_of(*[policies(largest=3)] * 3, policies("Full"))
+SOME_POLICY = policies(largest=3)
 PADS = st.sampled_from(["none", "none", "none", "left", "right", "anywhere", "all"])
 OF_ROWS = st.just(["none"] * MOST_ROWS) | st.lists(PADS, min_size=MOST_ROWS, max_size=MOST_ROWS)
 CHUNK = dict(m=st.integers(1, MOST_TOKENS), seed=st.integers(0, 2**16), pads=OF_ROWS)
@@ -91,7 +91,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.attention = less_ref.Logits(self.case.softcap, sinks)
         self.context = drawn.draw(contexts(head_dim))
         self.state = self.allocate(rows)
-        self.bytes_of_a_row = [bytes_held(group) / rows for group in self.state.groups]
+        self.bytes_of_a_row = [bytes_held(part) / rows for part in self.state.parts]
         self.earlier = []  # outputs and inputs, each with its copy
         self.forget()
 
@@ -188,7 +188,7 @@ class AnyHistory(RuleBasedStateMachine):
         mask = None if valid.all() else torch.tensor(valid)
         entered = (*self.context.enter(self.state, *given[:2], mask), given[2]) if self.context else given
         moved = [self.keys_if_moved(n, row) for n, row in enumerate(self.rows)]
-        out = less_fast.extend(self.state, *entered, mask, None, kinds, self.case.softcap, self.sinks)
+        out = less_fast.extend(self.state, *entered, mask, less_fast.Logits(None, self.case.softcap, self.sinks), kinds)
         self.earlier += [(x, x.nan_to_num()) for x in (out, *given)]
         for n, row in enumerate(self.rows):
             assert not out[n][:, ~valid[n]].any()
@@ -226,7 +226,7 @@ class AnyHistory(RuleBasedStateMachine):
     def compare_outputs(self, row, out, expected, q):
         """out (Hq, m, D), expected (m, Hq, D), q (Hq, m, D)."""
         first = row.reference.n == q.shape[1] and not self.case.int8  # of a first chunk that nobody scores
-        first = np.repeat([first and not policy.fast.scored for policy in self.case.policies], self.case.layer.group)  # (Hq,)
+        first = np.repeat([first and policy.fast.queries == 0 for policy in self.case.policies], self.case.layer.group)  # (Hq,)
         factor = loss_of_digits(row.reference, q.double().numpy(), self.kernels, self.case.softcap)  # (Hq, m)
         for a, i in np.ndindex(factor.shape):
             name, measure = ("first", error) if first[a] else ("out", error_before_rounding)
@@ -265,7 +265,7 @@ class AnyHistory(RuleBasedStateMachine):
                 assert np.array_equal(head.k, k)
                 assert np.array_equal(head.v, v)
                 score = head.score
-                if self.case.policies[g].fast.kinds:
+                if self.case.policies[g].fast.needs == "kinds":
                     kinds, score = score[:, 0], score[:, 1:]
                     assert kinds.tolist() == [row.tokens[j][3] for j in kept]
                 self.within("score", error(score, row.reference.heads[g].score.reshape(score.shape)))
@@ -276,15 +276,15 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def the_next_token_has_an_empty_slot(self):
-        for group in self.state.groups:
-            if group.policy.budget is not None:
-                assert (group.position.gather(2, group.scratch) == -1).all()
+        for part in self.state.parts:
+            slots = part.slots
+            assert (slots.position.gather(1, slots.free) == -1).all()
+            assert (slots.layout.head[slots.free] == torch.arange(slots.layout.H)).all()
 
     @invariant()
-    def the_bytes_of_a_group_with_a_budget_are_constant(self):
-        for group, bytes_of_a_row in zip(self.state.groups, self.bytes_of_a_row):
-            if group.policy.budget is not None:
-                assert bytes_held(group) == bytes_of_a_row * len(self.rows)
+    def the_bytes_are_constant(self):
+        for part, bytes_of_a_row in zip(self.state.parts, self.bytes_of_a_row):
+            assert bytes_held(part) == bytes_of_a_row * len(self.rows)
 
     @invariant()
     def earlier_outputs_and_inputs_are_unchanged(self):
@@ -303,8 +303,8 @@ def tokens_among(m, pads):
     }[pads]
 
 
-def bytes_held(group):
-    return sum(getattr(group, name).untyped_storage().nbytes() for name in group.TENSORS)
+def bytes_held(part):
+    return sum(tensor.untyped_storage().nbytes() for tensor in part.tensors().values())
 
 
 class Float64(AnyHistory):

@@ -10,7 +10,6 @@ from strategies import fast_kernels, slices
 
 import less_fast
 import less_ref
-from less_fast.layer.slots import unpacked
 
 
 def wide(dtype):
@@ -70,8 +69,11 @@ def extend(case, state, qkv, now, valid=None, kinds=None):
     """The fast path's on one chunk of a batch."""
     kinds = kinds_of(case, len(state.n)) if kinds is None else kinds
     valid = None if valid is None else torch.from_numpy(valid[:, now])
-    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
-    return less_fast.extend(state, *at(qkv, now), valid, case.scale, kinds[:, now], case.softcap, sinks)
+    return less_fast.extend(state, *at(qkv, now), valid, logits_of(case), kinds[:, now])
+
+
+def logits_of(case):
+    return less_fast.Logits(case.scale, case.softcap, None if case.sinks is None else torch.from_numpy(case.sinks))
 
 
 def extend_reference(case, state, row, policies, kernels=None):
@@ -84,16 +86,13 @@ def extend_reference(case, state, row, policies, kernels=None):
 def heads_of(state, row, with_kinds=True):
     """A row's KV heads in order, each a less_ref.Head sorted by position. with_kinds False: scores as the reference has them,
     without the token's kind."""
-    heads = {}
-    for group in state.groups:
-        for index, g in enumerate(torch.arange(state.kv_heads)[group.kv_heads].tolist()):
-            held = {name: unpacked(getattr(group, name)[row, index], torch.float64).double().numpy() for name in group.TENSORS}
-            order = np.argsort(held["position"], kind="stable")[(held["position"] < 0).sum() :]
-            slots = {name: held[name][order] for name in ("position", "k", "v", "score")}
-            if group.policy.kinds and not with_kinds:
-                slots["score"] = slots["score"][:, 1:]
-            heads[g] = less_ref.Head(**slots, H=held["H"], z=held["z"])
-    return [heads[g] for g in range(state.kv_heads)]
+    heads = []
+    for g, policy in enumerate(state.policies()):
+        held = {name: x.double().numpy() for name, x in state.head(row, g).items()}
+        if policy.needs == "kinds" and not with_kinds:
+            held["score"] = held["score"][:, 1:]
+        heads.append(less_ref.Head(**held))
+    return heads
 
 
 def positions(state, row):
@@ -118,7 +117,7 @@ def assert_same_state(state, row, reference):
 
 
 def assert_identical(one, other):
-    for (name, a), (other_name, b) in zip(one.tensors(), other.tensors(), strict=True):
+    for (name, a), (other_name, b) in zip(one.tensors().items(), other.tensors().items(), strict=True):
         assert (name, a.dtype) == (other_name, b.dtype)
         assert torch.equal(a, b), name
 
@@ -155,7 +154,7 @@ def lower_precision_errors(case, dtype):
     kernels = rounded(case.kernels, wide(dtype))
     errors = dict.fromkeys(("out", "score", "H", "z", "rank", "first"), 0.0)
     policies = case.reference_of(case.kinds(0))
-    unscored = not all(policy.fast.scored for policy in case.policies)
+    unscored = not all(policy.fast.queries != 0 for policy in case.policies)
 
     def note(what, actual, expected):
         errors[what] = max(errors[what], error(actual, expected))

@@ -91,7 +91,7 @@ def make_kinds(seed=0, size=SIZES["vocab_size"]):
 
 def reference_policy(policy, kinds=None, rho=None):
     """kinds (T,): of the tokens by position, and rho, for policies that ask."""
-    more = dict(kinds=tuple(kinds)) if policy.kinds else dict(rho=rho) if policy.learned else {}
+    more = dict(kinds=tuple(kinds)) if policy.needs == "kinds" else dict(rho=rho) if policy.needs == "rho" else {}
     return getattr(less_ref, type(policy).__name__)(**vars(policy), **more)
 
 

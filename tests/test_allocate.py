@@ -188,7 +188,7 @@ def test_the_table_of_baseline_plus_is_refined_without_the_low_rank_state(policy
     assert (less.policy, less.kernels, less.budgets) == (policy, kernels, tables[0])
     assert (bare.policy, bare.budgets) == (plus, tables[1])
     assert plus.budget > policy.budget
-    if policy.learned:  # rho stays
+    if policy.needs == "rho":  # rho stays
         assert [layer.rank for layer in bare.kernels.layers] == [0, 0, 0]
         assert [layer.rho for layer in bare.kernels.layers] == [layer.rho for layer in kernels.layers]
     else:
@@ -217,14 +217,7 @@ def allocated():
 
 def budgets_of(cache, model):
     model(tokens(1, 3), past_key_values=cache)
-    found = []
-    for layer in cache.layers:
-        row = [0, 0]
-        for group in layer.state.groups:
-            for head in torch.arange(2)[group.kv_heads].tolist():
-                row[head] = group.policy.budget
-        found.append(row)
-    return found
+    return [[policy.budget for policy in layer.state.policies()] for layer in cache.layers]
 
 
 @torch.no_grad()

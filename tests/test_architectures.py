@@ -113,7 +113,7 @@ def test_sizes_are_those_of_what_the_cache_is_given(name, kv_heads):
     cache = LessCache.for_model(model, SMALL)
     feed(model, tokens(1, 9), cache, prompt=9)
     state = cache.layers[0].state
-    assert (state.query_heads, state.kv_heads, state.groups[0].k.shape[-1]) == (4, kv_heads, 8)
+    assert (state.query_heads, state.kv_heads, state.parts[0].slots.k.shape[-1]) == (4, kv_heads, 8)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "opt"])

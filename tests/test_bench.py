@@ -12,7 +12,7 @@ from both_paths import heads_of
 from models import make_kernels, make_model
 from transformers import DynamicCache
 
-from less_fast import H2O, LayerState, LessCache, LessKernels, Window
+from less_fast import H2O, LayerState, LessCache, LessKernels, SnapKV, Window
 from less_fast.hf.architecture import sizes
 from less_fast.hf.cache import LessLayer
 from less_fast.measuring import bench, caches
@@ -55,7 +55,7 @@ def test_a_states_age_shifts_what_it_holds_and_leaves_empty_slots_empty():
     caches.fill(state, 3)
     caches.age(state, 10)
     assert state.n.tolist() == [13]
-    assert sorted(state.groups[0].position.flatten().tolist()) == [-1, -1, 10, 11, 12]
+    assert sorted(state.parts[0].slots.positions().flatten().tolist()) == [-1, -1, 10, 11, 12]
 
 
 def test_decoding_measures_every_cache_with_the_bytes_it_holds_and_leaves_the_model_as_it_was():
@@ -208,9 +208,9 @@ def test_caches_with_a_budget_table_share_slices_of_the_kernels_which_are_counte
     assert own == sum(weight.nbytes for weight in kernels.state_dict().values())
 
     def slices():
-        cache = LessCache.for_model(model, H2O(2, 2), kernels, table)
+        cache = LessCache.for_model(model, SnapKV(4, 4, 1), kernels, table)  # heads of other windows go apart
         model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
-        return [group.kernels for layer in cache.layers for group in layer.state.groups]
+        return [part.kernels for layer in cache.layers for part in layer.state.parts]
 
     first, told = slices(), kernels.memory()
     second = slices()

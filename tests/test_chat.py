@@ -7,7 +7,7 @@ import torch
 from caches import assert_same_states, feed
 from models import TEMPLATE, make_kernels, make_talking
 
-from less_fast import H2O, Full, LessCache, LessError
+from less_fast import H2O, LessCache, LessError, Window
 from less_fast.chat import Conversation
 
 GREEDY = dict(do_sample=False)
@@ -33,7 +33,7 @@ def says(tokenizer, *words):
     return GREEDY | dict(prefix_allowed_tokens_fn=lambda row, ids: [next(script)])
 
 
-@pytest.mark.parametrize("policy", [H2O(6, 6), Full()], ids=["h2o", "full"])
+@pytest.mark.parametrize("policy", [H2O(6, 6), Window(999)], ids=["h2o", "full"])
 def test_every_token_of_the_templates_text_goes_through_the_cache_once_and_in_its_order(talking, policy):
     """By hand: the text between answers, and the answers as they were written, in the same pieces."""
     model, tokenizer = talking

@@ -126,7 +126,7 @@ def test_the_standard_error_of_the_recovered_share_is_its_spread_over_samples_of
 def test_baseline_plus_is_the_smallest_budget_that_holds_the_bytes_of_less(policy, budget, rank, dtype):
     model, rule = make_model().to(dtype), POLICIES[policy].with_budget(budget)
     kernels = make_kernels(model, rank, rho=3)  # with 4, Baseline+ of float32 is equal to the byte
-    plus, bare = baseline_plus(model, rule, kernels), kernels.without_state() if rule.learned else None
+    plus, bare = baseline_plus(model, rule, kernels), kernels.without_state() if rule.needs == "rho" else None
 
     def held(rule, kernels=bare):
         cache = LessCache.for_model(model, rule, kernels, token_kinds=make_kinds())

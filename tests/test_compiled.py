@@ -26,7 +26,7 @@ from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, Case, Layer, Policy
 from transformers import CompileConfig
 
 import less_fast
-from less_fast import H2O, FastGen, Full, LessCache, Window
+from less_fast import H2O, FastGen, LessCache, Window
 from less_fast.layer import step as step_module
 from less_fast.layer.step import compiled, extend
 from paper_checks.architectures import tiny
@@ -60,7 +60,7 @@ def compile_steps(monkeypatch):
     """Every single token goes through compiled code, whoever calls `less_fast.extend`."""
 
     def step(state, q, *rest):
-        return (compiled(state, q) if q.shape[2] == 1 else extend)(state, q, *rest)
+        return (compiled(state, q, rest[3]) if q.shape[2] == 1 else extend)(state, q, *rest)
 
     monkeypatch.setattr(less_fast, "extend", step)
 
@@ -226,7 +226,7 @@ def test_generate_compiles_the_whole_model_once_where_it_is_told_to(no_recompile
             assert torch.equal(got, generate(model, ids, cache(), mask, disable_compile=True))
 
 
-@pytest.mark.parametrize("policy", [FastGen(11, 2, 2, 0.6), Full()])
+@pytest.mark.parametrize("policy", [FastGen(11, 2, 2, 0.6), Window(999)])
 def test_what_cannot_be_compiled_is_refused_and_never_compiled_by_generate(policy):
     model = make_model()
     with pytest.raises(ValueError, match="cannot be compiled"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from both_paths import allocate, at, batch, empty, heads_of, kinds_of, widened, with_pads
+from both_paths import allocate, at, batch, empty, heads_of, kinds_of, logits_of, widened, with_pads
 from caches import KINDS, feed, left_padded
 from closeness import assert_close
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, EVICTING, cases, ch
 
 import less_fast
 import less_ref
-from less_fast import H2O, FastGen, Full, Lambda, LayerState, LessCache, LessError, Retention, Window
+from less_fast import H2O, FastGen, Lambda, LayerState, LessCache, LessError, Retention, Window
 from less_fast.hf.positions import rotaries, trained_length
 from less_fast.layer.context import Context, Rotary
 from paper_checks.architectures import tiny
@@ -44,11 +44,10 @@ def test_a_stream_within_a_context_equals_the_reference_after_every_chunk(stream
     theirs = less_ref.Context(length, less_ref.Rotary(np.array(frequencies), interleaved), case.int8)
     qkv, state = batch(case, len(valid)), allocate(case, len(valid), movable=True)
     kinds, real, references = kinds_of(case, len(valid)), torch.from_numpy(valid), [empty(case) for _ in valid]
-    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
     for now in slices(case.chunks):
         q, k, v = at(with_pads(qkv, valid, fill=0), now)
         q, k = ours.enter(state, q, k, real[:, now])
-        out = less_fast.extend(state, q, k, v, real[:, now], case.scale, kinds[:, now], case.softcap, sinks)
+        out = less_fast.extend(state, q, k, v, real[:, now], logits_of(case), kinds[:, now])
         for row, mask in enumerate(valid):
             if mask[now].any():
                 policies = case.reference_of(case.kinds(row)[mask])
@@ -103,13 +102,14 @@ def test_slots_in_eight_bits_that_do_not_move_keep_their_bits_while_others_move(
     q, k, v = (torch.randn(2, 32, 60, 8, generator=generator) for _ in range(3))
     valid = torch.arange(60) >= torch.tensor([[0], [30]])  # the second row has seen half as many
     less_fast.extend(state, q, k, v, valid)
-    before = state.parts[0].k.clone()
+    before = state.parts[0].slots.k.clone()  # (2, T, 12)
     Context(64, rotary).make_room(state, torch.tensor([8, 8]))
     assert state.moved.tolist() == [32, 0]
-    moves = state.parts[0].position[0, 0] > 0  # what stood at 0 stays there
-    assert torch.equal(state.parts[0].k[1], before[1])
-    assert torch.equal(state.parts[0].k[0, :, ~moves], before[0, :, ~moves])
-    assert not (state.parts[0].k[0, :, moves, 4:] == before[0, :, moves, 4:]).all(-1).any()
+    slots = state.parts[0].slots
+    moves = slots.position[0] > 0  # what stood at 0 stays there
+    assert torch.equal(slots.k[1], before[1])
+    assert torch.equal(slots.k[0, ~moves], before[0, ~moves])
+    assert not (slots.k[0, moves, 4:] == before[0, moves, 4:]).all(-1).any()
 
 
 def test_a_chunk_that_cannot_find_room_is_refused_and_changes_nothing():
@@ -117,10 +117,10 @@ def test_a_chunk_that_cannot_find_room_is_refused_and_changes_nothing():
     state = LayerState.allocate(H2O(2, 2), 2, 1, 1, 4, movable=True)
     q, k, v = (torch.randn(2, 1, 8, 4) for _ in range(3))
     less_fast.extend(state, *Context(8, rotary).enter(state, q, k), v)
-    before = [tensor.clone() for _, tensor in state.tensors()]
+    before = [tensor.clone() for _, tensor in state.tensors().items()]
     with pytest.raises(LessError, match="5 tokens at once find no room in a context of 8: give at most 4"):
         Context(8, rotary).enter(state, q[:, :, :5], k[:, :, :5])
-    assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors()))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors().items()))
     step = less_ref.Context(8, less_ref.Rotary(np.ones(1))).extend
     with pytest.raises(ValueError, match="give at most 4"):
         less_ref.run(*np.zeros((3, 1, 13, 4)), less_ref.Window(2), chunks=[8, 5], step=step)
@@ -154,7 +154,7 @@ def test_a_stream_is_the_same_in_every_way_to_feed_it(policy, compile):
     ids = tokens(2, 50, seed=5)
 
     def cache(chunk=None):
-        kernels = WITH_RHO if policy.learned else KERNELS
+        kernels = WITH_RHO if policy.needs == "rho" else KERNELS
         return LessCache.for_model(MODEL, policy, kernels, chunk=chunk, token_kinds=KINDS, compile=compile, context=LENGTH)
 
     one_by_one = stream_logits(MODEL, ids, cache())
@@ -266,8 +266,6 @@ def test_what_cannot_stay_within_a_context_is_refused():
         LessCache.for_model(MODEL, Window(17), context=16)
     with pytest.raises(LessError, match="a context of 16 has fewer positions"):
         LessCache.for_model(MODEL, Window(4), budgets=[[2, 17], [2, 2]], context=16)
-    with pytest.raises(LessError, match="all tokens are kept"):
-        LessCache.for_model(MODEL, Full(), context=16)
     with pytest.raises(LessError, match="context"):
         LessCache.for_model(MODEL, Window(1), context=1)
     with pytest.raises(LessError, match="leave context out"):

@@ -157,7 +157,7 @@ def test_the_largest_sound_numbers_leave_a_finite_state_and_those_of_float16_fin
     for now in slices(case.chunks):
         out = extend(case, state, qkv, now)
         assert state.n == now.stop
-        assert all(tensor.isfinite().all() for _, tensor in state.tensors())
+        assert all(tensor.isfinite().all() for _, tensor in state.tensors().items())
         assert dtype != torch.float16 or out.isfinite().all()
 
 
@@ -182,11 +182,7 @@ def first_ordinary_and_then_all_alike(rng, chosen, q, k, v):
 
 def held_by(state):
     """For each KV head the positions that each row holds."""
-    heads = {}
-    for group in state.groups:
-        for index, g in enumerate(torch.arange(state.kv_heads, device=state.n.device)[group.kv_heads].tolist()):
-            heads[g] = [sorted(p for p in row if p >= 0) for row in group.position[:, index].tolist()]
-    return [heads[g] for g in range(state.kv_heads)]
+    return [[state.head(row, g)["position"].tolist() for row in range(len(state.n))] for g in range(state.kv_heads)]
 
 
 def with_eight_heads(name, *fields, chunks):
@@ -285,10 +281,10 @@ def test_the_state_and_the_output_have_the_documented_dtypes(case, dtype):
     for now in slices(case.chunks):
         assert extend(case, state, qkv, now).dtype == dtype
     assert state.n.dtype == torch.int64
-    for group in state.groups:
-        score = torch.int64 if isinstance(group.policy, less_fast.Scissorhands) else wide(dtype)
-        told = dict(k=dtype, v=dtype, position=torch.int32, score=score, H=wide(dtype), z=wide(dtype))
-        assert {name: getattr(group, name).dtype for name in told} == told
+    for part in state.parts:
+        score = torch.int64 if isinstance(part.policy, less_fast.Scissorhands) else wide(dtype)
+        told = dict(k=dtype, v=dtype, position=torch.int32, score=score, free=torch.int64, H=wide(dtype), z=wide(dtype))
+        assert {name: tensor.dtype for name, tensor in part.tensors().items()} == told
 
 
 @given(cases(**SHORT))
@@ -330,13 +326,13 @@ def drift(policy, length, seed=0):
     state, qkv, outs, held = allocate(case, dtype=torch.float32), batch(case, dtype=torch.float32), [], []
     for tokens in range(1, length + 1):
         outs.append(less_fast.extend(state, *at(qkv, slice(tokens - 1, tokens)))[0, :, 0])
-        held.append(state.groups[0].position[0].clone())
+        held.append(state.parts[0].slots.positions()[0].clone())
         if tokens in DRIFT:
             row = widened(x[0, :, :tokens] for x in qkv)
             out, heads = from_the_history(*row, torch.stack(held).numpy(), rounded(case.kernels, torch.float32))
             yield tokens, "out", error(torch.stack(outs), out)
             for head, wanted in zip(heads_of(state, 0), heads, strict=True):
-                for what in ("H", "z", "score")[: 2 + policy.fast.scored]:
+                for what in ("H", "z", "score")[: 2 + (policy.fast.queries != 0)]:
                     yield tokens, what, error(getattr(head, what), wanted[what])
 
 

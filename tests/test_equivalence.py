@@ -53,7 +53,7 @@ from strategies import (
 import less_fast
 import less_ref
 from less_fast.layer import parallel as parallel_module
-from less_fast.layer import step as step_module
+from less_fast.layer import prompt as prompt_module
 from less_fast.layer.parallel import eviction_times, merge, parallel
 
 WINDOW, LAMBDA, H2O = Policy("Window", (4,)), Policy("Lambda", (1, 3)), Policy("H2O", (2, 2))
@@ -76,19 +76,19 @@ def test_long_chunks_equal_the_reference_in_blocks_of_any_size(case_and_valid, q
     case, valid = case_and_valid
     rows = len(valid)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "QUERIES_AT_ONCE", queries)
-        patch.setattr(step_module, "ENTRIES_AT_ONCE", entries)
+        patch.setattr(prompt_module, "QUERIES_AT_ONCE", queries)
+        patch.setattr(prompt_module, "TOKENS_AT_ONCE", entries)
         qkv = with_pads(batch(case, rows), valid)
         assert_rows_equal_the_reference_alone(case, allocate(case, rows), [empty(case)] * rows, qkv, valid)
 
 
 def test_a_prompt_longer_than_every_block_equals_the_reference():
     case = Case(Layer(1, 2, 2, 2, 3), (1100, 1, 140), (Policy("H2O", (8, 8)),), 0.02, None, 3)
-    assert case.length > step_module.ENTRIES_AT_ONCE > step_module.QUERIES_AT_ONCE
+    assert case.length > prompt_module.TOKENS_AT_ONCE > prompt_module.QUERIES_AT_ONCE
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
-SIDES = [times * step_module.QUERIES_AT_ONCE + more for times in (1, 4) for more in (-1, 0, 1)]  # of blocks of queries
+SIDES = [times * prompt_module.QUERIES_AT_ONCE + more for times in (1, 4) for more in (-1, 0, 1)]  # of blocks of queries
 
 
 @pytest.mark.parametrize("length", SIDES)
@@ -101,7 +101,7 @@ def test_chunks_on_both_sides_of_every_block_of_queries_equal_the_reference(poli
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_as_many_entries_as_a_block_holds_are_folded_as_in_the_reference(more):
-    case = Case(Layer(1, 1, 2, 2, 3), (step_module.ENTRIES_AT_ONCE + 4 + more,), (WINDOW,), 1.0, None, 3)
+    case = Case(Layer(1, 1, 2, 2, 3), (prompt_module.TOKENS_AT_ONCE + 4 + more,), (WINDOW,), 1.0, None, 3)
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
@@ -116,7 +116,7 @@ def test_the_parallel_form_equals_the_references_streaming_on_both_sides_of_its_
 @pytest.mark.parametrize("policy", [Policy("TOVA", (6,)), Policy("Scissorhands", (6, 1, 4)), Policy("SnapKV", (6, 3, 1))])
 def test_a_prompt_of_which_only_the_last_queries_are_scored_equals_the_reference(policy):
     case = Case(Layer(2, 2, 4, 2, 3), (20, 1, 1), (policy,) * 2, 1.0, None, 3)
-    assert 0 < policy.fast.last_queries < 20
+    assert 0 < policy.fast.queries < 20
     assert_extends_alike(case, allocate(case), empty(case), batch(case), slices(case.chunks))
 
 
@@ -215,22 +215,22 @@ def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case
         less_fast.extend(saved, *at(batch(SAVED), now))
     less_fast.save_state(saved, tmp_path / "state")
     other = allocate(case, **instead)
-    before = [(name, tensor, tensor.clone()) for name, tensor in other.tensors()]
+    before = [(name, tensor, tensor.clone()) for name, tensor in other.tensors().items()]
     with pytest.raises(ValueError, match="holds a state of"):
         less_fast.load_state(other, tmp_path / "state")
-    for (name, tensor, copy), (_, now) in zip(before, other.tensors(), strict=True):
+    for (name, tensor, copy), (_, now) in zip(before, other.tensors().items(), strict=True):
         assert now is tensor, name
         assert torch.equal(tensor, copy), name
 
 
-def test_heads_that_differ_in_their_budgets_lie_together_if_they_are_few_and_files_hold_them_apart():
+def test_heads_that_differ_in_their_budgets_lie_together_if_they_are_few():
     budgets = [4, 16, 4]
     state = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets], 2, 6, 3, 8)
     (part,) = state.parts
-    assert part.k.shape == (2, 1, sum(budgets) + 3, 8)
-    assert [x.shape for name, x in state.saved().items() if name.endswith(".k")] == [(2, 2, 5, 8), (2, 1, 17, 8)]
+    assert part.slots.k.shape == (2, sum(budgets) + 3, 8)
     many = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets * 3], 2, 9, 9, 8)
-    assert [part.k.shape for part in many.parts] == [(2, 6, 5, 8), (2, 3, 17, 8)]
+    assert [part.slots.k.shape for part in many.parts] == [(2, 6 * 5 + 2 * 17, 8), (2, 17, 8)]
+    assert many.policies() == [less_fast.H2O(1, 1).with_budget(budget) for budget in budgets * 3]
 
 
 BY_HEAD = Case(Layer(3, 2, 4, 2, 3), (6, 1, 1, 3, 1, 1, 1), (H2O, Policy("H2O", (4, 3)), H2O), 1.0, None, 5)
@@ -262,7 +262,7 @@ def tensors_of(thing):
     if isinstance(thing, list | tuple):
         return [tensor for part in thing for tensor in tensors_of(part)]
     if hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
-        apart = ("kv_heads", "query_heads", "policy", "ragged")
+        apart = ("kv_heads", "query_heads", "policy", "layout")
         return [tensor for name, part in vars(thing).items() if name not in apart for tensor in tensors_of(part)]
     return []
 
@@ -284,26 +284,16 @@ def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(d
         # positions are int32, scores wide, save those of one policy, which are int64; and 8 for the tokens seen
         "bookkeeping": rows * (slots * 4 + (numbers["bookkeeping"] - slots) * wide(dtype).itemsize + own + 8),
     }
-    where = {name: tensor.data_ptr() for name, tensor in state.tensors()}
+    where = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
     for now in [slice(0, 0), *slices(case.chunks)]:
         if now.stop:
             extend(case, state, qkv, now)
         assert state.memory() == told
         assert sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(state)) == sum(told.values())
-        assert {name: tensor.data_ptr() for name, tensor in state.tensors()} == where
+        assert {name: tensor.data_ptr() for name, tensor in state.tensors().items()} == where
 
 
-def test_only_the_full_policy_grows_and_only_by_what_it_keeps():
-    case = Case(Layer(2, 1, 4, 2, 3), (1,) * 20, (Policy("Full", ()), WINDOW), 1.0, None, 0)
-    state, qkv = allocate(case), batch(case)
-    held = [state.memory()["entries"]]
-    for now in slices(case.chunks):
-        less_fast.extend(state, *at(qkv, now))
-        held.append(state.memory()["entries"])
-    assert set(np.diff(held)) == {2 * 4 * 8}
-
-
-GROWING = Case(Layer(2, 1, 4, 2, 3), (5, 1, 2), (Policy("Full", ()),) * 2, 1.0, None, 0)
+GROWING = Case(Layer(2, 1, 4, 2, 3), (5, 1, 2), (Policy("Window", (99,)),) * 2, 1.0, None, 0)
 """Heads that keep what they are given."""
 
 
@@ -314,7 +304,7 @@ def test_no_two_tensors_of_a_state_share_memory(case):
     state, qkv = allocate(case), batch(case)
     for now in slices(case.chunks):
         extend(case, state, qkv, now)
-        storages = [x.untyped_storage() for x in (*qkv, *(tensor for _, tensor in state.tensors())) if x.numel()]
+        storages = [x.untyped_storage() for x in (*qkv, *(tensor for _, tensor in state.tensors().items())) if x.numel()]
         assert len({storage.data_ptr() for storage in storages}) == len(storages)
 
 
@@ -335,7 +325,7 @@ def test_eviction_times_equal_the_references(case_and_rows):
         assert e[row].tolist() == as_integers(expected, case.length).tolist()
 
 
-@given(batch_of(cases(chunks=streaming, policy=policies(*ONE_AT_A_TIME, "Full")), st.integers(1, 2)), st.integers(1, 9))
+@given(batch_of(cases(chunks=streaming, policy=policies(*ONE_AT_A_TIME)), st.integers(1, 2)), st.integers(1, 9))
 def test_the_parallel_form_equals_the_references_streaming(case_and_rows, block):
     case, rows = case_and_rows
     qkv = batch(case, rows)
@@ -413,16 +403,16 @@ REFUSED = Case(Layer(2, 2, 4, 2, 3), (3,), (WINDOW,) * 2, 1.0, None, 0)
         (dict(k=torch.zeros(1, 2, 3, 4, dtype=torch.float16)), "q, k, v are torch.float32, torch.float16"),
         (dict(valid=torch.ones(1, 4, dtype=torch.bool)), "valid has shape (1, 4); this state wants (1, 3)"),
         (dict(valid=torch.ones(1, 3)), "valid must be bool"),
-        (dict(sinks=torch.ones(2)), "sinks has shape (2,); this state wants (4,)"),
+        (dict(logits=less_fast.Logits(sinks=torch.ones(2))), "sinks has shape (2,); this state wants (4,)"),
     ],
 )
 def test_extend_refuses_what_does_not_fit_and_changes_nothing(change, message):
     state = allocate(REFUSED, dtype=torch.float32)
     less_fast.extend(state, *batch(REFUSED, dtype=torch.float32))
-    before = [tensor.clone() for _, tensor in state.tensors()]
+    before = [tensor.clone() for _, tensor in state.tensors().items()]
     with pytest.raises(ValueError, match=re.escape(message)):
         less_fast.extend(state, **dict(zip("qkv", batch(REFUSED, dtype=torch.float32))) | change)
-    assert all(torch.equal(tensor, copy) for (_, tensor), copy in zip(state.tensors(), before))
+    assert all(torch.equal(tensor, copy) for (_, tensor), copy in zip(state.tensors().items(), before))
 
 
 @pytest.mark.parametrize(
@@ -489,8 +479,6 @@ def test_a_policy_with_its_own_budget_is_itself():
         assert policy.with_budget(policy.budget) == policy
 
 
-def test_h2o_needs_at_least_one_token_and_full_has_no_budget():
+def test_h2o_needs_at_least_one_token():
     with pytest.raises(ValueError, match=r"must be an integer from 1 to .*, not 0"):
         less_fast.H2O(2, 2).with_budget(0)
-    with pytest.raises(ValueError, match="keeps everything"):
-        less_fast.Full().with_budget(3)

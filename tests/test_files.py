@@ -158,7 +158,7 @@ def test_what_was_loaded_does_not_change_with_its_file(tmp_path, harm, dtype, in
     def said(kernels, cache, state):
         with torch.no_grad():
             steps = [model(tokens(1, 1, seed=5), past_key_values=cache).logits for _ in range(2)]
-        return [*kernels.state_dict().values(), *(x for _, x in state.tensors()), *steps]
+        return [*kernels.state_dict().values(), *(x for _, x in state.tensors().items()), *steps]
 
     wanted, loaded = said(*load()), load()
     for file in ("kernels.safetensors", "cache", "state"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import less_ref
-from less_fast import Full, LayerKernels, LayerState, LessKernels, extend
+from less_fast import LayerKernels, LayerState, LessKernels, Logits, Window, extend
 from less_fast.hub import CARD, CONFIG, WEIGHTS
 from less_fast.layer.features import FAMILIES, Elu, Exponential, Fourier, Performer, _directions
 
@@ -95,10 +95,10 @@ def test_where_phi_z_is_not_positive_there_is_no_virtual_token(seed, sign):
     q, k, v = torch.randn(3, 1, 1, 5, 4).double()
     phi, H, z = kernels.phi(q)[0, 0, -1], torch.randn(6, 4).double(), torch.randn(6).double()
     z *= sign * (phi @ z).sign()
-    state = LayerState.allocate(Full(), 1, 1, 1, 4, kernels, torch.float64)
+    state = LayerState.allocate(Window(999), 1, 1, 1, 4, kernels, torch.float64)
     for now in (slice(4), slice(4, 5)):
-        out = extend(state, q[:, :, now], k[:, :, now], v[:, :, now], scale=1.0)
-        state.groups[0].H[0, 0], state.groups[0].z[0, 0] = H, z
+        out = extend(state, q[:, :, now], k[:, :, now], v[:, :, now], logits=Logits(1.0))
+        state.parts[0].H[0, 0], state.parts[0].z[0, 0] = H, z
     logits, v, *low_rank = (x.numpy() for x in (k[0, 0] @ q[0, 0, -1], v[0, 0], phi, H, z))
     expected = less_ref.attend_literal(logits, v, *low_rank) if sign > 0 else less_ref.softmax(logits) @ v
     assert_close(less_ref.attend(logits, v, *low_rank), expected)

@@ -85,15 +85,15 @@ def test_the_fast_path_generates_as_the_authors_code(name):
     state = less_fast.LayerState.allocate(
         getattr(less_fast, policy)(*fields), 1, q.shape[0], k.shape[0], q.shape[2], fast_kernels(kernels), torch.float64
     )
-    group = state.groups[0]
+    group = state.parts[0]
     for c, now in enumerate(slices(chunks)):
         outs.append(less_fast.extend(state, *(torch.from_numpy(x[None, :, now]) for x in (q, k, v)))[0].transpose(0, 1))
-        position = group.position[0].numpy()
+        position = group.slots.positions()[0].numpy()
         kept = [some[some >= 0] for some in position]
         assert np.array_equal(as_kept(kept, file["keep_after"][c]), file["keep_after"][c])
         if policy == "H2O":
             for g, some in enumerate(position):
-                assert_close(group.score[0, g, some >= 0], file["scores_after"][c, g, some[some >= 0]], TIGHT)
+                assert_close(group.slots.scores()[0, g, some >= 0], file["scores_after"][c, g, some[some >= 0]], TIGHT)
         if kernels is not None:
             assert_close(group.H[0], file["H_after"][c], TIGHT)
             assert_close(group.z[0], file["z_after"][c], TIGHT)
@@ -235,8 +235,8 @@ def test_imported_checkpoints_hold_the_authors_state(name, tmp_path):
     state = less_fast.LayerState.allocate(rule, 1, q.shape[0], k.shape[0], q.shape[2], layer, torch.float64)
     for c, now in enumerate(slices(chunks)):
         less_fast.extend(state, *(torch.from_numpy(x[None, :, now]) for x in (q, k, v)))
-        assert_close(state.groups[0].H[0], file["H_after"][c], 1e-5)
-        assert_close(state.groups[0].z[0], file["z_after"][c], 1e-5)
+        assert_close(state.parts[0].H[0], file["H_after"][c], 1e-5)
+        assert_close(state.parts[0].z[0], file["z_after"][c], 1e-5)
 
 
 class Unwanted:

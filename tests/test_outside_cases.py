@@ -28,7 +28,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from less_fast import H2O, FastGen, Full, LayerKernels, LayerState, LessCache, LessError, LessKernels, extend
+from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessError, LessKernels, Logits, Window, extend
 from less_fast.demo import MODEL
 from less_fast.files import load_state, read, save_state
 from less_fast.hf.architecture import less_layers
@@ -261,13 +261,13 @@ def operate(model, cache, operation, kernels, path):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("llama", SMALL), ("llama", Full()), ("llama", FastGen(8, 2, 2, 0.6)), ("gemma2", SMALL), ("qwen3_5_text", SMALL)],
+    [("llama", SMALL), ("llama", Window(999)), ("llama", FastGen(8, 2, 2, 0.6)), ("gemma2", SMALL), ("qwen3_5_text", SMALL)],
 )
 def test_a_prompt_in_one_autograd_mode_is_gone_on_with_in_any_other(tmp_path, name, policy, operation):
     def run(begin, between, after):
         model = tiny(name)
         with MODES[begin]():
-            kernels = make_kernels(model).float() if name == "llama" and policy != Full() else None
+            kernels = make_kernels(model).float() if name == "llama" and policy != Window(999) else None
             cache = LessCache.for_model(model, policy, kernels, token_kinds=KINDS)
             model(input_ids=tokens(2, 9), past_key_values=cache)
         with MODES[between]():
@@ -284,17 +284,17 @@ def test_a_prompt_in_one_autograd_mode_is_gone_on_with_in_any_other(tmp_path, na
 
 
 @pytest.mark.parametrize("operation", ["go on", "reset", "reorder", "load"])
-@pytest.mark.parametrize("policy", [SMALL, Full(), FastGen(8, 2, 2, 0.6)], ids=repr)
+@pytest.mark.parametrize("policy", [SMALL, Window(999), FastGen(8, 2, 2, 0.6)], ids=repr)
 def test_a_layers_state_goes_on_in_any_autograd_mode(tmp_path, policy, operation):
     def tokens_of(seed):
         generator = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
-        return q, k, v, None, None, torch.randint(0, 3, (2, 7), generator=generator)
+        return q, k, v, None, Logits(), torch.randint(0, 3, (2, 7), generator=generator)
 
     def run(begin, between, after):
         with MODES[begin]():
             torch.manual_seed(0)
-            kernels = None if policy == Full() else LayerKernels(4, 2, 8, 3, 5).requires_grad_(False)
+            kernels = None if policy == Window(999) else LayerKernels(4, 2, 8, 3, 5).requires_grad_(False)
             state = LayerState.allocate(policy, 2, 4, 2, 8, kernels)
             extend(state, *tokens_of(0))
         with MODES[between]():
@@ -322,7 +322,7 @@ def test_a_layers_state_goes_on_in_any_autograd_mode(tmp_path, policy, operation
 @pytest.mark.parametrize("of", ["a soft prompt", "the weights"])
 def test_gradients_through_the_cache_are_refused_and_inference_is_not(name, of):
     model, cache = tiny(name).requires_grad_(of == "the weights"), None
-    for policy in (SMALL, Full()):
+    for policy in (SMALL, Window(999)):
         cache = LessCache.for_model(model, policy)
         feed(model, tokens(1, 9), cache)
         soft = model.get_input_embeddings()(tokens(1, 4)).detach().requires_grad_(of == "a soft prompt")
@@ -332,7 +332,7 @@ def test_gradients_through_the_cache_are_refused_and_inference_is_not(name, of):
             logits.sum().backward()
         with torch.no_grad():
             assert torch.equal(model(inputs_embeds=soft, past_key_values=twin, use_cache=True).logits, logits)
-        assert not any(tensor.requires_grad for layer in cache.less_layers for _, tensor in layer.state.tensors())
+        assert not any(tensor.requires_grad for layer in cache.less_layers for _, tensor in layer.state.tensors().items())
 
 
 # Which model it is.
@@ -599,14 +599,14 @@ def test_a_layer_is_loaded_only_into_a_state_of_as_many_rows_and_the_same_kernel
         wrong = [(layer_state(3, torch_kernels), "of 2 rows, not of 3 rows")]
         wrong += [(layer_state(2, others), "kernels")] if torch_kernels else []
         for state, match in wrong:
-            before = [tensor.clone() for _, tensor in state.tensors()]
+            before = [tensor.clone() for _, tensor in state.tensors().items()]
             with pytest.raises(LessError, match=match):
                 load_state(state, tmp_path / "layer")
-            assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors(), strict=True))
+            assert all(torch.equal(a, b) for a, (_, b) in zip(before, state.tensors().items(), strict=True))
         state = LayerState.allocate(SMALL, 2, 4, 2, 8, torch_kernels)
         load_state(state, tmp_path / "layer")
-        saved = dict(layer_state(2, torch_kernels).tensors())
-        assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors())
+        saved = dict(layer_state(2, torch_kernels).tensors().items())
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors().items())
 
 
 @pytest.mark.parametrize(("length", "other", "taken"), [(20, 16, False), (20, 4, False), (6, 16, True), (6, 4, False)])
@@ -682,12 +682,12 @@ def test_a_cache_is_not_pickled_and_says_what_to_do():
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("llama", SMALL), ("llama", Full()), ("llama", FastGen(8, 2, 2, 0.6)), ("gemma2", SMALL), ("qwen3_5_text", SMALL)],
+    [("llama", SMALL), ("llama", Window(999)), ("llama", FastGen(8, 2, 2, 0.6)), ("gemma2", SMALL), ("qwen3_5_text", SMALL)],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_of_a_cache_go_on_independently_and_share_the_model_and_the_kernels(name, policy, mode):
     model = tiny(name)
-    kernels = make_kernels(model).float() if name == "llama" and policy != Full() else None
+    kernels = make_kernels(model).float() if name == "llama" and policy != Window(999) else None
     cache = LessCache.for_model(model.requires_grad_(True), policy, kernels, token_kinds=KINDS)
     with MODES[mode]():
         model(input_ids=tokens(2, 12), past_key_values=cache)

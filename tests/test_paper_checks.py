@@ -17,9 +17,9 @@ from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
-from less_fast import H2O, Full, LessCache, LessError, LessKernels
+from less_fast import H2O, LessCache, LessError, LessKernels, Window
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
-from less_fast.layer import step as step_module
+from less_fast.layer.slots import Slots
 from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.measuring.reading import Reader
@@ -239,19 +239,19 @@ def test_swapped_tables_change_the_verdict_on_tables_of_other_texts(here, monkey
 
 def test_a_budget_that_is_ignored_changes_the_verdict_on_memory(here, healthy, monkeypatch):
     assert healthy("memory").verdict == HOLDS
-    monkeypatch.setattr(Subject, "policies", lambda subject: [Full()])
+    monkeypatch.setattr(Subject, "policies", lambda subject: [Window(999)])
     assert memory(here).verdict != HOLDS
 
 
 def test_a_copy_in_the_place_of_replacement_changes_the_verdict(here, healthy, monkeypatch):
     assert healthy("inplace").verdict == HOLDS
-    evict = step_module._evict
+    free_at = Slots.free_at
 
-    def elsewhere(group, *rest):
-        evict(group, *rest)
-        group.k = group.k.clone()
+    def elsewhere(slots, *rest):
+        free_at(slots, *rest)
+        slots.k = slots.k.clone()
 
-    monkeypatch.setattr(step_module, "_evict", elsewhere)
+    monkeypatch.setattr(Slots, "free_at", elsewhere)
     assert check("inplace", here).verdict != HOLDS
 
 
@@ -396,7 +396,7 @@ def test_the_harness_knows_the_model_by_its_name():
     model = get_model("less-kv").create_from_arg_string(arguments, {"batch_size": 4})
     cache = model.make(1)
     model.model(torch.arange(1, 60)[None], past_key_values=cache, use_cache=True)
-    assert {group.policy.budget for layer in cache.layers for group in layer.state.groups} == {24}  # 20, and the state's weight
+    assert {policy.budget for layer in cache.layers for policy in layer.state.policies()} == {24}  # 20, and the state's weight
     assert type(cache.layers[0].policy).__name__ == "Lambda"
     assert (model.batch_size, model.max_length) == (4, 400)
 

@@ -93,7 +93,7 @@ def test_batches_and_lengths_that_cannot_be_are_refused(wrong):
 def test_every_policys_cache_is_planned_with_its_scores(name):
     model = make_model().float()
     kinds = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    rho = make_kernels(model, rho=3).float().without_state() if POLICIES[name].learned else None
+    rho = make_kernels(model, rho=3).float().without_state() if POLICIES[name].needs == "rho" else None
     cache = LessCache.for_model(model, POLICIES[name], rho, token_kinds=kinds)
     with torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)

@@ -16,7 +16,7 @@ from strategies import cases, padded, policies, slices
 
 import less_fast
 import less_ref
-from less_fast.layer import features, step
+from less_fast.layer import features, prompt
 from less_fast.layer.policies import _bits_set, _later
 from less_fast.setting import POLICIES
 
@@ -181,12 +181,13 @@ def test_fastgen_chooses_as_worked_by_hand_each_head_and_row_for_itself(kinds, c
 
     state = less_fast.LayerState.allocate(rule, 2, 2, 2, 1)
     q, k = q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1)
-    less_fast.extend(state, q, k, k, scale=1.0, kinds=torch.tensor([[2, 2, 2, 2], kinds]))
-    (group,) = state.groups
-    assert tuple(sorted(held[held >= 0].tolist()) for held in group.position[1]) == kept
+    less_fast.extend(state, q, k, k, logits=less_fast.Logits(1.0), kinds=torch.tensor([[2, 2, 2, 2], kinds]))
+    (group,) = state.parts
+    assert tuple(sorted(held[held >= 0].tolist()) for held in group.slots.positions()[1]) == kept
     for _ in range(2):
-        assert group.score[..., 4].amax(-1).tolist() == [[1, 1], list(choices)]
-        less_fast.extend(state, *(x[:, :, :1] for x in (q, k, k)), scale=1.0, kinds=torch.tensor([[1], [1]]))  # they choose once
+        assert group.slots.scores()[..., 4].amax(-1).tolist() == [[1, 1], list(choices)]
+        token = [x[:, :, :1] for x in (q, k, k)]
+        less_fast.extend(state, *token, logits=less_fast.Logits(1.0), kinds=torch.tensor([[1], [1]]))  # they choose once
 
 
 def fastgen_choices(rule, kinds, dtype):
@@ -196,7 +197,7 @@ def fastgen_choices(rule, kinds, dtype):
     trace = less_ref.run(q, k, k, less_ref.FastGen(**vars(rule), kinds=tuple(kinds)), chunks=[n])
     state = less_fast.LayerState.allocate(rule, 1, 1, 1, 1, dtype=dtype)
     less_fast.extend(state, *(torch.from_numpy(x)[None].to(dtype) for x in (q, k, k)), kinds=torch.tensor([kinds]))
-    return trace.heads[0][0].score[0, 3], state.groups[0].score[..., 4].amax().item()
+    return trace.heads[0][0].score[0, 3], state.parts[0].slots.scores()[..., 4].amax().item()
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=12), st.integers(0, 4), st.sampled_from([torch.float64, torch.float32]))
@@ -316,7 +317,7 @@ def test_a_policy_of_ones_own_works_in_every_chunking(chunks):
     torch.manual_seed(0)
     for m in chunks:
         less_fast.extend(state, torch.randn(2, 2, m, 4), torch.randn(2, 1, m, 4), torch.randn(2, 1, m, 4))
-    held = state.groups[0].position
+    held = state.parts[0].slots.positions()
     assert sorted(held[held >= 0].tolist()) == [6, 6, 8, 8, 10, 10]
 
 
@@ -325,7 +326,10 @@ class Forgets(less_fast.Policy):
     """Tokens of kind 1 go, all at once, when one of kind 2 comes. Beside the kind stands how many queries saw the token."""
 
     budget: int
-    score_shape, kinds, one_leaves = (2,), True, False
+    score_shape, needs, one_leaves = (2,), "kinds", False
+
+    def born(self, tokens, kernels):
+        return torch.stack([tokens.kinds, 0 * tokens.kinds], -1)[:, None]  # (N, 1, m, 2)
 
     def update(self, score, p, visible):
         return score + torch.nn.functional.pad(visible.sum(2)[..., None], (1, 0))
@@ -345,10 +349,10 @@ def test_a_policy_of_ones_own_may_ask_for_kinds_and_let_several_tokens_go_at_onc
     state = less_fast.LayerState.allocate(Forgets(12), 2, 2, 1, 4, kernels)
     for now in slices(chunks):
         less_fast.extend(state, q[:, :, now], k[:, :, now], v[:, :, now], kinds=kinds[:, now])
-    (group,) = state.groups
+    (group,) = state.parts
     for row in range(2):
-        held = group.position[row, 0] >= 0
-        position, score = group.position[row, 0, held], group.score[row, 0, held]
+        held = group.slots.positions()[row, 0] >= 0
+        position, score = group.slots.positions()[row, 0, held], group.slots.scores()[row, 0, held]
         assert sorted(position.tolist()) == kept[row]
         assert score.tolist() == [[kinds[row, j], 12 - j] for j in position.tolist()]
         gone = [j for j in range(12) if j not in kept[row]]
@@ -392,13 +396,13 @@ class Notes(less_fast.Policy):
 
 
 def test_entries_are_ranked_once_at_the_end_of_a_chunk_and_the_rank_may_note_something_in_the_score(monkeypatch):
-    monkeypatch.setattr(step, "QUERIES_AT_ONCE", 2)
+    monkeypatch.setattr(prompt, "QUERIES_AT_ONCE", 2)
     rule = Notes(4)
     state = less_fast.LayerState.allocate(rule, 1, 1, 1, 2)
     for m in (17, 1, 2):  # of one head four times as many queries are attended at once
         less_fast.extend(state, *torch.zeros(3, 1, 1, m, 2))
     three, one = ["update"] * 3, ["update"]
     assert rule.called == [*three, "rank 17", *one, "rank 18", *one, "rank 20"]
-    (group,) = state.groups
-    counted = dict(zip(group.position.flatten().tolist(), group.score.flatten().tolist()))
+    (group,) = state.parts
+    counted = dict(zip(group.slots.positions().flatten().tolist(), group.slots.scores().flatten().tolist()))
     assert [counted[j] for j in (16, 17, 18, 19)] == [3, 2, 1, 1]

@@ -30,7 +30,7 @@ def test_its_loop_is_that_of_a_cache(policy, int8, with_state):
     kernels = make_kernels(model, rho=5).float()
     memory = rivals.LowRank if with_state else None
     found = rivals.losses(model, windows, [rivals.Contender("", policy, memory, int8).attention(x) for x in kernels.layers])
-    own = kernels if with_state else kernels.without_state() if policy.learned else None
+    own = kernels if with_state else kernels.without_state() if policy.needs == "rho" else None
     cache = Contender("less", policy, None, lambda chunk: LessCache.for_model(model, policy, own, "uniform", chunk, int8=int8))
     assert error(found, window_losses(model, windows, cache)) < 1e-5
 

@@ -235,10 +235,10 @@ def test_weights_that_are_assigned_again_and_again_are_never_taken_for_those_tha
 def test_caches_of_one_model_share_the_kernels_of_heads_apart():
     model = make_model()
     kernels = make_kernels(model)
-    caches = [LessCache.for_model(model, H2O(2, 2), kernels, TABLE) for _ in range(2)]
+    caches = [LessCache.for_model(model, SnapKV(4, 4, 1), kernels, TABLE) for _ in range(2)]  # other windows, other parts
     for cache in caches:
         model(tokens(1, 5), past_key_values=cache)
-    one, other = ([group.kernels for layer in cache.layers for group in layer.state.groups] for cache in caches)
+    one, other = ([part.kernels for layer in cache.layers for part in layer.state.parts] for cache in caches)
     assert len(one) == 5
     assert all(a is b for a, b in zip(one, other, strict=True))
 

@@ -13,7 +13,7 @@ from models import make_kernels, make_model, tokens
 from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, cases, slices
 
 import less_ref
-from less_fast import H2O, Full, Lambda, LayerState, LessCache, LessError, Window, extend
+from less_fast import H2O, Lambda, LayerState, LessCache, LessError, Window, extend
 from less_fast.layer.slots import packed, unpacked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -44,11 +44,6 @@ def test_zeros_stay_zeros_and_numbers_at_the_limit_stay_finite():
     assert unpacked(packed(x), torch.float32).tolist() == [[0, 0, 0, 0], [pytest.approx(1e12), pytest.approx(-1e12), 0, 0]]
 
 
-def test_what_is_stored_as_it_is_comes_back_itself():
-    x = torch.randn(3, 4, dtype=torch.bfloat16)
-    assert unpacked(x, torch.float32) is x
-
-
 def test_a_head_dim_without_room_for_a_scale_is_refused_and_so_is_another_dtype():
     with pytest.raises(LessError, match="multiple of 4, not 6: leave int8 out"):
         LayerState.allocate(H2O(2, 2), 1, 2, 1, 6, int8=True)
@@ -75,9 +70,9 @@ def test_a_half_precision_layer_computes_in_float32_from_the_bits_that_its_slots
     for now in slices(case.chunks):
         out = extend_case(case, half, qkv, now)
         wanted = extend_case(case, single, [x.float() for x in qkv], now)
-        if now.start or now.stop == 1 or all(policy.fast.scored for policy in case.policies):
+        if now.start or now.stop == 1 or all(policy.fast.queries != 0 for policy in case.policies):
             assert torch.equal(out, wanted.to(dtype))
-        for (name, a), (_, b) in zip(half.tensors(), single.tensors(), strict=True):
+        for (name, a), (_, b) in zip(half.tensors().items(), single.tensors().items(), strict=True):
             assert torch.equal(a.to(b.dtype), b), name
 
 
@@ -95,7 +90,7 @@ def test_a_cache_with_such_slots_says_nearly_the_same_and_holds_fewer_bytes(dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("policy", [Lambda(1, 3), Window(4), Full()])
+@pytest.mark.parametrize("policy", [Lambda(1, 3), Window(4), Window(999)])
 def test_a_prompt_that_nobody_scores_reads_keys_and_values_as_they_are_stored(policy, dtype):
     """Not rounded to the dtype once more."""
     q, k, v = (torch.randn(1, heads, 12, 8, generator=torch.Generator().manual_seed(heads)).to(dtype) for heads in (4, 2, 2))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from both_paths import allocate, assert_identical, at, batch, kinds_of, with_pads
+from both_paths import allocate, assert_identical, at, batch, kinds_of, logits_of, with_pads
 from hypothesis import given
 from strategies import ANY_ATTENTION, ANY_POLICY, cases, padded
 
@@ -16,19 +16,17 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 def inputs(case, valid):
     rows = len(valid)
-    sinks = None if case.sinks is None else torch.from_numpy(case.sinks)
-    return with_pads(batch(case, rows), valid), torch.from_numpy(valid), kinds_of(case, rows), sinks
+    return with_pads(batch(case, rows), valid), torch.from_numpy(valid), logits_of(case), kinds_of(case, rows)
 
 
 @given(padded(cases(policy=ANY_POLICY, attention=ANY_ATTENTION)))
 def test_a_stream_is_extend_token_by_token(case_and_valid):
     case, _ = case_and_valid
-    qkv, valid, kinds, sinks = inputs(*case_and_valid)
+    qkv, valid, logits, kinds = inputs(*case_and_valid)
     state, other = (allocate(case, len(valid)) for _ in range(2))
-    out = stream(state, *qkv, valid, case.scale, kinds, case.softcap, sinks)
+    out = stream(state, *qkv, valid, logits, kinds)
     steps = (slice(i, i + 1) for i in range(case.length))
-    rest = case.softcap, sinks
-    expected = [less_fast.extend(other, *at(qkv, now), valid[:, now], case.scale, kinds[:, now], *rest) for now in steps]
+    expected = [less_fast.extend(other, *at(qkv, now), valid[:, now], logits, kinds[:, now]) for now in steps]
     assert torch.equal(out, torch.cat(expected, 2))
     assert_identical(state, other)
 
@@ -49,7 +47,7 @@ def test_a_graph_of_the_step_is_the_step(policy, dtype, monkeypatch):
         state = less_fast.LayerState.allocate(policy, 3, 6, 2, 16, kernels, dtype, device)
         out = stream(state, q[:, :, :25], k[:, :, :25], v[:, :, :25], valid[:, :25])
         out = torch.cat([out, stream(state, q[:, :, 25:], k[:, :, 25:], v[:, :, 25:], valid[:, 25:])], 2)
-        results.append((out, [tensor for _, tensor in state.tensors()], eviction_times(q, k, v, policy)))
+        results.append((out, [tensor for _, tensor in state.tensors().items()], eviction_times(q, k, v, policy)))
     (out, tensors, e), (expected, others, expected_e) = results
     assert torch.equal(out, expected)
     assert all(torch.equal(one, other) for one, other in zip(tensors, others, strict=True))

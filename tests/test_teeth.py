@@ -8,29 +8,31 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import less_fast
-from less_fast.layer import step
+from less_fast.layer import decode, prompt
 from less_fast.layer.context import Context
+from less_fast.layer.slots import Slots, unpacked
+from less_fast.layer.state import Part
 
 
 def a_fold_is_skipped(patch):
-    fold = step._fold
-    patch.setattr(step, "_fold", lambda group, entries, *which: fold(group, entries, *(x[:, :, 1:] for x in which)))
+    fold = Part.fold
+    patch.setattr(Part, "fold", lambda part, *tokens: fold(part, *(x[:, :, 1:] for x in tokens)))
 
 
-def entries_are_folded_twice(patch):
-    fold = step._fold
-    patch.setattr(step, "_fold", lambda *args: (fold(*args), fold(*args)))
+def tokens_are_folded_twice(patch):
+    fold = Part.fold
+    patch.setattr(Part, "fold", lambda *args: (fold(*args), fold(*args)))
 
 
 def z_is_dropped(patch):
-    fold = step._fold
+    fold = Part.fold
 
-    def fold_into_H_alone(group, *args):
-        z = group.z.clone()
-        fold(group, *args)
-        group.z.copy_(z)
+    def fold_into_H_alone(part, *tokens):
+        z = part.z.clone()
+        fold(part, *tokens)
+        part.z.copy_(z)
 
-    patch.setattr(step, "_fold", fold_into_H_alone)
+    patch.setattr(Part, "fold", fold_into_H_alone)
 
 
 def the_maximum_is_evicted(patch):
@@ -42,16 +44,15 @@ def the_maximum_is_evicted(patch):
 
 def the_virtual_token_is_not_weighed_against_the_largest_logit(patch):
     """share = sigmoid(log mass - log total), without the largest logit, which both sums must be relative to."""
-    attend = step.attend
+    weigh = decode.weigh
 
-    def without_the_largest(q, k, v, visible, clear, real, scale, low_rank=None, *unusual):
-        if low_rank is not None:
-            logits = torch.einsum("nhgmd,nhsd->nhgms", q * scale, k).masked_fill(~visible[:, :, None], -torch.inf)
-            phi, *state = low_rank
-            low_rank = phi * logits.amax(-1, keepdim=True).exp(), *state
-        return attend(q, k, v, visible, clear, real, scale, low_rank, *unusual)
+    def without_the_largest(dots, hidden, *rest):
+        largest = dots.masked_fill(hidden[:, :, None], -torch.inf).amax(-1, keepdim=True)
+        p, lse = weigh(dots, hidden, *rest)
+        return p, lse - largest
 
-    patch.setattr(step, "attend", without_the_largest)
+    for module in (decode, prompt):
+        patch.setattr(module, "weigh", without_the_largest)
 
 
 def the_recent_window_is_one_too_short(patch):
@@ -59,24 +60,15 @@ def the_recent_window_is_one_too_short(patch):
     patch.setattr(less_fast.H2O, "rank", lambda self, position, score, n: rank(self, position, score, n + 1))
 
 
-def scores_come_after_the_eviction(patch):
-    attend_and_score, evict, late = step._attend_and_score, step._evict, {}
+def scores_come_a_step_late(patch):
+    late = {}
 
-    def put_the_scores_off(group, entries, *args):
-        before = entries.score.clone()
-        out = attend_and_score(group, entries, *args)
-        late.update(position=entries.position.clone(), score=entries.score.clone())
-        entries.score.copy_(before)
-        return out
+    def update(self, score, p, visible):
+        now = p.sum((2, 3))
+        before, late[now.shape] = late.get(now.shape, 0), now
+        return score + before
 
-    def evict_and_then_score(group, *args):
-        evict(group, *args)
-        same = (group.position[..., None] == late["position"][:, :, None]) & (group.position >= 0)[..., None]
-        score = late["score"].view(*late["score"].shape[:3], -1)
-        group.score.copy_((same.to(score.dtype) @ score).view_as(group.score))
-
-    patch.setattr(step, "_attend_and_score", put_the_scores_off)
-    patch.setattr(step, "_evict", evict_and_then_score)
+    patch.setattr(less_fast.H2O, "update", update)
 
 
 def outputs_share_their_memory(patch):
@@ -126,8 +118,10 @@ def every_row_begins_anew_when_one_moves(patch):
 
 
 def eight_bits_are_unpacked_to_bfloat16(patch):
-    unpacked = step.unpacked
-    patch.setattr(step, "unpacked", lambda x, dtype: unpacked(x, torch.bfloat16 if x.dtype == torch.int8 else dtype))
+    read = Slots.read
+    patch.setattr(
+        Slots, "read", lambda slots, x: (unpacked(x, torch.bfloat16) if x.dtype == torch.int8 else read(slots, x)).float()
+    )
 
 
 STOP_AT_ONCE = dict(derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
@@ -170,12 +164,12 @@ def any_history_in_bfloat16(patch):
 
 TESTS = {
     a_fold_is_skipped: padded_rows,
-    entries_are_folded_twice: every_chunk,
+    tokens_are_folded_twice: every_chunk,
     z_is_dropped: lower_precision,
     the_maximum_is_evicted: lower_precision,
     the_virtual_token_is_not_weighed_against_the_largest_logit: huge_logits,
     the_recent_window_is_one_too_short: every_chunk,
-    scores_come_after_the_eviction: padded_rows,
+    scores_come_a_step_late: padded_rows,
     outputs_share_their_memory: earlier_outputs,
 }
 

@@ -33,7 +33,7 @@ def generate(model, cache, seed, wait=lambda: None):
         ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
         found.append(ids)
     states = [layer.state for layer in cache.layers] if isinstance(cache, LessCache) else []
-    return torch.cat(found, 1), [tensor.clone() for state in states for _, tensor in state.tensors()]
+    return torch.cat(found, 1), [tensor.clone() for state in states for _, tensor in state.tensors().items()]
 
 
 @pytest.mark.parametrize("with_kernels", [False, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import make_kernels, make_model, tokens
 
-from less_fast import H2O, TOVA, FastGen, Full, Lambda, LessError
+from less_fast import H2O, TOVA, FastGen, Lambda, LessError, Window
 from less_fast.hf.architecture import sizes
 from less_fast.hf.identity import identity
 from less_fast.setting import Setting
@@ -58,7 +58,7 @@ WRONG_WINDOWS = [
         ({"policy": "h2o"}, "a policy is something like H2O"),
         ({"policy": FastGen(4, 1, 1, 0.5)}, "evicts one token at a time, and FastGen"),
         ({"policy": Kinds(3, 3)}, "asks for the kinds of tokens"),
-        ({"policy": Full()}, "nothing is evicted within 30 tokens"),
+        ({"policy": Window(999)}, "nothing is evicted within 30 tokens"),
         ({"policy": H2O(15, 14)}, "nothing is evicted within 30 tokens"),
         ({"policy": Lambda(4, 2)}, "a budget of 2 leaves no recent tokens beside 4 sinks"),
         ({"policy": TOVA(6), "curves": True}, "whose heads each keep a number of their own"),
@@ -258,7 +258,7 @@ def test_windows_too_short_for_two_budgets_have_no_grid(policy, length):
         ({"budgets": [4.0]}, "must be an integer from 1 to 30, not 4.0"),
         ({"budgets": [2, 8], "policy": Lambda(3, 1)}, "a budget of 2 leaves no recent tokens"),
         *(({"policy": policy}, "whose heads each keep a number of their own")
-          for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Full(), Kinds(2, 2))),
+          for policy in (TOVA(4), FastGen(4, 1, 1, 0.9), Window(999), Kinds(2, 2))),
         ({"policy": "h2o"}, "a policy is something like H2O"),
         ({"by": "taste"}, "measured by kl or gradient, not by 'taste'"),
         ({"kernels": "mine"}, "kernels are LessKernels"),
@@ -322,7 +322,7 @@ def test_settings_that_are_not_streamed_token_by_token_have_no_divergence():
         divergence(model, WINDOWS, setting(model, FastGen(4, 1, 1, 0.5)))
     with pytest.raises(LessError, match="texts must be an int64 tensor"):
         divergence(model, WINDOWS.float(), setting(model, H2O(2, 2)))
-    assert divergence(model, WINDOWS, setting(model, Full())).item() == pytest.approx(0, abs=1e-12)
+    assert divergence(model, WINDOWS, setting(model, Window(999))).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("index", [0, 3])

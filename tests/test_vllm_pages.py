@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from both_paths import assert_same_state, empty, extend_reference, widened
+from both_paths import assert_same_state, empty, extend_reference, logits_of, widened
 from closeness import assert_close
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -27,11 +27,8 @@ def pages_of(paged, gap):
 def paged_layer(case, chunk, gap):
     layer, rule = case.layer, case.fast[0] if len(set(case.fast)) == 1 else case.fast
     kernels = fast_kernels(case.kernels, layer, rho=case.rho)
-    heads, sinks = (
-        (layer.query_heads, layer.kv_heads, layer.head_dim),
-        None if case.sinks is None else torch.from_numpy(case.sinks),
-    )
-    paged = PagedLayer(rule, kernels, heads, torch.float64, chunk, case.scale, case.softcap, sinks, case.int8)
+    heads = layer.query_heads, layer.kv_heads, layer.head_dim
+    paged = PagedLayer(rule, kernels, heads, torch.float64, chunk, logits_of(case), case.int8)
     paged.bind(pages_of(paged, gap))
     return paged
 

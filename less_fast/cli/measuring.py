@@ -151,7 +151,7 @@ def bench(
 ) -> None:
     """Speed and memory of full caches, the bare policy and LESS, in turns, on random tokens: a step, decoding, prefill."""
     rule = policy_named(policy.value, budget, length)
-    if rule.budget is None or rule.kinds:
+    if rule.needs == "kinds":
         raise LessError(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")
     try:
         batches = [int(number) for number in batch.split(",")]
@@ -166,7 +166,7 @@ def bench(
     check_length(network, length + benchmark.steps_of(rounds))
     learned = load_kernels(network, kernels, seed) if kernels else None
     if learned is None:
-        rho = RHO_HIDDEN if rule.learned else None
+        rho = RHO_HIDDEN if rule.needs == "rho" else None
         learned = LessKernels(**sizes(network), rank=rank, hidden=hidden, family=family.value, rho=rho).requires_grad_(False)
     learned = learned.to(network.device)
     with errors.status("measuring, all caches in turns ...") as status:

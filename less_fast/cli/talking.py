@@ -129,7 +129,7 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
     network, tokenizer = load_model(model, device, dtype.value)
     learned = load_kernels(network, kernels, seed)
     rule = best_policy(learned, tokens) if policy.value == BEST else policy_named(policy.value, tokens)
-    kinds = token_kinds(tokenizer) if rule.kinds else None
+    kinds = token_kinds(tokenizer) if rule.needs == "kinds" else None
 
     def cache_for(length):
         trained = trained_length(network, learned)

@@ -96,7 +96,7 @@ class LessCache(WatchedCache):
             check_kernels(model, given)
         setting = Setting.of(model_sizes, served, policy, kernels, budgets, chunk, context, int8)
         table = isinstance(token_kinds, torch.Tensor) and token_kinds.ndim == 1 and not token_kinds.is_floating_point()
-        if policy.kinds and not table:
+        if policy.needs == "kinds" and not table:
             raise LessError(f"{policy} needs token_kinds, the kind of each token id: get them with token_kinds(tokenizer)")
         if compile and not policy.one_leaves:
             raise LessError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
@@ -115,7 +115,7 @@ class LessCache(WatchedCache):
         known = None if kernels is None or kernels.sizes["family"] == "none" else kernels.window
         if known is not None and (context is None or context > known):
             cache.trained = known
-        if policy.kinds and token_kinds is not None:
+        if policy.needs == "kinds" and token_kinds is not None:
             unused = max(0, config.vocab_size - len(token_kinds))  # a model may have more rows than its tokenizer has tokens
             with torch.inference_mode(False):
                 cache.token_kinds = torch.nn.functional.pad(token_kinds, (0, unused)).to(device_of(model))
@@ -247,7 +247,7 @@ class LessCache(WatchedCache):
         twin = type(self)(layers=[])
         shared = [self.config, self.setting, *(layer.kernels for layer in self.less_layers)]
         states = [layer.state for layer in self.less_layers if layer.state]
-        shared += [group.kernels for state in states for group in (*state.parts, *state.groups)]
+        shared += [part.kernels for state in states for part in state.parts]
         memo |= {id(part): part for part in shared} | {id(self): twin}
         with torch.inference_mode(False):
             for layer in self.layers:  # what a pass with gradients left in layers of transformers' own has a graph behind it

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from ..kernels import LessKernels
 from ..layer.checks import LessError
-from ..layer.policies import Full
+from ..layer.policies import Window
 from ..layer.state import LayerState
 from ..layer.step import extend
 from .architecture import calls_sdpa, check_model, decoder_of, device_of, heads_mesh, less_layers, sizes
@@ -103,11 +103,11 @@ class Observed(TaggingLayer):
 
     qkv: tuple[torch.Tensor, ...]
 
-    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+    def attend(self, query, key, value, valid, logits):
         self.qkv = query, key, value
-        (N, query_heads, _, D), kv_heads = query.shape, key.shape[1]
-        state = LayerState.allocate(Full(), N, query_heads, kv_heads, D, None, key.dtype, key.device)
-        return extend(state, query, key, value, None, scaling, None, softcap, sinks)
+        (N, query_heads, T, D), kv_heads = query.shape, key.shape[1]
+        state = LayerState.allocate(Window(T), N, query_heads, kv_heads, D, None, key.dtype, key.device)
+        return extend(state, query, key, value, None, logits)
 
     def get_seq_length(self) -> int:
         return 0

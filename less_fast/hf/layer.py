@@ -62,29 +62,33 @@ class LessLayer(TaggingLayer):
     def pin_addresses(self) -> None:
         """CUDA graphs may only change what stays at its address."""
         if self.state is not None and self.device.type == "cuda" and self.is_compileable:
-            for tensor in (*self.clock.tensors(), *(tensor for _, tensor in self.state.tensors())):
+            for tensor in (*self.clock.tensors(), *self.state.tensors().values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def attend(self, query, key, value, valid, scaling, softcap, sinks):
+    def attend(self, query, key, value, valid, logits):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
         if self.state is None:
             self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
-        step, kinds, self.kinds, outs = extend, self.kinds, None, []
+        step, kinds, self.kinds = extend, self.kinds, None
         if self.chunk == 1 and (m > 1 or self.compile):  # compiled, one token is laid out as those of longer pieces
             step = partial(stream, compile=self.compile)
         elif m == 1 and self.compile:
-            step = compiled(self.state, query, softcap, sinks is not None)
+            step = compiled(self.state, query, logits)
         context = self.context
         if context is not None and self.get_seq_length() + m <= context.length:
             context = None  # nothing has moved, and nothing will
-        for now in self._pieces(m, valid, context):
-            q, k, v = (x[:, :, now] for x in (query, key, value))
-            if context is not None:
-                q, k = (context.place(self.state, x) for x in (q, k))
-            mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
-            outs.append(step(self.state, q, k, v, mask, scaling, kind, softcap, sinks))
+        if context is None and (m == 1 or self.chunk is None):
+            out = step(self.state, query, key, value, valid, logits, kinds)  # (N, Hq, m, D)
+        else:
+            outs = []
+            for now in self._pieces(m, valid, context):
+                q, k, v = (x[:, :, now] for x in (query, key, value))
+                if context is not None:
+                    q, k = (context.place(self.state, x) for x in (q, k))
+                mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
+                outs.append(step(self.state, q, k, v, mask, logits, kind))
+            out = torch.cat(outs, 2)
         self.clock.m, self.clock.valid = m, valid
-        out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]  # (N, Hq, m, D)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in (query, key, value)):
             return _WithoutGradients.apply(out, query, key, value)
         return out

@@ -112,7 +112,7 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
         return {name: x for name in ("keys", "values") if (x := getattr(layer, name)) is not None}
     if layer.state is None:
         return {}
-    return layer.state.saved()
+    return layer.state.tensors()
 
 
 def _fill(layer, held, heads, dtype, device):

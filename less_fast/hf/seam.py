@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ..layer.attend import Logits
 from ..layer.checks import LessError
 from .architecture import calls_sdpa, check_model, device_of, layers_of, less_layers
 from .clock import Clock
@@ -52,7 +53,7 @@ class TaggingLayer(CacheLayerMixin):
         self.unread = self.reached = True
         return tagged, value_states
 
-    def read(self, query, key, value, valid, scaling, softcap=None, sinks=None) -> torch.Tensor:
+    def read(self, query, key, value, valid, logits: Logits) -> torch.Tensor:
         """What the attention function calls, once for the keys of one update."""
         if not self.unread:
             raise LessError(
@@ -65,10 +66,10 @@ class TaggingLayer(CacheLayerMixin):
                 f"latent attention has): LESS serves keys and values of one head_dim; use transformers' own cache for it"
             )
         self.unread = False
-        return self.attend(query, key, value, valid, scaling, softcap, sinks)
+        return self.attend(query, key, value, valid, logits)
 
     @abstractmethod
-    def attend(self, query, key, value, valid, scaling, softcap, sinks) -> torch.Tensor:
+    def attend(self, query, key, value, valid, logits: Logits) -> torch.Tensor:
         """query (N, Hq, m, D), key, value (N, Hkv, m, D), valid (N, m) bool or None -> (N, Hq, m, D)."""
 
     def get_max_length(self) -> int:
@@ -87,13 +88,13 @@ class FunctionLayer(TaggingLayer):
         super().__init__(by_sdpa)
         self.attention = attention
 
-    def attend(self, query, key, value, valid, scaling, softcap, sinks):
-        if softcap is not None or sinks is not None:
+    def attend(self, query, key, value, valid, logits):
+        if not logits.plain:
             raise LessError(
                 "kernels and budget tables are made for plain softmax attention, not yet with a softcap or sinks: use this model "
                 "with the bare policy"
             )
-        return self.attention(query, key, value, scaling)
+        return self.attention(query, key, value, logits.scale)
 
     def get_seq_length(self) -> int:
         return 0
@@ -199,7 +200,7 @@ def less_attention(module, query, key, value, attention_mask, scaling=None, drop
             f"a LessCache does not support {', '.join(refused) or _NOT_CAUSAL}: use transformers' own cache for such a model"
         )
     valid = _valid(attention_mask, query)
-    out = layer.read(query, key, value, valid, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+    out = layer.read(query, key, value, valid, Logits(scaling, kwargs.get("softcap"), kwargs.get("s_aux")))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -262,7 +263,7 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
         causal = fits and valid[:, None] & torch.ones(m, m, dtype=torch.bool, device=query.device).tril()  # (N, m, m)
         if not fits or not torch.equal(attn_mask[:, 0][valid], causal[valid]):
             raise LessError(_WRONG_MASK)
-    return key.less_layer.read(query, key.as_subclass(torch.Tensor), value, valid, scale)
+    return key.less_layer.read(query, key.as_subclass(torch.Tensor), value, valid, Logits(scale))
 
 
 AttentionInterface.register("less", less_attention)  # at import: a model that uses it may be sent to another process

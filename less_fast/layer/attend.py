@@ -1,53 +1,52 @@
-"""Attention over the visible tokens plus one virtual token, the low-rank state."""
+"""Attention over the visible tokens and one virtual token, the low-rank state: the paper's equation 3, stably."""
+
+from typing import NamedTuple
 
 import torch
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    clear: int,
-    real: torch.Tensor | None,
-    scale: float,
-    low_rank: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The paper's equation 3 for a block of queries, stably, in float32 or wider.
+class Logits(NamedTuple):
+    """What becomes of q.k: it is scaled, by 1 / sqrt(head_dim) unless given, and two things that few models do.
 
-    q (N, H, G, m, D): G query heads for each of H KV heads; k, v (N, H, S, D), or (N, 1, S, D) if the heads lie in one ragged
-    tensor; visible (N, H, m, S) bool, true throughout the first `clear` slots; real (N, m) bool: which queries see anything at
-    all (pads do not), None for all; low_rank: None, or phi (N, H, G, m, R) of the queries with H (N, H, R, D) and z (N, H, R);
-    softcap: logits l become softcap tanh(l / softcap); sinks (H, G): the logit of nothing, which takes its share of each query's
-    attention and gives no value.
-    Returns out (N, H, G, m, D) and p (N, H, G, m, S), the softmax over the visible tokens alone. A query that is not real gets
-    zeros in both; if phi.z is not positive there is no virtual token.
+    softcap: the logit l becomes softcap tanh(l / softcap) (Gemma 2). sinks (Hq,): each query sees one more token, with that logit
+    and the value 0 (gpt-oss).
     """
-    N, H, G, m, D = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide).reshape(N, k.shape[1], -1, D), k.to(wide), v.to(wide)
-    logits = (q * scale @ k.mT).view(N, H, G, m, -1)  # (N, H, G, m, S)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if clear < k.shape[2]:
-        logits[..., clear:].masked_fill_(~visible[:, :, None, :, clear:], torch.finfo(wide).min)
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+def weigh(
+    dots: torch.Tensor, hidden: torch.Tensor, real: torch.Tensor | None, softcap: float | None, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dots (N, H, G, m, S): scale q.k, in whose memory the logits are written; hidden (N, H, m, S) bool: what queries do not see;
+    real (N, m) bool: False for queries that see nothing, None if there are none; sinks (H, G).
+
+    Returns p (N, H, G, m, S), the softmax over the visible tokens and the sink, 0 for queries that see nothing; and the
+    log-sum-exp of their logits (N, H, G, m, 1).
+    """
+    logits = dots if softcap is None else torch.tanh(dots / softcap) * softcap
+    logits = logits.masked_fill_(hidden[:, :, None], torch.finfo(logits.dtype).min)
     if sinks is not None:
-        logits = torch.cat([logits, sinks.to(wide)[:, :, None, None].expand(N, -1, -1, m, 1)], -1)  # (N, H, G, m, S + 1)
-    weight = logits.softmax(-1)
-    if real is not None:
-        real = real[:, None, None, :, None]  # (N, 1, 1, m, 1)
-        weight.mul_(real)
-    p = weight[..., : k.shape[2]]  # (N, H, G, m, S)
-    out = (p.reshape(N, k.shape[1], -1, k.shape[2]) @ v).view(N, H, G, m, D)
-    if low_rank is not None:
-        phi, state, norm = low_rank
-        lse = logits.amax(-1, keepdim=True) - weight.amax(-1, keepdim=True).log()  # (N, H, G, m, 1)
-        mass = (phi * norm[:, :, None, None]).sum(-1, keepdim=True).clamp_(min=0)  # (N, H, G, m, 1)
-        mean = (phi.flatten(2, 3) @ state).view(N, H, G, m, D) / mass.masked_fill(mass == 0, 1)
-        share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention
-        out = torch.lerp(out, mean, share)
-        if real is not None:
-            out = torch.where(real, out, 0)
-    return out, p
+        sink = sinks.to(logits.dtype)[:, :, None, None].expand(*logits.shape[:4], 1)
+        logits = torch.cat([logits, sink], -1)  # (N, H, G, m, S + 1)
+    p = logits.softmax(-1)[..., : dots.shape[-1]]
+    return p if real is None else p * real[:, None, None, :, None], logits.logsumexp(-1, keepdim=True)
+
+
+def with_low_rank(out: torch.Tensor, lse: torch.Tensor, phi: torch.Tensor, H: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The attention out (N, H, G, m, D) over tokens of that log-sum-exp (N, H, G, m, 1), and over the virtual token.
+
+    phi (N, H G, m, R) of the queries, H (N, H, R, D), z (N, H, R). If phi.z is not positive there is no virtual token.
+    """
+    N, heads, R, D = H.shape
+    phi, H, z = phi.to(H.dtype).reshape(N * heads, -1, R), H.view(N * heads, R, D), z.view(N * heads, R, 1)
+    mass = torch.bmm(phi, z).view(lse.shape)  # (N, H, G, m, 1)
+    share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention
+    joined = torch.lerp(out, torch.bmm(phi, H).view(out.shape) / mass, share)
+    return torch.where(mass > 0, joined, out)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from .checks import LessError, integer
-from .slots import packed, unpacked
 from .state import LayerState
 
 
@@ -21,13 +20,13 @@ class Rotary:
     interleaved: bool = False
 
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """x (N, H, S, D) as if it stood `by` positions later, integers that broadcast to (N, H, S)."""
+        """x (..., D) as if it stood `by` positions later, integers that broadcast to (...)."""
         F, wide = len(self.frequencies), torch.promote_types(x.dtype, torch.float32)
         exact = "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
-        angle = by.to(exact)[..., None] * torch.tensor(self.frequencies, dtype=torch.float64, device=exact)  # (N, H, S, F)
+        angle = by.to(exact)[..., None] * torch.tensor(self.frequencies, dtype=torch.float64, device=exact)  # (..., F)
         cos, sin = (wave.to(x.device, wide) for wave in (angle.cos(), angle.sin()))
         one, other = (slice(0, 2 * F, 2), slice(1, 2 * F, 2)) if self.interleaved else (slice(F), slice(F, 2 * F))
-        turned, x, y = x.clone(), x[..., one].to(wide), x[..., other].to(wide)  # x and y (N, H, S, F)
+        turned, x, y = x.clone(), x[..., one].to(wide), x[..., other].to(wide)  # x and y (..., F)
         turned[..., one] = (x * cos - y * sin).to(turned.dtype)
         turned[..., other] = (y * cos + x * sin).to(turned.dtype)
         return turned
@@ -67,9 +66,9 @@ class Context:
                 )
             state.moved = before + by * full
             for part in state.parts:
-                was, now = ((part.position - moved[:, None, None]).clamp(min=0) for moved in (before, state.moved))
-                turned = self.rotary.turn(unpacked(part.k, part.H.dtype), now - was)  # (N, H, S), or (N, 1, S) if ragged
-                part.k.copy_(packed(turned) if state.int8 else turned)
+                slots = part.slots
+                was, now = ((slots.position - moved[:, None]).clamp(min=0) for moved in (before, state.moved))  # (N, T)
+                slots.write(slots.k, self.rotary.turn(slots.read(slots.k), now - was))
                 part.H.masked_fill_(full[:, None, None, None], 0)
                 part.z.masked_fill_(full[:, None, None], 0)
         return int((self.length - (state.n - state.moved)).min())

@@ -1,7 +1,6 @@
 """FastGen (Ge et al. 2023), the one policy that asks what tokens are and lets several go at once.
 
-All that it needs beyond other policies is here, but for one thing: a layer never sees token ids, so the kinds of the new
-tokens travel with them through `extend`.
+A layer never sees token ids, so the kinds of the new tokens travel with them through `extend`.
 """
 
 import string
@@ -35,7 +34,7 @@ class FastGen(Policy):
     local: int
     recovery: float
     score_shape: ClassVar[tuple[int, ...]] = (5,)
-    kinds: ClassVar[bool] = True
+    needs: ClassVar[str] = "kinds"
     one_leaves: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -43,6 +42,10 @@ class FastGen(Policy):
         self._check_share("recovery")
         if self.frequent + self.local > self.budget:
             raise LessError(f"FastGen needs frequent + local within the budget, not {self}")
+
+    def born(self, tokens, kernels):
+        kind = tokens.kinds[:, None, :, None].expand(*tokens.k.shape[:3], 1)  # (N, H, m, 1)
+        return torch.nn.functional.pad(kind, (0, 4))  # (N, H, m, 5)
 
     def update(self, score, p, visible):
         kind, attention, near, age, choice = score.unbind(-1)

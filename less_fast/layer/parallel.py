@@ -9,6 +9,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .attend import Logits
 from .features import Features
 from .state import LayerState
 from .step import extend
@@ -40,14 +41,14 @@ def eviction_times(
 
     def step():
         token = (x.index_select(2, at) for x in (q, k, v))
-        extend(state, *token, scale=scale, kinds=None if kinds is None else kinds.index_select(1, at))
+        extend(state, *token, logits=Logits(scale), kinds=None if kinds is None else kinds.index_select(1, at))
         for heads, position in state.positions():
             slots = position.long().masked_fill(position < 0, T)  # (N, h, S)
             last_held[:, heads] = last_held[:, heads].scatter(2, slots, at.expand(slots.shape))
         at.add_(1)
 
     if can_replay(state, T):
-        replay(step, T, [at, last_held, *(tensor for _, tensor in state.tensors())])
+        replay(step, T, [at, last_held, *state.tensors().values()])
     else:
         for _ in range(T):
             step()

@@ -1,25 +1,30 @@
 """Eviction policies: one small frozen class each, with the names and fields of `less_ref.py`.
 
-A policy has a `budget`, the number of entries that a KV head holds between steps, and two functions on tensors of fixed
+A policy has a `budget`, the number of tokens that a KV head keeps between steps, and three functions on tensors of fixed
 shape (N rows, H KV heads, G query heads for each, S slots):
 
-    update(score (N, H, S), p (N, H, G, m, S), visible (N, H, m, S)) -> score
+    born(tokens: Tokens (slots.py), kernels) -> (N, H, m, *score_shape), or one number for all
+        The scores of m new tokens.
+    update(score (N, H, S), p (N, H, G, m, S), visible (N, H, m, S)) -> score, in place or not
         p: what m new queries gave each slot, softmax over the visible ones; zero if not visible. A query that is a pad sees
         nothing. A long chunk comes in several calls, in its order; a first one head by head, perhaps, and of its queries only
-        the `last_queries`.
+        the last `queries`.
     rank(position (N, H, S), score (N, H, S), n (N, 1, 1)) -> (N, H, S)
-        The lowest is evicted; ties evict the newer. n counts the tokens seen, these included. Slots without an entry have
-        position -1; their rank is ignored. Called once at the end of a chunk; it may note something in the score, in place.
+        The lowest is evicted; ties evict the newer. n counts the tokens seen, these included. Empty slots have position -1; their
+        rank is ignored. Called once at the end of a chunk; it may note something in the score, in place.
 
 What a policy may say of itself stands in Policy, the base class.
 """
 
+import copy
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from .checks import LessError, integer
+from .slots import Tokens
 
 
 class Policy:
@@ -28,34 +33,30 @@ class Policy:
     It should be a frozen dataclass: equal policies share tensors.
     """
 
-    scored: ClassVar[bool] = True
-    """False: update does nothing and is not called."""
+    queries: ClassVar[int | None] = None
+    """Which queries of a chunk the scores look at: None for all, k for the last k; 0 for none, then update is not called."""
+    needs: ClassVar[str | None] = None
+    """What born needs: the "kinds" of the tokens, integers that `extend` is given; or "rho", which some kernels have."""
+    by_head: ClassVar[tuple[str, ...]] = ()
+    """Fields that may differ from head to head: then rank finds a tensor (H, 1) there. Heads that differ in others go apart."""
     pooled: ClassVar[bool] = False
     """True: scores are pooled over the layer; all its KV heads must follow the policy, and H is all of them."""
     score_dtype: ClassVar[torch.dtype | None] = None
     """None: float32 or wider."""
     score_shape: ClassVar[tuple[int, ...]] = ()
-    """The shape of one slot's score; (C,) makes the scores (N, H, S, C). They start at 0."""
+    """The shape of one slot's score; (C,) makes the scores (N, H, S, C)."""
     one_leaves: ClassVar[bool] = True
     """A token that comes alone makes at most one entry leave, so that shapes are fixed and steps can be compiled. False: what
     ranks -inf goes even if there is room, so several may go at once."""
-    kinds: ClassVar[bool] = False
-    """True: tokens come with a kind, an integer that becomes the first number of their score."""
-    learned: ClassVar[bool] = False
-    """True: tokens come with what rho of the kernels says of them, the first four numbers of their score."""
-
     if TYPE_CHECKING:  # a field or a property of each policy
 
         @property
-        def budget(self) -> int | None: ...
+        def budget(self) -> int: ...
 
-    @property
-    def last_queries(self) -> int | None:
-        """How many of a chunk's last queries the scores depend on; None: on all."""
-        return None if self.scored else 0
+    def born(self, tokens: Tokens, kernels) -> torch.Tensor | int:
+        return 0
 
     def update(self, score: torch.Tensor, p: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """The scores after these queries, in memory of their own or in place."""
         return score
 
     def rank(self, position: torch.Tensor, score: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -71,8 +72,6 @@ class Policy:
 
     def _scales_to(self, other: "Policy") -> bool:
         """Whether each field is the other's, or its budget takes it to within a token of that."""
-        if self.budget is None or other.budget is None:
-            return False
         try:
             scaled = self.with_budget(other.budget)
         except LessError:  # a budget that leaves no room for its sinks
@@ -96,29 +95,12 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Full(Policy):
-    """Keeps everything: the one policy whose tensors grow with the text."""
-
-    scored: ClassVar[bool] = False
-    one_leaves: ClassVar[bool] = False
-
-    @property
-    def budget(self) -> None:
-        return None
-
-    def rank(self, position, score, n):
-        return position
-
-    def with_budget(self, budget: int) -> "Full":
-        raise LessError("the policy full keeps everything and takes no budget: choose another policy, H2O for example")
-
-
-@dataclass(frozen=True)
 class Window(Policy):
     """Keeps the last `recent` tokens (local attention: Child et al. 2019, Parmar et al. 2018)."""
 
     recent: int
-    scored: ClassVar[bool] = False
+    queries: ClassVar[int] = 0
+    by_head: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __post_init__(self):
         self._check(recent=1)
@@ -140,7 +122,8 @@ class Lambda(Policy):
 
     sinks: int
     recent: int
-    scored: ClassVar[bool] = False
+    queries: ClassVar[int] = 0
+    by_head: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __post_init__(self):
         self._check(sinks=0, recent=0)
@@ -167,6 +150,7 @@ class H2O(Policy):
 
     heavy: int
     recent: int
+    by_head: ClassVar[tuple[str, ...]] = ("heavy", "recent")
 
     def __post_init__(self):
         self._check(heavy=0, recent=0)
@@ -177,7 +161,7 @@ class H2O(Policy):
         return self.heavy + self.recent
 
     def update(self, score, p, visible):
-        return score + ordered_sum(p.flatten(2, 3))
+        return score.add_(ordered_sum(p.flatten(2, 3)))
 
     def rank(self, position, score, n):
         return score.masked_fill(position >= n - self.recent, torch.inf)
@@ -195,7 +179,7 @@ class TOVA(Policy):
 
     budget: int
     pooled: ClassVar[bool] = True
-    last_queries: ClassVar[int] = 1
+    queries: ClassVar[int] = 1
 
     def __post_init__(self):
         self._check(budget=1)
@@ -223,6 +207,7 @@ class Scissorhands(Policy):
     recent: int
     history: int
     score_dtype: ClassVar[torch.dtype] = torch.int64
+    by_head: ClassVar[tuple[str, ...]] = ("budget", "recent")
 
     def __post_init__(self):
         self._check(budget=1, recent=0, history=1)
@@ -230,7 +215,7 @@ class Scissorhands(Policy):
             raise LessError(f"Scissorhands needs recent within the budget and a history of at most 52, not {self}")
 
     @property
-    def last_queries(self) -> int:
+    def queries(self) -> int:  # type: ignore[override]
         return self.history
 
     def update(self, score, p, visible):
@@ -262,6 +247,7 @@ class SnapKV(Policy):
     budget: int
     window: int
     reach: int
+    by_head: ClassVar[tuple[str, ...]] = ("budget",)
 
     def __post_init__(self):
         self._check(budget=1, window=1, reach=0)
@@ -273,7 +259,7 @@ class SnapKV(Policy):
         return (self.window,)
 
     @property
-    def last_queries(self) -> int:
+    def queries(self) -> int:  # type: ignore[override]
         return self.window
 
     def update(self, score, p, visible):
@@ -313,8 +299,9 @@ class Retention(Policy):
 
     budget: int
     recent: int
-    learned: ClassVar[bool] = True
+    needs: ClassVar[str] = "rho"
     score_shape: ClassVar[tuple[int, ...]] = (6,)
+    by_head: ClassVar[tuple[str, ...]] = ("budget", "recent")
 
     FADING = (0.9, 0.99)
     LEAST = 1e-4
@@ -324,12 +311,15 @@ class Retention(Policy):
         if self.recent > self.budget:
             raise LessError(f"Retention needs recent within the budget, not {self}")
 
+    def born(self, tokens, kernels):
+        return torch.nn.functional.pad(kernels.rho(tokens.q, tokens.k, tokens.v), (0, 2))  # (N, H, m, 6)
+
     def update(self, score, p, visible):
         real, got = visible.any(-1), ordered_sum(p)  # (N, H, m), (N, H, m, S)
         if got.shape[2] == 1:  # as below, where powers for each slot would take a step longer than all else
-            one = score.new_ones(())
+            one = real.to(score.dtype)  # (N, H, 1)
             for seen, fading in zip(score[..., 4:].unbind(-1), self.FADING):  # (N, H, S) each
-                seen.mul_(torch.where(real, fading, one)).add_(got[:, :, 0])
+                seen.addcmul_(seen, one, value=fading - 1).add_(got[:, :, 0])
             return score
         fading = score.new_tensor(self.FADING)
         queries = real.sum(-1)[..., None, None]  # (N, H, 1, 1)
@@ -338,12 +328,11 @@ class Retention(Policy):
         return score
 
     def rank(self, position, score, n):
-        a, b, c, d, *seen = score.unbind(-1)  # (N, H, S) each
+        a, b, c, d, *_ = score.unbind(-1)  # (N, H, S) each
         age = (n - position).to(score.dtype)  # (N, H, S), one more than the age
-        worth = torch.addcmul(a, b, age.log(), value=-1)
-        for weight, attention in zip((c, d), seen):
-            worth = torch.addcmul(worth, weight, (attention + self.LEAST).log())
-        return worth.masked_fill(position >= n - self.recent, torch.inf)
+        short, long = (score[..., 4:] + self.LEAST).log_().unbind(-1)
+        worth = torch.addcmul(a, b, age.log_(), value=-1).addcmul_(c, short).addcmul_(d, long)
+        return worth.masked_fill_(position >= n - self.recent, torch.inf)
 
     def with_budget(self, budget: int) -> "Retention":
         """The same share of recent tokens, rounded down."""
@@ -351,8 +340,26 @@ class Retention(Policy):
         return replace(self, budget=budget, recent=budget * self.recent // self.budget)
 
 
+def kind_of(policy: Policy) -> Hashable:
+    """Equal for policies that heads can follow together: of one class, and equal but for the fields that may differ by head."""
+    if not policy.by_head:
+        return policy
+    own = [getattr(policy, part.name) for part in fields(policy) if part.name not in policy.by_head]  # type: ignore[arg-type]
+    return type(policy), *own
+
+
+def together(policies: Sequence[Policy], device: torch.device | str) -> Policy:
+    """One policy for heads that follow these, all of one kind: a number that differs becomes a tensor (H, 1)."""
+    one = copy.copy(policies[0])
+    for name in one.by_head:
+        numbers = [getattr(policy, name) for policy in policies]
+        if len(set(numbers)) > 1:
+            object.__setattr__(one, name, torch.tensor(numbers, device=device)[:, None])
+    return one
+
+
 def best_first(rank, position):
-    """Slots by rank, the highest first; of equals the lower position first, and slots without an entry (position -1) last.
+    """Slots by rank, the highest first; of equals the lower position first, and empty ones (position -1) last.
 
     rank, position (N, H, S) -> (N, H, S)
     """

@@ -1,133 +1,65 @@
 """LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
 
-KV heads of equal policy (hence equal budget) are a group: with a uniform budget there is one. With a budget table
-the groups of a layer lie together in one ragged tensor, and a single token goes through all of them at once: no head pays for
-another's budget, neither in memory nor in time. While tokens arrive only `step.py` and `context.py` change what is in them.
+While tokens arrive only `decode.py`, `prompt.py` and `context.py` change what is in them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 
 from .checks import LessError, integer
 from .features import Features
-from .policies import Policy
-from .slots import width
+from .policies import Policy, kind_of, together
+from .slots import Layout, Slots
 
-HEADS_TOGETHER = 8  # a query is multiplied with the slots of all heads that lie together: with more heads it costs what it saves
-
-
-@dataclass
-class Ragged:
-    """Where each of H heads has its slots in a tensor that they share, S slots in all."""
-
-    groups: list["Group"]  # for no sequences, in the order of their slots
-    heads: list[list[int]]  # which of the H heads are each group's
-    owner: torch.Tensor  # (H, S) bool, which slots are a head's
-    first: torch.Tensor  # (H, 1) int64, its first slot
-    budget: torch.Tensor  # (H, 1) int64, its slots but the scratch slot
-    place: torch.Tensor  # (H,) int64, where it stands when the groups stand side by side
-
-    @classmethod
-    def of(cls, groups: list["Group"], heads: list[list[int]]) -> "Ragged":
-        slots = {head: group.k.shape[2] for group, some in zip(groups, heads) for head in some}  # of each head, as they lie
-        order = torch.tensor(list(slots), device="cpu")  # (H,)
-        owner = (
-            order.repeat_interleave(torch.tensor(list(slots.values()), device="cpu")) == order.sort().values[:, None]
-        )  # (H, S)
-        budget = owner.sum(1, keepdim=True) - 1  # (H, 1)
-        tables = owner, owner.int().argmax(1, keepdim=True), budget, order.argsort()
-        return cls(groups, heads, *(table.to(groups[0].z.device) for table in tables))
-
-    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """x (N, 1, S, ...) -> for each group a view (N, h, budget + 1, ...)."""
-        shapes = [group.k.shape[1:3] for group in self.groups]
-        parts = x[:, 0].split([h * slots for h, slots in shapes], 1)
-        return [part.view(len(x), *shape, *x.shape[3:]) for part, shape in zip(parts, shapes)]
+HEADS_TOGETHER = 8  # a query is multiplied with the slots of all heads of a part: with more heads it costs what it saves
 
 
 @dataclass
-class Group:
-    """KV heads that share a policy. S = budget + 1 slots, one of them scratch; an empty slot has position -1.
+class Part:
+    """KV heads that go together: their policies differ in budgets alone, if at all. Most layers are one part."""
 
-    Or several groups in ragged tensors: k, v, position and score are (N, 1, S, ...) with S slots in all, and the policy is that
-    of the largest budget.
-    """
-
-    policy: Policy
+    policies: tuple[Policy, ...]  # of each head
+    policy: Policy  # all of them in one
     kernels: Features | None  # of these heads alone
-    kv_heads: torch.Tensor | slice  # which of the layer's KV heads
-    query_heads: torch.Tensor | slice  # which of its query heads
-    k: torch.Tensor  # (N, H, S, D), or (N, H, S, 4 + D) int8 (slots.py)
-    v: torch.Tensor  # the same
-    position: torch.Tensor  # (N, H, S) int32, the true position
-    score: torch.Tensor  # (N, H, S) float32 or wider, or what the policy says, perhaps (N, H, S, C)
+    kv_heads: torch.Tensor | None  # (H,) which of the layer's KV heads; None for all
+    query_heads: torch.Tensor | None  # (H G,) which of its query heads
+    slots: Slots
     H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R)
-    scratch: torch.Tensor  # (N, H, 1) the empty slot that the next token takes, counted from the head's first
-    ragged: Ragged | None = None
 
-    SLOTS = ("k", "v", "position", "score")
-    TENSORS = (*SLOTS, "H", "z", "scratch")
+    def fold(self, k: torch.Tensor, v: torch.Tensor, leaves: torch.Tensor) -> None:
+        """H += psi(k)^T v and z += psi(k) (paper, section 3) of those tokens that leave. k, v (N, H, e, D); leaves (N, H, e)."""
+        psi = self.kernels.psi(k).to(self.H.dtype) * leaves[..., None]  # (N, H, e, R)
+        self.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.flatten(0, 1))
+        self.z += psi.sum(2)
 
-    @property
-    def policies(self) -> list[Policy]:
-        """That of each head."""
-        if self.ragged is None:
-            return [self.policy] * self.z.shape[1]
-        of = {head: group.policy for group, heads in zip(self.ragged.groups, self.ragged.heads) for head in heads}
-        return [of[head] for head in range(len(of))]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self.slots, name) for name in Slots.NAMES} | {"H": self.H, "z": self.z}
 
-    def split(self) -> list["Group"]:
-        """Of ragged tensors each group, in tensors of its own, which are copies; else the group itself."""
-        if self.ragged is None:
-            return [self]
-        slots = zip(*(self.ragged.split(getattr(self, name)) for name in self.SLOTS))
-        groups = []
-        for group, heads, held in zip(self.ragged.groups, self.ragged.heads, slots):
-            tensors = *(x.clone() for x in held), *(x[:, heads] for x in (self.H, self.z, self.scratch))
-            groups.append(Group(group.policy, group.kernels, group.kv_heads, group.query_heads, *tensors))
-        return groups
-
-    def join(self, groups: list["Group"]) -> None:
-        """Puts what `split` took apart back in its place."""
-        if self.ragged is None:
-            return
-        for name in self.SLOTS:
-            for part, group in zip(self.ragged.split(getattr(self, name)), groups):
-                part.copy_(getattr(group, name))
-        for group, heads in zip(groups, self.ragged.heads):
-            for name in ("H", "z", "scratch"):
-                getattr(self, name)[:, heads] = getattr(group, name)
+    def hold(self, tensors: dict[str, torch.Tensor]) -> "Part":
+        """The same heads with other tensors."""
+        part = copy(self)
+        part.slots, part.H, part.z = copy(self.slots), tensors["H"], tensors["z"]
+        for name in Slots.NAMES:
+            setattr(part.slots, name, tensors[name])
+        return part
 
 
 class LayerState:
-    """One layer's cache for a batch: `parts`, which are groups or several in ragged tensors; `n` (N,), the real tokens that each
-    row has seen; and `moved` (N,), by how many positions it has moved back (context.py), or None if it cannot."""
+    """One layer's cache for a batch: `parts`; `n` (N,), the real tokens that each row has seen; and `moved` (N,), by how many
+    positions it has moved back (context.py), or None if it cannot."""
 
-    def __init__(self, parts: list[Group], n: torch.Tensor, query_heads: int, kv_heads: int, moved: torch.Tensor | None = None):
+    def __init__(self, parts: list[Part], n: torch.Tensor, query_heads: int, kv_heads: int, moved: torch.Tensor | None = None):
         self.parts, self.n, self.moved = parts, n, moved
-        self.query_heads, self.kv_heads = query_heads, kv_heads
+        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, parts[0].H.shape[3]
+        self.int8, self.wide = parts[0].slots.int8, parts[0].slots.wide
 
     @property
-    def int8(self) -> bool:
-        return self.parts[0].k.dtype == torch.int8
-
-    @property
-    def head_dim(self) -> int:
-        return self.parts[0].H.shape[3]
-
-    def positions(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
-        """Some of the KV heads, and the positions (N, h, S) in their slots."""
-        for part in self.parts:
-            groups = [(part, part.position)] if part.ragged is None else zip(part.ragged.groups, part.ragged.split(part.position))
-            yield from ((group.kv_heads, position) for group, position in groups)
-
-    @property
-    def groups(self) -> list[Group]:
-        """The KV heads by policy, in order of first appearance; copies of what lies in ragged tensors."""
-        return _in_order([group for part in self.parts for group in part.split()])
+    def device(self) -> torch.device:
+        return self.n.device
 
     @classmethod
     def allocate(
@@ -149,7 +81,7 @@ class LayerState:
         kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
         dtype: of keys and values; scores and the low-rank state are float32, or float64 if dtype is.
         movable: what it holds can move back, for streams within a Context.
-        int8: keys and values are rounded when they enter, and held in eight bits with a scale for each (slots.py).
+        int8: keys and values are rounded when they enter, and kept in eight bits with a scale for each (slots.py).
         Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
         """
         policies = check_fit(policy, query_heads, kv_heads, head_dim, kernels)
@@ -157,83 +89,58 @@ class LayerState:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise LessError(f"keys and values are of a floating-point dtype, not of {dtype!r}")
         try:
-            torch.zeros(batch, kv_heads, head_dim, max(rule.budget or 0 for rule in policies), device="meta")
+            torch.zeros(batch, kv_heads, head_dim, max(rule.budget for rule in policies), device="meta")
             torch.zeros(0, device=device)
         except (RuntimeError, TypeError, AssertionError) as error:
             raise LessError(
                 f"there is no room for such a state on {device!r}, so choose a smaller batch or budget, or another device: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        with torch.inference_mode(False):  # the caller's autograd mode is not taken over
-            stored = (width(head_dim), torch.int8) if int8 else (head_dim, dtype)
-            state = cls._empty(policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device, *stored)
-            state.moved = torch.zeros_like(state.n) if movable else None
-            return state
-
-    @classmethod
-    def _empty(cls, policies, batch, query_heads, kv_heads, head_dim, kernels, dtype, device, width, kind):
-        R = kernels.rank if kernels else 0
         wide = torch.promote_types(dtype, torch.float32)
+        R, G = kernels.rank if kernels else 0, query_heads // kv_heads
 
-        def group(policy, heads, batch, ragged=None):
-            readers = [g * (query_heads // kv_heads) + a for g in heads for a in range(query_heads // kv_heads)]
-            every, H = len(heads) == kv_heads, len(heads)
-            S = 0 if policy.budget is None else policy.budget + 1
-            shape = (batch, H, S) if ragged is None else (batch, 1, ragged.owner.shape[1])
-            return Group(
-                policy=policy,
+        def part(heads: list[int]) -> Part:
+            own = [policies[g] for g in heads]
+            one, layout = together(own, device), Layout([rule.budget + 1 for rule in own], device)
+            index, every = torch.tensor(heads, device=device), len(heads) == kv_heads
+            return Part(
+                policies=tuple(own),
+                policy=one,
                 kernels=kernels.select_heads(heads) if kernels else None,
-                kv_heads=slice(None) if every else torch.tensor(heads, device=device),
-                query_heads=slice(None) if every else torch.tensor(readers, device=device),
-                k=torch.zeros(*shape, width, dtype=kind, device=device),
-                v=torch.zeros(*shape, width, dtype=kind, device=device),
-                position=torch.full(shape, -1, dtype=torch.int32, device=device),
-                score=torch.zeros(*shape, *policy.score_shape, dtype=policy.score_dtype or wide, device=device),
-                H=torch.zeros(batch, H, R, head_dim, dtype=wide, device=device),
-                z=torch.zeros(batch, H, R, dtype=wide, device=device),
-                scratch=torch.zeros(batch, H, 1, dtype=torch.int64, device=device),
-                ragged=ragged,
+                kv_heads=None if every else index,
+                query_heads=None if every else (index[:, None] * G + torch.arange(G, device=device)).flatten(),
+                slots=Slots.empty(layout, batch, head_dim, dtype, int8, own[0].score_shape, own[0].score_dtype, device),
+                H=torch.zeros(batch, len(heads), R, head_dim, dtype=wide, device=device),
+                z=torch.zeros(batch, len(heads), R, dtype=wide, device=device),
             )
 
-        together: dict = {}  # the heads that may lie in one tensor, by policy
-        for g, policy in enumerate(policies):
-            fixed = kv_heads <= HEADS_TOGETHER and policy.one_leaves  # shapes, so that all that a token needs can be done at once
-            alike = type(policy), policy.score_shape, None if fixed else policy
-            together.setdefault(alike, {}).setdefault(policy, []).append(g)
-        parts = []
-        for heads in together.values():
-            largest = max(heads, key=lambda policy: policy.budget or 0)
-            if len(heads) == 1:
-                parts.append(group(largest, heads[largest], batch))
-            else:
-                every = sorted(g for some in heads.values() for g in some)
-                groups = [group(policy, some, 0) for policy, some in heads.items()]
-                parts.append(
-                    group(largest, every, batch, Ragged.of(groups, [[every.index(g) for g in some] for some in heads.values()]))
-                )
-        return cls(parts, torch.zeros(batch, dtype=torch.int64, device=device), query_heads, kv_heads)
+        with torch.inference_mode(False):  # the caller's autograd mode is not taken over
+            n = torch.zeros(batch, dtype=torch.int64, device=device)
+            parts = [part(heads) for heads in _that_go_together(policies)]
+            return cls(parts, n, query_heads, kv_heads, torch.zeros_like(n) if movable else None)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that the state holds, by name."""
-        return self._named(self.parts)
+        rows = {"n": self.n} if self.moved is None else {"n": self.n, "moved": self.moved}
+        return rows | {f"{i}.{name}": x for i, part in enumerate(self.parts) for name, x in part.tensors().items()}
 
-    def saved(self) -> dict[str, torch.Tensor]:
-        """What files hold, by name: the tensors, of ragged ones each group's."""
-        return dict(self._named(self.groups))
+    def hold(self, tensors: dict[str, torch.Tensor]) -> "LayerState":
+        """A state with these tensors, named as `tensors` names them, in the place of its own."""
+        parts = [part.hold({name: tensors[f"{i}.{name}"] for name in part.tensors()}) for i, part in enumerate(self.parts)]
+        return LayerState(parts, tensors["n"], self.query_heads, self.kv_heads, tensors.get("moved"))
 
-    def _named(self, groups):
-        yield "n", self.n
-        if self.moved is not None:
-            yield "moved", self.moved
-        for index, group in enumerate(groups):
-            for name in Group.TENSORS:
-                yield f"{index}.{name}", getattr(group, name)
+    def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Holds these tensors from now on, on its own device."""
+        self.__dict__.update(vars(self.hold({name: x.to(self.device) for name, x in tensors.items()})))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: change(x) for name, x in self.tensors().items()}
 
     def memory(self) -> dict[str, int]:
         """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch."""
         parts = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
         held = {"entries": 0, "low_rank": 0, "bookkeeping": 0}
-        for name, tensor in self.tensors():
+        for name, tensor in self.tensors().items():
             held[parts.get(name.split(".")[-1], "bookkeeping")] += tensor.untyped_storage().nbytes()
         return held
 
@@ -241,22 +148,16 @@ class LayerState:
     @torch.no_grad()
     def reset(self) -> None:
         """Forgets everything, in place: as allocated."""
-        for name, tensor in self.tensors():
+        for name, tensor in self.tensors().items():
             tensor.fill_(-1 if name.endswith("position") else 0)
-        for group in self.parts:
-            if group.policy.budget is None:
-                for name in ("k", "v", "position", "score"):
-                    setattr(group, name, getattr(group, name)[:, :, :0].clone())
+        for part in self.parts:
+            part.slots.free.copy_(part.slots.layout.first)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
-        self.n = self.n.index_select(0, rows)
-        self.moved = None if self.moved is None else self.moved.index_select(0, rows)
-        for group in self.parts:
-            for name in Group.TENSORS:
-                setattr(group, name, getattr(group, name).index_select(0, rows))
+        self.take_over(self._each(lambda x: x.index_select(0, rows)))
 
     @classmethod
     @torch.inference_mode(False)
@@ -268,48 +169,51 @@ class LayerState:
         """
         if not states or any(state._kind() != states[0]._kind() for state in states):
             raise LessError("states are joined if they were allocated alike: with equal policies and sizes, and the same kernels")
-        joined = []
-        for parts in zip(*(state.parts for state in states)):
-            slots = max(part.k.shape[2] for part in parts)  # they differ under the policy full
-            tensors = {name: [getattr(part, name) for part in parts] for name in Group.TENSORS}
-            for name in ("k", "v", "position", "score"):
-                tensors[name] = [_with_slots(x, slots, -1 if name == "position" else 0) for x in tensors[name]]
-            joined.append(replace(parts[0], **{name: torch.cat(rows) for name, rows in tensors.items()}))
-        moved = None if states[0].moved is None else torch.cat([state.moved for state in states if state.moved is not None])
-        return cls(joined, torch.cat([state.n for state in states]), states[0].query_heads, states[0].kv_heads, moved)
+        every = [state.tensors() for state in states]
+        return states[0].hold({name: torch.cat([tensors[name] for tensors in every]) for name in every[0]})
 
     def _kind(self):
-        heads = torch.arange(self.kv_heads, device=self.n.device)
-        return (
-            self.query_heads,
-            self.moved is None,
-            [
-                (group.policy, id(group.kernels), heads[group.kv_heads].tolist(), group.k.shape[3], group.k.dtype, group.k.device)
-                for group in self.groups
-            ],
-        )
+        shapes = [(name, x.shape[1:], x.dtype, x.device) for name, x in self.tensors().items()]
+        return self.query_heads, shapes, self.policies(), [id(part.kernels) for part in self.parts]
 
-    @torch.inference_mode(False)
-    def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts other tensors, named as `saved` names them, in the place of these."""
-        self.n = tensors["n"].to(self.n.device)
-        self.moved = None if self.moved is None else tensors["moved"].to(self.n.device)
-        apart = [part.split() for part in self.parts]
-        for index, group in enumerate(_in_order([group for groups in apart for group in groups])):
-            for name in Group.TENSORS:
-                setattr(group, name, tensors[f"{index}.{name}"].to(self.n.device))
-        for part, groups in zip(self.parts, apart):
-            part.join(groups)
+    def policies(self) -> list[Policy]:
+        """Of each KV head."""
+        return [part.policies[h] for _, part, h in self._heads()]
+
+    def head(self, row: int, kv_head: int) -> dict[str, torch.Tensor]:
+        """What one KV head of a row keeps, E tokens in the order of their positions: position (E,), k and v (E, D), score
+        (E, ...), and its low-rank state, H (R, D) and z (R,): copies, for tests and curiosity."""
+        _, part, h = self._heads()[kv_head]
+        k, v, position, score = (x[row, h] for x in part.slots.held())
+        order = position.argsort(stable=True)[(position < 0).sum() :]
+        kept = dict(position=position, k=k, v=v, score=score)
+        return {name: x[order] for name, x in kept.items()} | {"H": part.H[row, h].clone(), "z": part.z[row, h].clone()}
+
+    def _heads(self) -> list[tuple[int, Part, int]]:
+        """Each KV head, the part it is in, and its place there."""
+        every = []
+        for part in self.parts:
+            heads = range(len(part.policies)) if part.kv_heads is None else part.kv_heads.tolist()
+            every += [(g, part, h) for h, g in enumerate(heads)]
+        return sorted(every, key=lambda head: head[0])
+
+    def positions(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
+        """Some of the KV heads, and the positions (N, H, S) in their slots."""
+        for part in self.parts:
+            yield slice(None) if part.kv_heads is None else part.kv_heads, part.slots.positions()
 
 
-def _with_slots(x, slots, value):
-    """x (N, H, S, ...) -> (N, H, slots, ...): the new ones, behind the others, hold the value."""
-    return torch.cat([x, x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), value)], 2)
-
-
-def _in_order(groups):
-    """By their first KV heads."""
-    return groups if len(groups) == 1 else sorted(groups, key=lambda group: int(group.kv_heads[0]))
+def _that_go_together(policies: Sequence[Policy]) -> Iterator[list[int]]:
+    """Which KV heads make a part: those of one kind of policy, few of them if their budgets differ, and then alike ones."""
+    alike: dict = {}
+    for g, policy in enumerate(policies):
+        alike.setdefault(kind_of(policy), []).append(g)
+    for heads in alike.values():
+        many = len({policies[g].budget for g in heads}) > 1 and len(heads) > HEADS_TOGETHER
+        if many:
+            heads.sort(key=lambda g: policies[g].budget)
+        at_once = HEADS_TOGETHER if many else len(heads)
+        yield from (heads[start : start + at_once] for start in range(0, len(heads), at_once))
 
 
 def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list[Policy]:
@@ -332,7 +236,7 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
         )
     if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
         raise LessError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
-    if any(rule.learned for rule in policies) and getattr(kernels, "rho", None) is None:
+    if any(rule.needs == "rho" for rule in policies) and getattr(kernels, "rho", None) is None:
         raise LessError(
             "the policy Retention asks rho of the kernels, and there is none: take kernels that were trained with it (`less-kv "
             "train --rho-steps`), or another policy, SnapKV for example"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .attend import Logits
 from .state import LayerState
 from .step import compiled, extend
 
@@ -18,10 +19,8 @@ def stream(
     k: torch.Tensor,
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
-    scale: float | None = None,
+    logits: Logits = Logits(),
     kinds: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     compile: bool = False,
 ) -> torch.Tensor:
     """`extend` with m tokens that enter alone, one after the other: shapes, output and errors as there.
@@ -31,7 +30,7 @@ def stream(
     m = q.shape[2]
     as_graph = can_replay(state, m)
     compile = compile and not as_graph
-    one = compiled(state, q[:, :, :1], softcap, sinks is not None) if compile else extend
+    one = compiled(state, q[:, :, :1], logits) if compile else extend
     if compile and valid is None:  # compiled code is for masks or for none, and for one layout
         valid = torch.ones(len(q), m, dtype=torch.bool, device=q.device)
 
@@ -43,7 +42,7 @@ def stream(
 
     def step(index):
         token = (of_step(x, index, 2) for x in (q, k, v))
-        return one(state, *token, of_step(valid, index, 1), scale, of_step(kinds, index, 1), softcap, sinks)
+        return one(state, *token, of_step(valid, index, 1), logits, of_step(kinds, index, 1))
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # a thousand small ones would tear memory into pieces
     if not as_graph:
@@ -56,13 +55,13 @@ def stream(
         out.index_copy_(2, at, step(at))
         at.add_(1)
 
-    replay(next_step, m, [at, *(tensor for _, tensor in state.tensors())])
+    replay(next_step, m, [at, *state.tensors().values()])
     return out
 
 
 def can_replay(state: LayerState, steps: int) -> bool:
     """Whether so many steps are worth a graph, and one can be captured: shapes stay what they are, on a GPU."""
-    return steps > FEW and state.n.is_cuda and all(group.policy.one_leaves for group in state.parts)
+    return steps > FEW and state.n.is_cuda and all(part.policy.one_leaves for part in state.parts)
 
 
 def replay(step: Callable[[], None], times: int, changed: Sequence[torch.Tensor]) -> None:

@@ -103,7 +103,7 @@ def bench(
     compiled code as well; int8: slots of the bare policy and LESS in eight bits. Raises LessError if LESS cannot serve the model.
     """
     layer = {name: size for name, size in sizes(model).items() if name != "layers"}
-    bare, first = kernels.without_state() if policy.learned else None, less_layers(model)[0]
+    bare, first = kernels.without_state() if policy.needs == "rho" else None, less_layers(model)[0]
     alone = {"bare": (policy, bare and bare.layers[first]), "LESS": (policy, kernels.layers[first])}
     contenders, rows = {"bare": bare, "LESS": without_tables(kernels)}, []
     if kernels.budgets_for(policy) is not None:

@@ -26,10 +26,9 @@ def full_bytes(cache: LessCache) -> int:
 
 def describe(cache: LessCache) -> str:
     """What each KV head of the cache keeps, what becomes of the others, and the bytes held, in words."""
-    groups = [group for layer in cache.less_layers for group in layer.state.groups]
     seen, kernels = int(cache.get_seq_length()), cache.setting.kernels
-    at_most = "at most " if cache.setting.policy.kinds else ""
-    kept = _ends(min(group.policy.budget or seen, seen) for group in groups)
+    at_most = "at most " if cache.setting.policy.needs == "kinds" else ""
+    kept = _ends(min(policy.budget, seen) for layer in cache.less_layers for policy in layer.state.policies())
     ranks = [kernels.layers[index].rank for index in cache.setting.less_layers] if kernels else []
     folded = f"folded into {_ends(ranks)} features" if any(ranks) else "forgotten"
     if any(ranks) and cache.setting.context and seen > cache.setting.context:
@@ -88,11 +87,10 @@ def grow(layer: DynamicLayer, k: torch.Tensor, v: torch.Tensor, tokens: int) -> 
 
 def fill(state: LayerState, length: int) -> None:
     """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
-    group = state.parts[0]
-    most = max(part.policy.budget for part in state.parts) + 1
-    N, D, dtype = len(state.n), state.head_dim, group.z.dtype if state.int8 else group.k.dtype
+    most = max(policy.budget for policy in state.policies()) + 1
+    N, D, dtype = len(state.n), state.head_dim, state.wide if state.int8 else state.parts[0].slots.k.dtype
     q, k, v = (
-        torch.randn(N, heads, min(length, most), D, device=group.k.device).to(dtype)
+        torch.randn(N, heads, min(length, most), D, device=state.device).to(dtype)
         for heads in (state.query_heads, state.kv_heads, state.kv_heads)
     )  # (N, H, m, D)
     extend(state, q, k, v)
@@ -102,5 +100,5 @@ def fill(state: LayerState, length: int) -> None:
 def age(state: LayerState, tokens: int) -> None:
     """Makes a state believe that so many more tokens came before those that it holds."""
     state.n += tokens
-    for group in state.parts:
-        group.position += tokens * (group.position >= 0)
+    for part in state.parts:
+        part.slots.position += tokens * (part.slots.position >= 0)

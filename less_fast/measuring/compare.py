@@ -165,7 +165,7 @@ def contenders(
     rho = next((learned.without_state() for learned in kernels.values() if "rho" in learned.sizes), None)
 
     def contender(asked, cache, policy, name=None, table=None, plus=None):
-        alone = rho if policy.learned else None  # what the bare policy and Baseline+ need
+        alone = rho if policy.needs == "rho" else None  # what the bare policy and Baseline+ need
 
         def make(chunk):
             own = kernels.get(name, alone)
@@ -176,7 +176,7 @@ def contenders(
 
     def able(policy):
         """The kernels that can serve it, each with the policy of its Baseline+."""
-        some = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or not policy.learned}
+        some = {name: learned for name, learned in kernels.items() if "rho" in learned.sizes or policy.needs != "rho"}
         return some, {name: baseline_plus(model, policy, learned, int8) for name, learned in some.items()}
 
     def uniform(policy):

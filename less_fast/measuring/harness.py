@@ -121,7 +121,7 @@ class LessLM(CachedLM):
         super().__init__(model, tokenizer, None, 1, int(batch_size), max_length)
         learned = load_kernels(model, kernels)
         rule = rule or best_policy(learned, tokens)
-        kinds = token_kinds(tokenizer) if rule.kinds else None
+        kinds = token_kinds(tokenizer) if rule.needs == "kinds" else None
         caches = list(contenders(model, [rule], {"": learned} if learned else {}, kinds, by_head=[rule]))
         asked = [one for one in caches if one.cache == cache and (not budgets or one.budgets in (budgets, None))]
         if not asked:

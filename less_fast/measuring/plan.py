@@ -67,7 +67,7 @@ def plan(
             shape = sizes(model)
         except LessError as error:
             raise LessError("the layers of this model differ in their heads, and plans are for those that do not") from error
-        rho = RHO_HIDDEN if policy.learned else None
+        rho = RHO_HIDDEN if policy.needs == "rho" else None
         kernels: LessKernels | None = LessKernels(**shape, rank=rank or 1, hidden=hidden, family=family, rho=rho)
         if not rank:
             kernels = kernels.without_state() if rho else None

@@ -32,9 +32,9 @@ def check_windows(model: PreTrainedModel, windows: torch.Tensor, what: str = "wi
 def check_streamed(policy: Policy) -> None:
     """LessError unless the policy evicts one token at a time, which the parallel form needs, and asks for no kinds of tokens."""
     need_policy(policy)
-    if not policy.one_leaves and policy.budget is not None:
+    if not policy.one_leaves:
         raise LessError(f"training needs a policy that evicts one token at a time, and {policy} does not: H2O does, for example")
-    if policy.kinds:
+    if policy.needs == "kinds":
         raise LessError(f"{policy} asks for the kinds of tokens, and training knows none: take another policy, H2O for example")
 
 

@@ -51,7 +51,7 @@ def takes(policy: Policy, budget: int) -> bool:
 def check_policy(policy: Policy) -> None:
     """LessError for a policy whose heads do not choose alone, or that may evict several tokens at once."""
     need_policy(policy)
-    if policy.pooled or policy.kinds or not policy.one_leaves:
+    if policy.pooled or policy.needs == "kinds" or not policy.one_leaves:
         raise LessError(
             f"budget tables are for policies whose heads each keep a number of their own, and {policy} is none: try H2O"
         )

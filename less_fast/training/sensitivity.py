@@ -96,10 +96,10 @@ def eviction_times_of(layers: dict[int, Watched], policy: Policy, kernels: LessK
     """e (N, Hkv, T) of each layer, all layers at once: they are rows of one batch or, if the policy is learned, heads of one
     layer, because each layer has a rho of its own."""
     first = next(iter(layers.values()))
-    along = 1 if policy.learned else 0
+    along = 1 if policy.needs == "rho" else 0
     q, k, v = (torch.cat([getattr(layer, name) for layer in layers.values()], along) for name in "qkv")
     rhos = None
-    if policy.learned:
+    if policy.needs == "rho":
         rhos = NoState(q.shape[1], k.shape[1], k.shape[3])
         rhos.rho = Rho.join([kernels.layers[index].rho for index in layers])  # type: ignore[misc]
     times = eviction_times(q, k, v, policy, first.scale, kernels=rhos)

@@ -137,7 +137,7 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     if validation.shape[1] != T:
         raise LessError(f"windows have {T} tokens and validation {validation.shape[1]}: cut both to one length")
     check_streamed(policy)
-    if policy.budget is None or policy.budget > T - 2:
+    if policy.budget > T - 2:
         raise LessError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
     number("disk, in bytes,", disk, 1, 1e18)
     if curves:
@@ -164,7 +164,7 @@ def joint_rules(policy: Policy, recipe: Recipe, length: int) -> list[Policy]:
 
 def need_rho(policy: Policy, known: bool) -> None:
     """LessError if the policy is a learned one, and the kernels neither know rho nor learn it."""
-    if policy.learned and not known:
+    if policy.needs == "rho" and not known:
         raise LessError(
             "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
         )
@@ -172,7 +172,7 @@ def need_rho(policy: Policy, known: bool) -> None:
 
 def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
     """What is trained for: the policy, and with rho the learned one of the same budget beside it."""
-    if policy.learned or not recipe.rho_steps:
+    if policy.needs == "rho" or not recipe.rho_steps:
         return [policy]
     return [policy, POLICIES["retention"].with_budget(policy.budget)]
 

@@ -126,7 +126,7 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
             raise LessError(sentence)
 
     refuse(
-        policy.budget is None or policy.kinds or not policy.one_leaves,
+        policy.needs == "kinds" or not policy.one_leaves,
         f"vLLM's pages are of one size, and {policy} has none: choose another policy, h2o for example",
     )
     refuse(

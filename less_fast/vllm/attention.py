@@ -12,8 +12,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionType
 
+from ..layer.attend import Logits
 from ..layer.checks import LessError
-from ..layer.policies import Full
+from ..layer.policies import Window
 from ..layer.state import LayerState
 from ..layer.step import extend
 from ..setting import Setting
@@ -34,10 +35,10 @@ class LessAttention(nn.Module):
         self.most = config.scheduler_config.max_num_seqs  # requests at once
         self.query_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_size
         heads, dtype = (self.query_heads, self.kv_heads, self.head_dim), config.model_config.dtype
-        asked = setting.chunk, impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None)
+        logits = Logits(impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None))
         world_size = config.parallel_config.tensor_parallel_size
         shards = [setting.shard(self.index, rank, world_size) for rank in range(world_size)]
-        layers = [PagedLayer(*shard, heads, dtype, *asked, setting.int8) for shard in shards]
+        layers = [PagedLayer(*shard, heads, dtype, setting.chunk, logits, setting.int8) for shard in shards]
         self.sizes = [layer.page_bytes for layer in layers]  # for each process
         self.paged = layers[get_tensor_model_parallel_rank()]
         self.probed: tuple[torch.Tensor, ...] | None = None
@@ -88,13 +89,13 @@ class LessAttention(nn.Module):
     def _probe(self, q, k, v, out):
         """Dense attention over all tokens, which are remembered: see identity.py."""
         self.probed = q.clone(), k.clone(), v.clone()
-        state = LayerState.allocate(Full(), 1, self.query_heads, self.kv_heads, self.head_dim, None, q.dtype, q.device)
+        state = LayerState.allocate(Window(len(q)), 1, self.query_heads, self.kv_heads, self.head_dim, None, q.dtype, q.device)
         y = self._dense(state, q, k, v)
         out.copy_(y)
 
     def _dense(self, state, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        y = extend(state, q, k, v, None, self.paged.scale, None, self.paged.softcap, self.paged.sinks)
+        y = extend(state, q, k, v, None, self.paged.logits)
         return y[0].transpose(0, 1)  # (T, Hq, D)
 
     def _measure(self, q, k, v, out):

@@ -5,15 +5,15 @@ if the rows of the requests lie side by side, in tensors without gaps, `extend` 
 of them, and only what a token changes is written back, not the keys and values that stay where they are.
 """
 
-from copy import copy
 from math import prod
 
 import torch
 
+from ..layer.attend import Logits
 from ..layer.features import Features
 from ..layer.policies import Policy
-from ..layer.state import Group, LayerState
-from ..layer.step import extend, slot_of
+from ..layer.state import LayerState
+from ..layer.step import extend
 from ..layer.stream import stream
 
 ROOM = 1.25  # as much may be computed, as pads, of what is there: beyond it rows are copied, and prompts enter apart
@@ -24,7 +24,7 @@ class PagedLayer:
     """What one layer remembers of all requests; `bind` gives it its pages.
 
     rule, features: the policy, or one for each KV head, and the kernels or None. heads: query heads, KV heads and head_dim.
-    chunk, int8, scale, softcap, sinks: as `LessCache.for_model` and `extend` take them.
+    chunk, int8, logits: as `LessCache.for_model` and `extend` take them.
     """
 
     def __init__(
@@ -34,14 +34,12 @@ class PagedLayer:
         heads: tuple[int, int, int],
         dtype: torch.dtype,
         chunk: int | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        logits: Logits = Logits(),
         int8: bool = False,
     ):
         self.rule, self.features, self.heads, self.dtype = rule, features, heads, dtype
-        self.chunk, self.scale, self.softcap, self.sinks, self.int8 = chunk, scale, softcap, sinks, int8
-        tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors()]
+        self.chunk, self.logits, self.int8 = chunk, logits, int8
+        tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors().items()]
         self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy H and z hold nothing
         self.pages: dict[str, torch.Tensor] = {}
 
@@ -63,13 +61,14 @@ class PagedLayer:
         self.side_by_side = all(page.is_contiguous() for page in pages.values())
         if self.side_by_side:  # a page between others takes part in a step before it ever held anything
             for name, page in pages.items():
-                if name.endswith("scratch"):
+                if name.endswith("free"):
                     page.zero_()
 
     def reset(self, rows: torch.Tensor) -> None:
         """Requests begin in these rows (int64)."""
+        empty = self.template.tensors()
         for name, page in self.pages.items():
-            page.index_fill_(0, rows, -1 if name.endswith("position") else 0)
+            page.index_copy_(0, rows, empty[name].expand(len(rows), *page.shape[1:]))
 
     def decode(
         self,
@@ -89,7 +88,7 @@ class PagedLayer:
         q, k, v = (x[:, :, None] for x in (q, k, v))  # (d, H, 1, D)
         if span is None or not self.side_by_side:
             state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
-            taken = [slot_of(part, part.scratch).clone() for part in state.parts]  # (d, H, 1) the slot that the token goes to
+            taken = [part.slots.free.clone() for part in state.parts]  # (d, H) where the token goes
             out = self._extend(state, (q, k, v), None if real is None else real[:, None])
             self._write_step(state, rows, taken)
             return out[:, :, 0]
@@ -120,7 +119,7 @@ class PagedLayer:
         else:
             state = self.allocate(len(rows), q.device)
         out = self.pieces(state, q, k, v, valid, computed)
-        for name, tensor in state.tensors():
+        for name, tensor in state.tensors().items():
             if name in self.pages:
                 self.pages[name].index_copy_(0, rows, tensor)
         return out
@@ -129,7 +128,7 @@ class PagedLayer:
         """The same for a state outside the pages: pieces end at multiples of `chunk` tokens of the whole text."""
         m = q.shape[2]
         if self.chunk == 1 and m > 1:
-            return stream(state, q, k, v, valid, self.scale, None, self.softcap, self.sinks)
+            return stream(state, q, k, v, valid, self.logits)
         ends = [*range(self.chunk - computed % self.chunk, m, self.chunk), m] if self.chunk else [m]
         outs = []
         for start, end in zip([0, *ends], ends):
@@ -138,27 +137,21 @@ class PagedLayer:
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)  # (N, Hq, m, D)
 
     def _extend(self, state, qkv, valid):
-        return extend(state, *qkv, valid, self.scale, None, self.softcap, self.sinks)
+        return extend(state, *qkv, valid, self.logits)
 
     def _state(self, tensors: dict[str, torch.Tensor]) -> LayerState:
         """A LayerState of these tensors themselves."""
-        state, rows = copy(self.template), len(tensors["n"])
-        state.n, state.parts = tensors["n"], [copy(part) for part in state.parts]
-        for index, part in enumerate(state.parts):
-            for name in Group.TENSORS:
-                empty = getattr(part, name)
-                setattr(part, name, tensors.get(f"{index}.{name}", empty.new_empty(rows, *empty.shape[1:])))
-        return state
+        rows = len(tensors["n"])
+        missing = {name: x for name, x in self.template.tensors().items() if name not in tensors}  # which hold nothing
+        return self.template.hold(tensors | {name: x.new_empty(rows, *x.shape[1:]) for name, x in missing.items()})
 
     def _write_step(self, state, rows, taken):
-        """Into the pages what one token has changed: of keys and values the slot it took, (d, H, 1)."""
+        """Into the pages what one token has changed: of keys and values the slots taken, (d, H)."""
         own = torch.arange(len(rows), device=rows.device)
         for index, (part, slot) in enumerate(zip(state.parts, taken)):
-            head = torch.arange(slot.shape[1], device=rows.device) * (part.ragged is None)  # (H,): ragged tensors have one
             for name in ("k", "v"):
-                token = getattr(part, name)[own[:, None], head, slot[:, :, 0]]  # (d, H, D)
-                self.pages[f"{index}.{name}"][rows[:, None], head, slot[:, :, 0]] = token
-        for name, tensor in state.tensors():
+                self.pages[f"{index}.{name}"][rows[:, None], slot] = getattr(part.slots, name)[own[:, None], slot]  # (d, H, D)
+        for name, tensor in state.tensors().items():
             if name in self.pages and not name.endswith((".k", ".v")):
                 self.pages[name].index_copy_(0, rows, tensor)
 
