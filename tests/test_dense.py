@@ -13,7 +13,7 @@ from less_fast.hf.architecture import less_layers
 from less_fast.hf.identity import observed, probe
 from less_fast.hf.seam import predictions
 from less_fast.layer.parallel import dense
-from less_fast.layer.step import QUERIES_AT_ONCE
+from less_fast.layer.prompt import QUERIES_AT_ONCE
 from paper_checks.architectures import SIZES, SMALL, difference, tiny
 
 UNUSUAL = ["gemma2", "vaultgemma", "gpt_oss", "flint", "granite_swa", "granitemoe_swa"]  # a softcap, or sinks, beside windows

@@ -177,7 +177,7 @@ def test_states_that_were_not_allocated_alike_are_not_joined():
 
     a, b, kernels = H2O(3, 2), H2O(2, 2), [LayerKernels(6, 3, 8, hidden=4) for _ in range(2)]
     assert len(LayerState.join([allocate(), allocate(), allocate()]).n) == 6
-    assert LayerState.join([allocate(kernels=kernels[0]), allocate(kernels=kernels[0])]).groups[0].H.shape == (4, 3, 8, 8)
+    assert LayerState.join([allocate(kernels=kernels[0]), allocate(kernels=kernels[0])]).parts[0].H.shape == (4, 3, 8, 8)
     for one, other in [
         (allocate(), allocate(b)),
         (allocate(), allocate([a, b, a])),

@@ -162,7 +162,7 @@ def edited(path, change):
 
 
 def other_tensor(metadata, tensors):
-    tensors["0.0.k"][0, 0, 0, 0] += 1
+    tensors["0.0.k"][0, 0, 0] += 1
 
 
 def other_text(metadata, tensors):
@@ -206,7 +206,7 @@ def said(text):
     [
         (other_tensor, "not as it was written"),
         (other_text, "not as it was written"),
-        (other_version, "of version 1, and this program reads 2"),
+        (other_version, "of version 1, and this program reads 3"),
         (no_metadata, "no state of a cache"),
         (no_checksum, "not as it was written"),
         (no_checksum_and_another_tensor, "not as it was written"),

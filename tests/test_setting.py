@@ -43,7 +43,7 @@ def test_a_share_is_rounded_down_to_a_whole_number_of_tokens_and_by_nothing_else
 @pytest.mark.parametrize(
     ("name", "budget", "length", "message"),
     [
-        ("h20", 5, None, "no policy is called 'h20': choose one of full, window"),
+        ("h20", 5, None, "no policy is called 'h20': choose one of window"),
         ("h2o", "much", None, "a number of tokens .* or a share"),
         ("h2o", "inf", None, "a number of tokens"),
         ("h2o", "nan%", 10, "a number of tokens"),

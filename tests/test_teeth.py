@@ -60,15 +60,27 @@ def the_recent_window_is_one_too_short(patch):
     patch.setattr(less_fast.H2O, "rank", lambda self, position, score, n: rank(self, position, score, n + 1))
 
 
-def scores_come_a_step_late(patch):
-    late = {}
+def scores_come_after_the_eviction(patch):
+    before = []
 
-    def update(self, score, p, visible):
-        now = p.sum((2, 3))
-        before, late[now.shape] = late.get(now.shape, 0), now
-        return score + before
+    def remembering(update):
+        def remember(self, score, p, visible):
+            before.append(score.clone())
+            return update(self, score, p, visible)
 
-    patch.setattr(less_fast.H2O, "update", update)
+        return remember
+
+    def too_early(rank):
+        def rank_by_what_was(self, position, score, n):
+            old = before[0] if before and before[0].shape == score.shape else score
+            before.clear()
+            return rank(self, position, old, n)
+
+        return rank_by_what_was
+
+    for policy in (less_fast.H2O, less_fast.TOVA, less_fast.Retention, less_fast.Scissorhands):
+        patch.setattr(policy, "update", remembering(policy.update))
+        patch.setattr(policy, "rank", too_early(policy.rank))
 
 
 def outputs_share_their_memory(patch):
@@ -169,7 +181,7 @@ TESTS = {
     the_maximum_is_evicted: lower_precision,
     the_virtual_token_is_not_weighed_against_the_largest_logit: huge_logits,
     the_recent_window_is_one_too_short: every_chunk,
-    scores_come_a_step_late: padded_rows,
+    scores_come_after_the_eviction: padded_rows,
     outputs_share_their_memory: earlier_outputs,
 }
 
