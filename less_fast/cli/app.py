@@ -75,9 +75,9 @@ def report(record, as_json, table, *notes):
     print(*notes, sep="\n")
 
 
-def about(model, dtype, seed):
+def about(model, dtype):
     """What every record says."""
-    return {"model": model or "embedded", "dtype": dtype.value, "seed": seed, "versions": versions()}
+    return {"model": model or "embedded", "dtype": dtype.value, "versions": versions()}
 
 
 def main() -> None:
