@@ -170,20 +170,10 @@ def test_a_mixed_model_is_benchmarked_in_all_parts(name):
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
-def test_all_is_compiled_but_a_less_cache_with_layers_that_grow(name):
+def test_all_is_compiled_but_a_model_with_layers_that_grow(name):
     makers = bench._makers(tiny(name), H2O(3, 3), {"bare": None}, 1, LENGTH, 8, True)
-    whole = ["bare, compiled"] * (name == "llama")
-    assert [*makers] == ["DynamicCache", "StaticCache", "StaticCache, compiled", "bare", "bare, step compiled", *whole]
-
-
-def test_sliding_windows_which_count_tokens_in_an_int_are_not_compiled_anew_for_every_token():
-    model = tiny("gemma3_text", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    network, cache = bench._makers(model, H2O(3, 3), {}, 1, LENGTH, 8, compile=True)["StaticCache, compiled"]()
-    for _ in range(8):
-        bench._next_token(network, cache, torch.ones(1, 1, dtype=torch.int64))
-    assert graphs["unique_graphs"] - before <= 3  # for a number, then for any number
+    names = ["DynamicCache", "StaticCache", "StaticCache, compiled", "bare", "bare, step compiled", "bare, compiled"]
+    assert [*makers] == [cache for cache in names if name == "llama" or ", compiled" not in cache]
 
 
 def test_caches_with_a_budget_table_share_slices_of_the_kernels_which_are_counted_once():

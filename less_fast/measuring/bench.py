@@ -180,8 +180,9 @@ def row(
 
 def _makers(model, policy, contenders, batch, length, new, compile):
     """By name, functions that make a network and, for it, a cache of `length` tokens: full ones, static with room for new
-    tokens, then those of the contenders. A model that has layers of transformers' own is not compiled with LESS: they grow."""
+    tokens, then those of the contenders. A model that has layers of transformers' own is not compiled: with LESS they grow."""
     twin = _twin(model)
+    whole = compile and len(less_layers(model)) == len(layers_of(model))
 
     def dynamic():
         return twin, _filled(DynamicCache(config=twin.config), twin, batch, 1, length)
@@ -194,13 +195,13 @@ def _makers(model, policy, contenders, batch, length, new, compile):
         return network, _filled(cache, model, batch, min(length, policy.budget + 1), length)
 
     makers = {"DynamicCache": dynamic, "StaticCache": partial(static, twin)}
-    if compile and twin._can_compile_fullgraph:
+    if whole and twin._can_compile_fullgraph:
         makers["StaticCache, compiled"] = lambda: static(_compiled_model(twin))
     for name, kernels in contenders.items():
         makers[name] = partial(less, model, kernels)
         if compile and policy.one_leaves:
             makers[f"{name}, step compiled"] = partial(less, model, kernels, step=True)
-            if _all_less(model):
+            if whole:
                 makers[f"{name}, compiled"] = lambda kernels=kernels: less(_compiled_model(model), kernels)
     return makers
 
@@ -218,14 +219,8 @@ def _next_token(network, cache, ids):
 
 
 def _compiled_model(model):
-    """As `generate` compiles a model, with CUDA graphs if there is CUDA. Sliding windows count their tokens in an int: for them
-    code must be dynamic, or it is compiled anew for every token."""
-    mode = "reduce-overhead" if model.device.type == "cuda" else None
-    return torch.compile(model, fullgraph=True, dynamic=False if _all_less(model) else None, mode=mode)
-
-
-def _all_less(model):
-    return len(less_layers(model)) == len(layers_of(model))
+    """As `generate` compiles a model, with CUDA graphs if there is CUDA."""
+    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if model.device.type == "cuda" else None)
 
 
 def _twin(model):
