@@ -200,6 +200,7 @@ def test_prefill_measures_every_cache_and_what_it_held_at_most():
     model = make_model()
     rows = bench.prefill(model, H2O(3, 3), {"bare": None, "LESS": make_kernels(model)}, 2, 40, rounds=3)
     assert [(row.cache, row.batch, row.length) for row in rows] == [(name, 2, 40) for name in ("DynamicCache", "bare", "LESS")]
+    assert {row.peak is None for row in rows} == {not Path("/proc/self/clear_refs").exists()}
     assert all(row.tokens_per_second == 2 * 40 / row.seconds for row in rows)
 
 
