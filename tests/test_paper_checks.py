@@ -68,7 +68,9 @@ def test_a_report_holds_every_check_and_its_rows(tmp_path, capsys):
     assert [*report["checks"]] == names
     assert report["about"]["quick"] is True
     text = (tmp_path / "report.md").read_text()
-    assert all(report["checks"][name]["sentence"] in text for name in names)
+    for name in names:
+        assert f"| {named(name).claim} | {named(name).paper} | **" in text
+        assert report["checks"][name]["sentence"] in text
     assert "| layer | of the map in 8 | of the residual in 8 |" in text
 
 
