@@ -18,12 +18,13 @@ def maps(q, k, e, scale, kernels=None):
     i = torch.arange(T, device=q.device)
     causal = i <= i[:, None]
     kept = causal & (i[:, None] <= e)
-    logits = (q * scale @ k.repeat_interleave(G, 1).mT).double()
-    found = [logits.masked_fill(~mask, -torch.inf) for mask in (causal, kept)]
+    logits = q * scale @ k.repeat_interleave(G, 1).mT
+    found = [logits.masked_fill(~mask, -torch.inf).softmax(-1) for mask in (causal, kept)]
     if kernels is not None:
         low_rank = (kernels.phi(q) @ kernels.psi(k).repeat_interleave(G, 1).mT).double().log()
-        found.append(torch.where(kept, logits, torch.where(i[:, None] > e, low_rank, -torch.inf)))
-    return [one.softmax(-1).float() for one in found]
+        weight = torch.where(kept, logits.double(), torch.where(i[:, None] > e, low_rank, -torch.inf))
+        found.append(weight.softmax(-1).float())
+    return found
 
 
 @claim("The residual of sparse attention is low-rank: its singular values fall faster than the whole map's", "fig. 3")
