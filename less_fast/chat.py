@@ -30,7 +30,7 @@ class Conversation:
         if not tokenizer.chat_template:
             raise LessError(
                 "this model has no chat template, so it was not trained to talk: take one that was (--model smollm2), or let it "
-                "go on with a text (`less-kv generate` without --chat)"
+                "go on with a text (`less-kv generate`)"
             )
         if cache.get_seq_length():
             raise LessError("this cache has seen another text: reset() it first, or make one for this conversation")

@@ -20,7 +20,6 @@ from .files import write_text
 from .layer.checks import LessError
 
 
-
 class Carried(NamedTuple):
     """A model that packages of the Python index carry as a GGUF file, in parts, which are joined in this order."""
 

@@ -86,7 +86,7 @@ class LessKernels(nn.Module):
         reach the budget.
         """
         curves = next((curves for curves in self.curves.values() if curves.describe(policy)), None)
-        if curves is None or policy.budget is None:
+        if curves is None:
             return None
         less = less and self.sizes["family"] != "none"
         return table(curves, policy.budget * curves.heads, less)

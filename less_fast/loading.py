@@ -27,24 +27,7 @@ from .text import dataset_texts, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-SHAPES: dict[str, PretrainedConfig] = {
-    "llama-2-7b": LlamaConfig(max_position_embeddings=4096),
-    "llama-2-13b": LlamaConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        max_position_embeddings=4096,
-    ),
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-}
+SHAPES: dict[str, PretrainedConfig] = {"llama-2-7b": LlamaConfig(max_position_embeddings=4096)}
 """Well-known shapes by name: costs do not depend on the values of the weights."""
 
 

@@ -1,4 +1,4 @@
-"""Which decoders of transformers LESS serves, measured on tiny random models: python paper_checks/architectures.py [TYPE ...]
+"""Which decoders of transformers LESS serves, measured on tiny random models: python -m paper_checks.architectures [TYPE ...]
 
 Every causal language model of the installed transformers is made small, in float32. With room for everything LESS must give the
 full cache's tokens and logits, padded rows included; with a small budget the first layer that is LESS's must hold what
@@ -24,6 +24,8 @@ import less_ref
 from less_fast import H2O, LessCache
 from less_fast.files import write_text
 from less_fast.hf.architecture import less_layers
+
+from . import script
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=256, sliding_window=6, rotary_dim=4,
@@ -143,15 +145,13 @@ def from_reference(model, ids) -> float:
     layer, attend = cache.less_layers[0], cache.less_layers[0].attend
     layer.attend = lambda *inputs: calls.append((*inputs, out := attend(*inputs))) or out
     feed(model, ids, None, cache)
-    q, k, v, _, scale, softcap, sinks, out = zip(*calls)
+    q, k, v, _, (logits, *_), out = zip(*calls)
     q, k, v, out = (torch.cat(x, 2)[0].double().numpy() for x in (q, k, v, out))  # (H, T, D)
-    sinks = None if sinks[0] is None else sinks[0].double().numpy()
-    step = partial(less_ref.extend, attention=less_ref.Logits(softcap[0], sinks))
-    trace = less_ref.run(q, k, v, less_ref.H2O(**vars(SMALL)), scale=scale[0], step=step)
-    for g, kept in enumerate(trace.kept[-1]):
-        held = torch.cat([group.slots.positions()[0] for group in layer.state.parts])[g]
-        if sorted(held[held >= 0].tolist()) != kept.tolist():
-            return math.inf
+    sinks = None if logits.sinks is None else logits.sinks.double().numpy()
+    step = partial(less_ref.extend, attention=less_ref.Logits(logits.softcap, sinks))
+    trace = less_ref.run(q, k, v, less_ref.H2O(**vars(SMALL)), scale=logits.scale, step=step)
+    if any(layer.state.head(0, g)["position"].tolist() != kept.tolist() for g, kept in enumerate(trace.kept[-1])):
+        return math.inf
     return difference(torch.from_numpy(out), torch.from_numpy(trace.out).transpose(0, 1))
 
 
@@ -172,14 +172,14 @@ def markdown(rows) -> str:
     """The tables: served, refused, and not tried."""
     served = [row for row in rows if isinstance(row, Row) and not row.refused]
     refused = [row for row in rows if isinstance(row, Row) and row.refused]
-    lines = ["| type | layers served | logits | padded | small budget, from less_ref |", "|---|---|---|---|---|"]
-    for row in served:
-        lines.append(f"| {row.model_type} | {row.layers} | {row.full:.0e} | {row.padded:.0e} | {row.reference:.0e} |")
-    lines += ["", "| refused | why |", "|---|---|"]
-    lines += [f"| {row.model_type} | {row.refused} |" for row in refused]
-    lines += ["", "| not tried: no small model of it could be made, or run with any cache | what was said |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, reason in (row for row in rows if not isinstance(row, Row))]
-    return "\n".join(lines) + "\n"
+    yes = [[row.model_type, row.layers, *(f"{x:.0e}" for x in (row.full, row.padded, row.reference))] for row in served]
+    not_tried = [row for row in rows if not isinstance(row, Row)]
+    tables = [
+        script.markdown(["type", "layers served", "logits", "padded", "small budget, from less_ref"], yes),
+        script.markdown(["refused", "why"], [[row.model_type, row.refused] for row in refused]),
+        script.markdown(["not tried: no small model of it could be made, or run with any cache", "what was said"], not_tried),
+    ]
+    return "\n\n".join(tables) + "\n"
 
 
 def summary(rows) -> str:
@@ -193,16 +193,16 @@ def summary(rows) -> str:
             groups.setdefault((why, served), []).append(row)
     alone = [group for group, alike in groups.items() if len(alike) == 1]
     groups["each for a reason of its own", ""] = [groups.pop(group)[0] for group in alone]
-    lines = ["| types | layers served | logits | small budget, from less_ref |", "|---|---|---|---|"]
+    lines = []
     for (why, served), alike in sorted(groups.items(), key=lambda group: (group[0][0] != "", -len(group[1]))):
         names = sorted((row.model_type for row in alike), key=lambda name: name not in KNOWN)
         names = ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
         if why:
-            lines.append(f"| {names} | refused: {why} | | |")
+            lines.append([names, f"refused: {why}", "", ""])
         else:
             logits, reference = max(max(row.full, row.padded) for row in alike), max(row.reference for row in alike)
-            lines.append(f"| {names} | {served} | {logits:.0e} | {reference:.0e} |")
-    return "\n".join(lines) + "\n"
+            lines.append([names, served, f"{logits:.0e}", f"{reference:.0e}"])
+    return script.markdown(["types", "layers served", "logits", "small budget, from less_ref"], lines) + "\n"
 
 
 def main():
@@ -222,7 +222,7 @@ def main():
 
 HEAD = """# Architectures
 
-What `python paper_checks/architectures.py --out paper_checks/ARCHITECTURES.md` found with transformers {version}, torch {torch}:
+What `python -m paper_checks.architectures --out paper_checks/ARCHITECTURES.md` found with transformers {version}, torch {torch}:
 tiny random models of every type of causal language model, float32. Differences are the largest of all logits (of the layer's
 outputs in the last column), relative to the largest value.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from less_fast import H2O, LessCache, LessError, LessKernels
 from less_fast.budgets import Table
@@ -87,9 +88,22 @@ class Subject:
         kind = "full" if policy is None else "bare" if kernels is None else "less"
         return window_losses(self.model, windows, Contender(kind, policy, None, make))
 
+    def caches(self, policy: Policy, spread: str | None = "uniform") -> dict[str, Cache]:
+        """Empty ones for streaming: full, bare and LESS, whose budgets are uniform or, None, by head where there is a table."""
+        return {
+            "full": DynamicCache(config=self.model.config),
+            "bare": LessCache.for_model(self.model, policy, chunk=1),
+            "LESS": LessCache.for_model(self.model, policy, self.kernels, spread, chunk=1),
+        }
+
     def policies(self) -> list[H2O]:
         """H2O at the paper's budgets."""
         return [H2O(1, 1).with_budget(max(2, int(share * self.length))) for share in (SHARES[1:2] if self.quick else SHARES)]
+
+    @property
+    def middle(self) -> H2O:
+        """That of 5 %."""
+        return self.policies()[len(self.policies()) // 2]
 
 
 @dataclass
@@ -101,7 +115,16 @@ class Finding:
     figures: dict  # what goes into the JSON report
     headings: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    pictures: dict[str, Callable] = field(default_factory=dict)  # name -> a function that draws on matplotlib axes
+
+
+def claim(text: str, paper: str) -> Callable:
+    """Says of a check what it is a claim of, and what the paper says."""
+
+    def noted(check: Callable[[Subject], Finding]) -> Callable[[Subject], Finding]:
+        check.claim, check.paper = text, paper
+        return check
+
+    return noted
 
 
 def verdict(parts: list[bool]) -> str:

@@ -1,35 +1,32 @@
 """Beyond text (the paper's outlook): LESS on pictures, pixel by pixel, and on a pulse, sample by sample.
 
     pip install scikit-image heartpy                             # the data; nothing of theirs is computed with
-    python paper_checks/domains.py                               # both, some twenty minutes of a core
-    python paper_checks/domains.py --domains pulse --tokens 500000
+    python -m paper_checks.domains                               # both, some twenty minutes of a core
+    python -m paper_checks.domains --domains pulse --tokens 500000
 
 For each a small decoder is trained, then kernels for it, and held-out windows are compared as texts are: full cache, bare H2O,
 Baseline+ and LESS. Pictures: photographs of scikit-image, grey, LEVELS levels, in strips that are read line by line; those held
 out are of other scenes. Pulse: the third example of HeartPy, eighteen minutes of one sensor; its last fifth is held out.
 """
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from less_fast import H2O, LessError
 from less_fast.demo import build_model
-from less_fast.files import write_text
-from less_fast.measuring import versions
-from less_fast.measuring.compare import compare, spell_share
+from less_fast.measuring.compare import compare, table
 from less_fast.training import RECIPES, train
 
-HERE = Path(__file__).parent
+from . import script
+
 LENGTH = 1024  # tokens of a window
 LEVELS = 32  # of brightness, and of the pulse
 WIDTH = 32  # pixels of a line of a strip
@@ -98,9 +95,7 @@ def decoder(streams: list[np.ndarray], held_out: torch.Tensor, tokens: int) -> L
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    options = SimpleNamespace(batch=8, length=LENGTH, tokens=tokens, seed=0, device="cpu", compile=False)
-    options.muon_lr, options.adam_lr, options.weight_decay = 0.01, 3e-3, 0.1
-    build_model.train(model, streams, held_out, options)
+    build_model.train(model, streams, held_out, tokens, 8)
     return model.eval().requires_grad_(False)
 
 
@@ -120,37 +115,26 @@ def measure(name: str, tokens: int, most: int) -> tuple[dict, list]:
     return said | {"rows": [asdict(row) for row in rows]}, rows
 
 
-def markdown(name: str, said: dict, rows: list) -> str:
-    lines = [f"\n{name}, {said['held_out']} held-out windows, perplexity {rows[0].perplexity:.3f} with the full cache:\n"]
-    lines += ["| cache | kept | perplexity | recovered | of Baseline+'s loss, removed |", "|---|---|---|---|---|"]
-    for row in rows[1:]:
-        shares = spell_share(row.recovered, row.recovered_stderr), spell_share(row.removed, row.removed_stderr)
-        lines.append(f"| {row.cache} | {row.budget} | {row.perplexity:.3f} | {shares[0]} | {shares[1]} |")
-    return "\n".join(lines)
-
-
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.parser(__doc__)
     parser.add_argument("--domains", default=",".join(DOMAINS), help="some of these")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="that a decoder is trained on")
     parser.add_argument("--windows", type=int, default=48, help="held out, at most")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "domains.json")
+    parser.add_argument("--out", type=Path, default=script.RESULTS / "domains.json")
     chosen = parser.parse_args(arguments)
-    found: dict = {"about": {"tokens": chosen.tokens, "recipe": asdict(RECIPE), "versions": versions()}}
-    try:
-        if strange := {*chosen.domains.split(",")} - {*DOMAINS}:
-            raise LessError(f"no domain here is called {', '.join(sorted(strange))}: they are {', '.join(DOMAINS)}")
+    found: dict = {}
+
+    def act():
+        script.known("domain", chosen.domains.split(","), DOMAINS)
         for name in chosen.domains.split(","):
-            found[name], rows = measure(name, chosen.tokens, chosen.windows)
-            print(markdown(name, found[name], rows), flush=True)
-            write_text(chosen.out, json.dumps(found, indent=1) + "\n")
-    except ImportError as error:
-        print(f"paper_checks/domains.py: {error}: pip install scikit-image heartpy", file=sys.stderr)
-        return 2
-    except (OSError, LessError) as error:
-        print(f"paper_checks/domains.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+            try:
+                found[name], rows = measure(name, chosen.tokens, chosen.windows)
+            except ImportError as error:
+                raise LessError(f"{error}: pip install scikit-image heartpy") from error
+            Console(width=120).print(table(rows, f"{name}, {found[name]['held_out']} held-out windows"))
+            script.write(chosen.out, {"tokens": chosen.tokens, "recipe": asdict(RECIPE)}, found)
+
+    return script.run("domains", act)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from less_fast import LessError
 from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM
 
-from .check import Finding, Subject, verdict
+from .check import Finding, Subject, claim, verdict
+from .script import mean
 
-CLAIM = "Classification through lm-evaluation-harness: LESS above Baseline+"
-PAPER = "LESS above Baseline+"
 NAME = re.compile(r"[^\W\d]\w{4,}")  # a word of at least five characters
 CHOICE = 24  # characters of an answer: a name and what follows it
 QUESTIONS = 200
@@ -114,17 +113,8 @@ def metrics(lm: CachedLM, tasks: list, **which: object) -> dict[str, dict[str, t
     return values
 
 
-def evaluated(lm: CachedLM, tasks: list, limit: int | None = None) -> dict[str, torch.Tensor]:
-    """By task, the first metric of which more is better, (documents,) float64."""
-    return {task: next(iter(values.values())) for task, values in metrics(lm, tasks, limit=limit).items()}
-
-
-def mean(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of values (documents,) and its standard error."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
-
-
-def check(subject: Subject) -> Finding:
+@claim("Classification through lm-evaluation-harness: LESS above Baseline+", "LESS above Baseline+ (table 3)")
+def harness(subject: Subject) -> Finding:
     """Streaming, uniform budgets. Differences are paired: all caches answer the same questions."""
     tasks = subject.tasks or [far_names(subject)]
     scores, lines, parts, figures, gains = {}, [], [], {}, []
@@ -132,7 +122,8 @@ def check(subject: Subject) -> Finding:
         if contender.budgets == "by head":
             continue
         lm = CachedLM(subject.model, subject.tokenizer, contender.make, max_length=subject.length)
-        answers = evaluated(lm, tasks, 2 if subject.quick and subject.tasks else None)
+        told = metrics(lm, tasks, limit=2 if subject.quick and subject.tasks else None)
+        answers = {task: next(iter(values.values())) for task, values in told.items()}  # the first metric
         scores[contender.cache] = answers
         for name, values in answers.items():
             (share, stderr), kept = mean(values), contender.policy.budget if contender.policy else "all"

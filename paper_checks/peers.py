@@ -1,21 +1,20 @@
 """LESS beside its peers: the caches of transformers, and NVIDIA's kvpress, on the same weights, tokens and threads.
 
-    python paper_checks/peers.py --out paper_checks/results/peers.json
-    python paper_checks/peers.py --quick        # a small size with nothing compiled, to see that it runs; makes no environment
+    python -m venv peers && peers/bin/pip install torch==TORCH kvpress==0.5.5 hqq==0.2.8.post1    # as here: .ci/constraints.txt
+    python -m paper_checks.peers --environment peers --out paper_checks/results/peers.json
+    python -m paper_checks.peers --quick        # a small size with nothing compiled, to see that it runs
 
-kvpress asks for an older transformers than LESS. It gets an environment of its own (--environment, 1.4 GB, made if missing), with
-the same Python and torch; QuantizedCache, whose backend is not among our requirements, is measured there as well. Each side is a
-process; both read the same file of tokens, and their caches take turns, one pass of one side, one of the other.
+kvpress asks for an older transformers than LESS, so it has an environment of its own, with the same Python and torch;
+QuantizedCache, whose backend is not among our requirements, is measured there as well. Without one our side alone is measured.
+Each side is a process; both read the same file of tokens, and their caches take turns, one pass of one side, one of the other.
 
 A pass: half of each window of held-out text is the prompt, the rest is decoded token by token, the true token fed each time.
 Quality: nats of the decoded tokens. Speed: tokens over the seconds that the model took for all of them, the median of the rounds.
-Compiled steps and models are measured at the first budget alone.
 
 Equal tokens: the largest number that a KV head holds between steps. DecodingPress compresses to `target_size` every
 `compression_interval` steps, so that it grows to target + interval - 1: its target is chosen for that to be the budget. It does
-not touch the prompt; PrefillDecodingPress compresses that to the same target, with the same press. CAMPress merges neighbours,
-which a press for prompts leaves in no order: its own first step compresses the prompt. At the default interval nothing can be
-held so small: there the target is the budget, and the row is not one of equal tokens.
+not touch the prompt; PrefillDecodingPress compresses that to the same target, with the same press. At the default interval
+nothing can be held so small: there the target is the budget, and the row is not one of equal tokens.
 
 Refused rather than reported: sides that differ in tokens, weights, threads or torch, full caches that differ in perplexity, a
 cache that held more than its budget, code compiled while the clock ran.
@@ -45,11 +44,6 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-ROOT = Path(__file__).parent.parent
-PEERS = ("kvpress==0.5.5", "hqq==0.2.8.post1")
-CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
-OLDER = ("transformers", "huggingface_hub", "hf-xet", "tokenizers", "pandas")  # kvpress wants other releases of these than ours
-MADE = "made-by-peers.txt"  # lies in an environment that is complete, and says of what
 AGREE = 1e-3  # by how much perplexities of full caches may differ
 WARM_UP = 12  # steps before the clock runs, in which code is compiled
 VARIANTS = 64  # compiled variants of one piece of code that torch may hold: one for each contender and batch
@@ -64,14 +58,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured. compiled: names of the caches that are compiled, step and model; None: all that can be."""
+    """What is measured: windows of `length` tokens, half of them prompt, under a budget, in batches, so many times each."""
 
     length: int
-    budgets: tuple[int, ...]
+    budget: int
     batches: tuple[int, ...]
     rounds: int
     threads: int
-    compiled: tuple[str, ...] | None = None
+    compile: bool
 
     @property
     def prompt(self) -> int:
@@ -81,14 +75,6 @@ class Setup:
     def steps(self) -> int:
         """Tokens that are fed while decoding; the last of a window is only predicted."""
         return self.length - self.prompt - 1
-
-    @property
-    def windows(self) -> int:
-        return self.rounds * max(self.batches)
-
-    def compiles(self, name: str, budget: int | None = None) -> bool:
-        """Of the budgets only the first: compiling takes longer than measuring."""
-        return (self.compiled is None or name in self.compiled) and budget in (None, self.budgets[0])
 
 
 @dataclass
@@ -116,20 +102,17 @@ class Contender:
     equal: bool = True
 
     def about(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("cache", "budget", "target", "interval", "equal")}
-
-
-# ------------------------------------------------------------------ what is measured, on either side
+        return {name: value for name, value in vars(self).items() if name != "make"}
 
 
 @torch.inference_mode()
 def decode(run: Pass, windows: torch.Tensor, prompt: int, steps: int) -> dict[str, Any]:
     """Reads the prompts of windows (N, T), then feeds `steps` tokens one by one.
 
-    nats: mean of each window's predicted tokens; seconds, computing: of all steps, by the clock and by the processor; held:
-    tokens that a KV head holds between steps, at most and on average; bytes: at most, for each sequence.
+    nats: mean of each window's predicted tokens; seconds: of all steps; held: tokens that a KV head holds between steps, at most;
+    bytes: at most, for each sequence.
     """
-    nats, held, size, seconds, computing = [], [], 0, 0.0, 0.0
+    nats, held, size, seconds = [], 0.0, 0, 0.0
 
     def told(start, end):
         return {"position_ids": torch.arange(start, end)[None]} if run.positions else {}
@@ -138,24 +121,16 @@ def decode(run: Pass, windows: torch.Tensor, prompt: int, steps: int) -> dict[st
         run.model(input_ids=windows[:, :prompt], past_key_values=run.cache, use_cache=True, logits_to_keep=1, **told(0, prompt))
         for index in range(prompt, prompt + steps):
             token, where = windows[:, index : index + 1], told(index, index + 1)
-            clock, processor = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             logits = run.step(input_ids=token, past_key_values=run.cache, use_cache=True, **where).logits
-            seconds += time.perf_counter() - clock
-            computing += time.process_time() - processor
+            seconds += time.perf_counter() - start
             nats.append(cross_entropy(logits[:, -1].float(), windows[:, index + 1], reduction="none").double())
-            held.append(held_tokens(run.cache))
+            held = max(held, held_tokens(run.cache))
             size = max(size, held_bytes(run.cache) + held_bytes(run.beside))
     per_window = torch.stack(nats).mean(0)  # (N,)
     if not per_window.isfinite().all():
-        raise ArithmeticError("the predictions are not finite")
-    return {
-        "nats": per_window.tolist(),
-        "seconds": seconds,
-        "computing": computing,
-        "held_most": max(held),
-        "held_mean": sum(held) / len(held),
-        "bytes": size // len(windows),
-    }
+        raise Refused("the predictions are not finite")
+    return {"nats": per_window.tolist(), "seconds": seconds, "held": held, "bytes": size // len(windows)}
 
 
 def held_tokens(cache: Any) -> float:
@@ -184,12 +159,16 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def load(folder: str, attention: str = "sdpa") -> Any:
+def load(folder: str) -> Any:
     """The model of a folder, float32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
+
+
+def python_of(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
@@ -199,11 +178,8 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-# ------------------------------------------------------------------ the contenders
-
-
 def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]:
-    """The caches of transformers, and for each budget bare policies and LESS."""
+    """The caches of transformers, then bare policies and LESS."""
     from transformers import DynamicCache, StaticCache
 
     from less_fast import LessCache, LessKernels
@@ -219,35 +195,33 @@ def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]
 
     whole = torch.compile(model, fullgraph=True, dynamic=False)
     yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
-    if setup.compiles("StaticCache"):
+    if setup.compile:
         yield Contender("StaticCache, compiled", static)
     ours, kernels = load(folder), LessKernels.from_pretrained(KERNELS)
     ours_whole = torch.compile(ours, fullgraph=True, dynamic=False)
-    for budget in setup.budgets:
-        policies = {name: POLICIES[name].with_budget(budget) for name in ("h2o", "retention", "tova", "lambda")}
-        tables = {name: kernels.budgets_for(policies[name]) for name in ("h2o", "retention")}
-        if not all(tables.values()):
-            raise Refused(f"the kernels have no table of {budget} tokens by head: choose another budget")
-        kinds: dict[str, tuple] = {
-            "TOVA": (policies["tova"],),
-            "Lambda": (policies["lambda"],),
-            "H2O": (policies["h2o"],),
-            "H2O with LESS": (policies["h2o"], kernels),
-            "H2O with LESS, by head": (policies["h2o"], kernels, tables["h2o"]),
-            "Retention with LESS": (policies["retention"], kernels),
-            "Retention with LESS, by head": (policies["retention"], kernels, tables["retention"]),
-        }
-        for name, kind in kinds.items():
-            make = partial(less, *kind)
-            yield Contender(name, make, budget)
-            if name not in ("TOVA", "Lambda") and setup.compiles(name, budget):  # those two stand beside presses that do the same
-                yield Contender(f"{name}, step compiled", partial(make, step=True), budget)
-            if name in ("H2O with LESS", "Retention with LESS, by head") and setup.compiles(name, budget):
-                yield Contender(f"{name}, compiled", partial(make, network=ours_whole), budget)
+    policies = {name: POLICIES[name].with_budget(setup.budget) for name in ("h2o", "retention", "tova", "lambda")}
+    tables = {name: kernels.budgets_for(policies[name]) for name in ("h2o", "retention")}
+    if not all(tables.values()):
+        raise Refused(f"the kernels have no table of {setup.budget} tokens by head: choose another budget")
+    kinds: dict[str, tuple] = {
+        "TOVA": (policies["tova"],),
+        "Lambda": (policies["lambda"],),
+        "H2O": (policies["h2o"],),
+        "H2O with LESS": (policies["h2o"], kernels),
+        "H2O with LESS, by head": (policies["h2o"], kernels, tables["h2o"]),
+        "Retention with LESS": (policies["retention"], kernels),
+        "Retention with LESS, by head": (policies["retention"], kernels, tables["retention"]),
+    }
+    for name, kind in kinds.items():
+        make = partial(less, *kind)
+        yield Contender(name, make, setup.budget)
+        if name in ("H2O with LESS", "Retention with LESS, by head") and setup.compile:
+            yield Contender(f"{name}, step compiled", partial(make, step=True), setup.budget)
+            yield Contender(f"{name}, compiled", partial(make, network=ours_whole), setup.budget)
 
 
 def their_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]:
-    """In kvpress's environment: the full cache once more, the quantized one, and for each budget the presses."""
+    """In kvpress's environment: the full cache once more, the quantized one, and the presses."""
     import kvpress
     from transformers import DynamicCache, QuantizedCache
 
@@ -255,46 +229,27 @@ def their_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contende
         cache = QuantizedCache("hqq", model.config, nbits=4, axis_key=1, axis_value=1)  # the axes that transformers advises
         return Pass(model, model, cache)
 
-    def press(network, base, wrapper, prompt, target, interval):
-        before = None
-        if wrapper is kvpress.DecodingPress:
-            before = base()
-            before.compression_ratio = 1 - (target + 0.5) / prompt  # it keeps the whole part of what this leaves
-        pressing = kvpress.PrefillDecodingPress(before, wrapper(base(), compression_interval=interval, target_size=target))
-        cache = DynamicCache(config=network.config)
-        return Pass(network, network, cache, lambda: pressing(network), pressing.decoding_press, positions=True)
+    def press(base, target, interval):
+        before = base()
+        before.compression_ratio = 1 - (target + 0.5) / setup.prompt  # it keeps the whole part of what this leaves
+        after = kvpress.DecodingPress(base(), compression_interval=interval, target_size=target)
+        pressing = kvpress.PrefillDecodingPress(before, after)
+        cache = DynamicCache(config=model.config)
+        return Pass(model, model, cache, lambda: pressing(model), pressing.decoding_press, positions=True)
+
+    def snapkv():
+        return kvpress.SnapKVPress(window_size=SPECIAL - 2)  # it wants more states than that in its buffer
 
     yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
     yield Contender("QuantizedCache, hqq, 4 bits", quantized)
-    eager = load(folder, "eager")  # for a press that reads the attention probabilities
     default = kvpress.DecodingPress(kvpress.KnormPress()).compression_interval
-    window = SPECIAL - 2  # SnapKV's: there must be more states in the buffer, which is emptied by each compression
-
-    def snapkv():
-        return kvpress.SnapKVPress(window_size=window)
-
-    for budget in setup.budgets:
-        plain, merging = kvpress.DecodingPress, kvpress.CAMPress
-        wanted = [
-            ("KnormPress", 1, model, kvpress.KnormPress, plain),
-            ("TOVAPress", 1, model, kvpress.TOVAPress, plain),
-            ("StreamingLLMPress", 1, model, kvpress.StreamingLLMPress, plain),
-            ("ObservedAttentionPress", 1, eager, kvpress.ObservedAttentionPress, plain),
-            (f"SnapKVPress, window {window}", 1, model, snapkv, plain),
-            ("CAMPress of StreamingLLMPress", 1, model, kvpress.StreamingLLMPress, merging),
-            ("KnormPress", SPECIAL, model, kvpress.KnormPress, plain),
-            ("TOVAPress", SPECIAL, model, kvpress.TOVAPress, plain),
-            ("StreamingLLMPress", SPECIAL, model, kvpress.StreamingLLMPress, plain),
-            (f"SnapKVPress, window {window}", SPECIAL, model, snapkv, plain),
-            ("TOVAPress", default, model, kvpress.TOVAPress, plain),
-        ]
-        for name, interval, network, base, wrapper in wanted:
-            equal = interval != default
-            target = budget - interval + 1 if equal else budget
-            if target < 1:
-                raise Refused(f"a budget of {budget} leaves nothing beside an interval of {interval}: give it more")
-            make = partial(press, network, base, wrapper, setup.prompt, target, interval)
-            yield Contender(name, make, budget, target, interval, equal)
+    bases = {one.__name__: one for one in (kvpress.KnormPress, kvpress.TOVAPress, kvpress.StreamingLLMPress)}
+    wanted = [(name, base, interval) for interval in (1, SPECIAL) for name, base in bases.items()]
+    wanted += [(f"SnapKVPress, window {SPECIAL - 2}", snapkv, SPECIAL), ("TOVAPress", kvpress.TOVAPress, default)]
+    for name, base, interval in wanted:
+        equal = interval != default
+        target = setup.budget - interval + 1 if equal else setup.budget
+        yield Contender(name, partial(press, base, target, interval), setup.budget, target, interval, equal)
 
 
 SIDES: dict[str, tuple[Callable[..., Iterator[Contender]], tuple[str, ...]]] = {
@@ -302,9 +257,6 @@ SIDES: dict[str, tuple[Callable[..., Iterator[Contender]], tuple[str, ...]]] = {
     THEIRS: (their_contenders, ("kvpress", "hqq")),
 }
 """The contenders of each side, and the libraries whose version it tells."""
-
-
-# ------------------------------------------------------------------ a side, in a process of its own
 
 
 def serve(name: str, options: dict[str, Any]) -> None:
@@ -346,37 +298,29 @@ def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]]
     for line in sys.stdin:
         number, batch, first = json.loads(line)
         contender, windows = contenders[number], ids[first : first + batch]
-        try:
-            if (number, batch) not in warm:
-                _decode_anew(contender, windows, setup.prompt, min(WARM_UP, setup.steps))
-                warm.add((number, batch))
-            before = graphs["unique_graphs"]
-            measured = _decode_anew(contender, windows, setup.prompt, setup.steps)
-            if graphs["unique_graphs"] != before:
-                raise Refused(f"{contender.cache}: code was compiled while the clock ran")
-        except (AssertionError, ArithmeticError) as error:
-            if contender.interval is None:
-                raise
-            measured = {"refused": f"{type(error).__name__}: {error}"}  # what a press cannot do is a finding
+        if (number, batch) not in warm:
+            decode(contender.make(), windows, setup.prompt, min(WARM_UP, setup.steps))
+            warm.add((number, batch))
+        before = graphs["unique_graphs"]
+        measured = decode(contender.make(), windows, setup.prompt, setup.steps)
+        if graphs["unique_graphs"] != before:
+            raise Refused(f"{contender.cache}: code was compiled while the clock ran")
         answer(measured)
-
-
-def _decode_anew(contender: Contender, windows: torch.Tensor, prompt: int, steps: int) -> dict[str, Any]:
-    torch.manual_seed(0)  # one press draws
-    return decode(contender.make(), windows, prompt, steps)
 
 
 class Side:
     """A side as the others see it."""
 
     def __init__(self, name: str, python: str, options: dict[str, Any]):
-        command = [python, __file__, "--side", name, "--options", json.dumps(options)]
+        program = [__file__] if name == THEIRS else ["-m", "paper_checks.peers"]
+        command = [python, *program, "--side", name, "--options", json.dumps(options)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options["setup"]["threads"])}
         if name == THEIRS:  # nothing of this project is theirs
             environment.pop("PYTHONPATH", None)
             environment["PYTHONSAFEPATH"] = "1"
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        self.process = subprocess.Popen(command, **pipes, env=environment, cwd=Path(__file__).parent.parent)
         self.about = self._answer()
         self.contenders = self.about.pop("contenders")
 
@@ -397,48 +341,6 @@ class Side:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-# ------------------------------------------------------------------ the environment of kvpress
-
-
-def default_environment() -> Path:
-    from less_fast.gguf import cache_folder
-
-    return cache_folder() / "peers"
-
-
-def python_of(environment: Path) -> Path:
-    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def is_made(environment: Path) -> bool:
-    """Whether the environment is there and complete. Refused if something else lies there."""
-    mark = environment / MADE
-    if mark.is_file() and mark.read_text(encoding="utf-8").split() == list(PEERS):
-        return True
-    if environment.exists() and any(environment.iterdir()):
-        raise Refused(f"{environment} is no environment of {', '.join(PEERS)}, or not all of it: delete it, or name another")
-    return False
-
-
-def make_environment(environment: Path) -> None:
-    """A virtual environment of this Python with PEERS, under our constraints but for what kvpress wants older."""
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.partition("==")[0].lower() not in OLDER]
-    with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        install = [str(python_of(environment)), "-m", "pip", "install", "--quiet", "-c", str(constraints), *PEERS]
-        for command in ([sys.executable, "-m", "venv", str(environment)], install):
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-            if done.returncode:
-                said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-                raise Refused(f"the environment of kvpress cannot be made: {said}; delete {environment} before another try")
-    (environment / MADE).write_text("\n".join(PEERS) + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------ both sides together
 
 
 def check_sides(sides: list[Side]) -> None:
@@ -463,17 +365,13 @@ def measure(sides: list[Side], setup: Setup, progress: Callable[[str], object] =
     numbered = [[(side, number) for number in range(len(side.contenders))] for side in sides]
     turns = [turn for turn in chain(*zip_longest(*numbered)) if turn is not None]
     results = [
-        {"side": side.name, **side.contenders[number], "refused": None, "passes": {batch: [] for batch in setup.batches}}
-        for side, number in turns
+        {"side": side.name, **side.contenders[number], "passes": {batch: [] for batch in setup.batches}} for side, number in turns
     ]
     for turn in range(setup.rounds):
         for batch in setup.batches:
             progress(f"round {turn + 1} of {setup.rounds}, batch {batch}")
             for (side, number), result in zip(turns, results):
-                if result["refused"] is None:
-                    measured = side.measure(number, batch, turn * max(setup.batches))
-                    result["refused"] = measured.get("refused")
-                    result["passes"][batch].append(measured)
+                result["passes"][batch].append(side.measure(number, batch, turn * max(setup.batches)))
     return results
 
 
@@ -481,97 +379,55 @@ def rows_of(results: list[dict[str, Any]], setup: Setup) -> list[dict[str, Any]]
     """A row for each contender. Refused if full caches differ, or a cache held more tokens than it may.
 
     nats: mean over the windows of the largest batch; worse: the nats above those of our DynamicCache on the same windows. Both
-    with standard errors over windows. rows_differ: the largest difference of a window decoded in another batch.
+    with standard errors over windows.
     """
-    largest, full = max(setup.batches), nats_of(next(result for result in results if result["cache"] == FULL), setup)
-    rows = []
+    from paper_checks.script import mean
+
+    def nats_of(result):
+        """Of each window, as it was decoded in the largest batch: (W,) float64."""
+        return torch.tensor([measured["nats"] for measured in result["passes"][largest]], dtype=torch.float64).flatten()
+
+    largest, rows = max(setup.batches), []
+    full = nats_of(next(result for result in results if result["cache"] == FULL))
     for result in results:
         row = {name: value for name, value in result.items() if name != "passes"}
         rows.append(row)
-        if result["refused"] is not None:
-            continue
         passes = result["passes"]
-        everything = [measured for batch in setup.batches for measured in passes[batch]]
-        row["held_most"] = max(measured["held_most"] for measured in everything)
-        row["held_mean"] = sum(measured["held_mean"] for measured in everything) / len(everything)
-        if row["budget"] is not None and row["equal"] and row["held_most"] > row["budget"]:
-            raise Refused(f"{row['cache']} held {row['held_most']} tokens, and its budget is {row['budget']}")
-        nats = nats_of(result, setup)
+        row["held"] = max(measured["held"] for batch in setup.batches for measured in passes[batch])
+        if row["budget"] is not None and row["equal"] and row["held"] > row["budget"]:
+            raise Refused(f"{row['cache']} held {row['held']} tokens, and its budget is {row['budget']}")
+        nats = nats_of(result)
         row["windows"] = len(nats)
-        row["nats"], row["stderr"] = mean_of(nats)
-        row["worse"], row["worse_stderr"] = mean_of([here - there for here, there in zip(nats, full)])
+        row["nats"], row["stderr"] = mean(nats)
+        row["worse"], row["worse_stderr"] = mean(nats - full)
         row["perplexity"] = math.exp(row["nats"])
         if row["budget"] is None and "Quantized" not in row["cache"]:
-            apart = abs(row["perplexity"] - math.exp(mean_of(full)[0]))
+            apart = abs(row["perplexity"] - math.exp(full.mean()))
             if not apart <= AGREE:
                 raise Refused(f"{row['cache']} of {row['side']} is a full cache, and its perplexity is {apart:.4g} off another's")
-        row["rows_differ"] = max(
-            abs(here - there)
-            for batch in setup.batches
-            for one, other in zip(passes[batch], passes[largest])
-            for here, there in zip(one["nats"], other["nats"])
-        )
         row["bytes"] = max(measured["bytes"] for measured in passes[largest])
-        row["speed"] = {}
-        for batch in setup.batches:
-            of = {
-                clock: sorted(batch * setup.steps / measured[clock] for measured in passes[batch])
-                for clock in ("seconds", "computing")
-            }
-            row["speed"][str(batch)] = {
-                "tokens_per_second": median(of["seconds"]),
-                "least": of["seconds"][0],
-                "most": of["seconds"][-1],
-                "tokens_per_second_computing": median(of["computing"]),
-            }
+        row["speed"] = {
+            str(batch): batch * setup.steps / median(measured["seconds"] for measured in passes[batch]) for batch in setup.batches
+        }
     return rows
-
-
-def nats_of(result: dict[str, Any], setup: Setup) -> list[float]:
-    """Of each window, as it was decoded in the largest batch."""
-    return [nats for measured in result["passes"][max(setup.batches)] for nats in measured["nats"]]
-
-
-def mean_of(numbers: list[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
-    values = np.array(numbers, dtype=np.float64)  # (W,)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def markdown(rows: list[dict[str, Any]], setup: Setup) -> str:
     """The rows as a table: caches that hold everything, then by budget."""
+    from paper_checks.script import markdown as table
+
     speeds = [f"tokens/s, batch {batch}" for batch in setup.batches]
-    headings = [
-        "cache",
-        "tokens held, at most",
-        "on average",
-        "perplexity",
-        "nats above the full cache",
-        *speeds,
-        "bytes/sequence",
-    ]
-    lines = [headings, ["---"] * len(headings)]
+    headings = ["cache", "tokens held, at most", "perplexity", "nats above the full cache", *speeds, "bytes/sequence"]
+    lines = []
     for row in sorted(rows, key=lambda row: (row["budget"] or 0, row["side"] == THEIRS)):
         name = f"{row['side']}: {row['cache']}" if row["side"] == THEIRS else row["cache"]
         if row["interval"] is not None:
             every = "every step" if row["interval"] == 1 else f"every {row['interval']} steps"
             name += f", to {row['target']} {every}"
-        if row["refused"] is not None:
-            lines.append([name, f"refused: {row['refused']}", *[""] * (len(headings) - 2)])
-            continue
-        beyond = "" if row["equal"] else f" (budget {row['budget']})"
-        lines.append(
-            [
-                name,
-                f"{row['held_most']:g}{beyond}",
-                f"{row['held_mean']:.4g}",
-                f"{row['perplexity']:.2f}",
-                f"{round(row['worse'], 3) + 0.0:.3f} ± {row['worse_stderr']:.3f}",  # no -0.000
-                *(f"{row['speed'][str(batch)]['tokens_per_second']:,.0f}" for batch in setup.batches),
-                f"{row['bytes']:,}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        line = [name, f"{row['held']:g}" + ("" if row["equal"] else f" (budget {row['budget']})"), f"{row['perplexity']:.2f}"]
+        line.append(f"{round(row['worse'], 3) + 0.0:.3f} ± {row['worse_stderr']:.3f}")  # no -0.000
+        lines.append([*line, *(f"{speed:,.0f}" for speed in row["speed"].values()), f"{row['bytes']:,}"])
+    return table(headings, lines)
 
 
 def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
@@ -582,7 +438,7 @@ def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
     from less_fast.text import windows
 
     texts = [text for _, text in corpus.documents("test")]
-    ids = windows(AutoTokenizer.from_pretrained(MODEL), texts, setup.length, setup.windows)  # (W, T)
+    ids = windows(AutoTokenizer.from_pretrained(MODEL), texts, setup.length, setup.rounds * max(setup.batches))  # (W, T)
     sides: list[Side] = []
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
@@ -603,57 +459,42 @@ def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
     }
 
 
-def options(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file for the raw figures; none are written without it")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
-    parser.add_argument("--environment", type=Path, help="folder of kvpress's environment, made if it is missing")
-    parser.add_argument("--quick", action="store_true", help="small, nothing compiled; kvpress only if its environment is there")
+    parser.add_argument("--environment", type=Path, help="folder of kvpress's environment; without it kvpress is left out")
+    parser.add_argument("--quick", action="store_true", help="small, nothing compiled")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.rounds < 1 or chosen.threads < 1:
         parser.error("--rounds and --threads are at least 1")
-    return chosen
-
-
-def main(arguments: list[str] | None = None) -> int:
-    chosen = options(arguments)
     if chosen.side:
         serve(chosen.side, chosen.options)
         return 0
     from less_fast import LessError
     from less_fast.files import write_text
+    from paper_checks.script import hardware
 
-    setup = Setup(1024, (51, 102), (1, 8), chosen.rounds, chosen.threads)
+    setup = Setup(1024, 51, (1, 8), chosen.rounds, chosen.threads, True)
     if chosen.quick:
-        setup = replace(setup, length=128, budgets=(13,), batches=(1, 2), rounds=1, compiled=())
-    environment: Path | None = chosen.environment or default_environment()
-    skipped = None
+        setup = replace(setup, length=128, budget=13, batches=(1, 2), rounds=1, compile=False)
     try:
-        if not is_made(environment):
-            if chosen.quick:
-                environment, skipped = None, "its environment is missing, and --quick makes none"
-            else:
-                print("making the environment of kvpress ...", file=sys.stderr, flush=True)
-                make_environment(environment)
+        if chosen.environment and not python_of(chosen.environment).is_file():
+            raise Refused(f"{chosen.environment} is no environment of Python: make one as --help says")
         if chosen.out is not None:
             chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        record = compare(setup, environment)
+        record = {"hardware": hardware()} | compare(setup, chosen.environment)
     except (Refused, LessError, OSError) as error:
         print(f"peers: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(markdown(record["rows"], setup))
     for name, about in record["sides"].items():
         print(f"\n{name}: {', '.join(' '.join(release) for release in about['versions'].items())}, {about['threads']} threads")
-    if skipped:
-        print(f"\nkvpress was skipped: {skipped}")
     if chosen.out is not None:
-        said = f"python paper_checks/peers.py --rounds {setup.rounds} --threads {setup.threads}{' --quick' * chosen.quick}"
-        hardware = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
-        head = {"command": said, "hardware": hardware, "skipped": skipped}
-        write_text(chosen.out, json.dumps(head | record, indent=1) + "\n")
+        write_text(chosen.out, json.dumps(record, indent=1) + "\n")
     return 0
 
 

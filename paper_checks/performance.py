@@ -1,4 +1,4 @@
-"""How fast LESS is against what it has to beat, on a CPU: `python paper_checks/performance.py [PART ...]`.
+"""How fast LESS is against what it has to beat, on a CPU: `python -m paper_checks.performance [PART ...]`.
 
 Prints each ratio of medians beside its bar, and writes the raw figures to paper_checks/results/performance.json; the contenders
 of a part take turns in one run, and parts that are not asked for stay there as they were. SPEED.md says what the figures
@@ -6,10 +6,7 @@ mean, and what was not worth it. All but the last two are measured if none is na
 longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
 """
 
-import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -17,26 +14,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from less_fast import H2O, Lambda, LayerKernels, LayerState, LessCache, LessKernels, Retention
+from less_fast import H2O, Lambda, LayerKernels, LayerState, LessKernels, Retention
 from less_fast.demo import KERNELS
-from less_fast.demo import MODEL as DEMO
 from less_fast.files import write_text
 from less_fast.hf.architecture import sizes
 from less_fast.hf.shipped import kernels_for
 from less_fast.layer.step import compiled, extend
 from less_fast.loading import load_model
 from less_fast.measuring import versions
-from less_fast.measuring.bench import Machine, Row, attention_steps, decode, in_turns, prefill, row, without_tables
+from less_fast.measuring.bench import Row, decode, in_turns, prefill, row, without_tables
 from less_fast.measuring.caches import fill
 
-HERE = Path(__file__).parent
+from . import script
+
 MODES = ("", ", compiled")  # the second only where code is compiled
 MODEL = dict(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
@@ -72,18 +68,41 @@ def half_and_half(budget: int) -> H2O:
     return H2O(1, 1).with_budget(budget)
 
 
+def seconds_of(rows: list[Row]) -> dict[str, float]:
+    return {row.cache: row.seconds for row in rows}
+
+
+@torch.inference_mode()
+def attention_steps(layer: dict, contenders: dict[str, tuple], batch: int, length: int, rounds: int, compile: bool) -> list[Row]:
+    """One token through one attention layer: full attention over `length` tokens beside each of the contenders.
+
+    layer: query_heads, kv_heads and head_dim; contenders: by name a policy (one, or one for each KV head) and kernels or None.
+    """
+    D = layer["head_dim"]
+    keys, values = torch.randn(2, batch, layer["kv_heads"], length, D)  # (N, Hkv, T, D)
+    q, k, v = (torch.randn(batch, layer[heads], 1, D) for heads in ("query_heads", "kv_heads", "kv_heads"))  # (N, H, 1, D)
+    steps = {"full": partial(scaled_dot_product_attention, q, keys, values, enable_gqa=True)}
+    size = {"full": keys.nbytes + values.nbytes}
+    for name, (policy, kernels) in contenders.items():
+        state = LayerState.allocate(policy, batch, **layer, kernels=kernels)
+        fill(state, length)
+        size[name] = size[f"{name}, compiled"] = sum(state.memory().values())
+        steps[name] = partial(extend, state, q, k, v)
+        if compile:
+            steps[f"{name}, compiled"] = partial(compiled(state, q), state, q, k, v)
+    spent = in_turns(steps, rounds, q.device)
+    return [row("attention step", name, batch, length, seconds, size[name] // batch) for name, seconds in spent.items()]
+
+
 def attention_step(length: int, rounds: int, compile: bool):
     """One token, 8 sequences, 8 heads, a budget of 5 %."""
     policy = half_and_half(length // 20)
     contenders = {"bare": (policy, None), "paper": (policy, layer_of(8, 512)), "narrow": (policy, layer_of(8, 64))}
-    rows = attention_steps(layer_of(8), contenders, 8, length, rounds, torch.float32, "cpu", compile)
-    took = {row.cache: row.seconds for row in rows}
+    rows = attention_steps(layer_of(8), contenders, 8, length, rounds, compile)
+    took = seconds_of(rows)
     for mode in MODES[: 1 + compile]:
-        paper, narrow, bare = (took[name + mode] for name in ("paper", "narrow", "bare"))
-        yield Bar(f"attention step, full / LESS (the paper's kernels){mode}", took["full"] / paper, least=10)
-        yield Bar(f"attention step, full / LESS (hidden 64){mode}", took["full"] / narrow, least=20)
-        yield Bar(f"attention step, LESS (the paper's kernels) / bare{mode}", paper / bare, most=2.5)
-        yield Bar(f"attention step, LESS (hidden 64) / bare{mode}", narrow / bare, most=1.5)
+        yield Bar(f"attention step, full / LESS (the paper's kernels){mode}", took["full"] / took["paper" + mode], least=10)
+        yield Bar(f"attention step, full / LESS (hidden 64){mode}", took["full"] / took["narrow" + mode], least=20)
     yield rows
 
 
@@ -94,8 +113,8 @@ def unequal_budgets(length: int, rounds: int, compile: bool):
     tables = {"uniform": [length // 20] * 32, "unequal": [total - 31 * rest] + [rest] * 31}
     kernels = layer_of(32, 512)
     contenders = {name: (tuple(map(half_and_half, table)), kernels) for name, table in tables.items()}
-    rows = attention_steps(layer_of(32), contenders, 8, length, rounds, torch.float32, "cpu", compile)
-    took, held = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "bytes"))
+    rows = attention_steps(layer_of(32), contenders, 8, length, rounds, compile)
+    took, held = seconds_of(rows), {row.cache: row.bytes for row in rows}
     for mode in MODES[: 1 + compile]:
         yield Bar(f"attention step, unequal / uniform budgets{mode}", took["unequal" + mode] / took["uniform" + mode], most=1.3)
     yield Bar("bytes held, unequal / uniform budgets", held["unequal"] / held["uniform"], most=1.1)
@@ -107,8 +126,8 @@ def retention_step(rounds: int, compile: bool):
     kernels, raw = LessKernels.from_pretrained(KERNELS).layers[0], []
     contenders = {"H2O": (half_and_half(51), kernels), "Retention": (Retention(32, 4).with_budget(51), kernels)}
     for batch in (1, 8):
-        rows = attention_steps(layer_of(4), contenders, batch, 1024, rounds, torch.float32, "cpu", compile)
-        took = {row.cache: row.seconds for row in rows}
+        rows = attention_steps(layer_of(4), contenders, batch, 1024, rounds, compile)
+        took = seconds_of(rows)
         for mode in MODES[: 1 + compile]:
             what = f"attention step with LESS, 4 heads, batch {batch}, Retention / H2O{mode}"
             yield Bar(what, took["Retention" + mode] / took["H2O" + mode], most=1)
@@ -122,7 +141,7 @@ def end_to_end(length: int, rounds: int, compile: bool):
     narrow = LessKernels(**sizes(model), hidden=64).requires_grad_(False)
     contenders = {"bare": None, "LESS (the paper's kernels)": kernels, "LESS (hidden 64)": narrow}
     rows = decode(model, half_and_half(length // 20), contenders, 8, length, rounds, compile)
-    took = {row.cache: row.seconds for row in rows}
+    took = seconds_of(rows)
     for name in [name for name in took if name.startswith("LESS")]:
         yield Bar(f"decoding, StaticCache / {name}", took["StaticCache"] / took[name], least=3)
         yield Bar(f"decoding, DynamicCache / {name}", took["DynamicCache"] / took[name], least=12)
@@ -131,20 +150,19 @@ def end_to_end(length: int, rounds: int, compile: bool):
 
 def by_head(lengths: tuple[int, ...], rounds: int, compile: bool):
     """The embedded model with its kernels: budgets by head, from their table, against uniform ones and against the full cache."""
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().requires_grad_(False)
+    model, _ = load_model("")
     kernels, raw = LessKernels.from_pretrained(KERNELS), []
     for length, least in zip(lengths, (1.3, 3.0)):
         for batch in (1, 8):
             contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
             rows = decode(model, half_and_half(length // 20), contenders, batch, length, rounds, compile)
-            took, held = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "bytes"))
+            took = seconds_of(rows)
             what = f"decoding, embedded model, {length} tokens, batch {batch}"
             for mode in ("", ", step compiled")[: 1 + compile]:
                 yield Bar(f"{what}, by head / uniform{mode}", took["LESS by head" + mode] / took["LESS" + mode], most=1.1)
             if batch == 8 and compile:
                 ratio = took["StaticCache, compiled"] / took["LESS by head, step compiled"]
                 yield Bar(f"{what}, StaticCache, compiled / LESS by head, step compiled", ratio, least=least)
-            yield Bar(f"{what}, bytes held, by head / uniform", held["LESS by head"] / held["LESS"], most=1.01)
             raw += rows
     yield raw
 
@@ -152,15 +170,35 @@ def by_head(lengths: tuple[int, ...], rounds: int, compile: bool):
 def real_model(length: int, least: float, rounds: int):
     """SmolLM2 decodes 4 sequences with its kernels and a budget of 5 %, by head; beside it what this machine can do at most."""
     model, _ = load_model("smollm2")
-    kernels, machine = kernels_for(model), Machine.measure(model.device, model.dtype)
+    kernels = kernels_for(model)
     rows = decode(model, half_and_half(length // 20), {"LESS by head": kernels}, 4, length, rounds, compile=True)
-    rows = [replace(one, limit=machine.limit(one, model, kernels if "LESS" in one.cache else None)) for one in rows]
-    took, what = {row.cache: row.seconds for row in rows}, f"decoding, SmolLM2, {length} tokens, batch 4"
+    took, what = seconds_of(rows), f"decoding, SmolLM2, {length} tokens, batch 4"
     for mode, static in {"": "", ", step compiled": ", compiled", ", compiled": ", compiled"}.items():
         ratio = took[f"StaticCache{static}"] / took[f"LESS by head{mode}"]
         yield Bar(f"{what}, StaticCache{static} / LESS by head{mode}", ratio, least=least)
-    yield Bar(f"{what}, LESS by head, compiled / its limit", rows[-1].seconds / rows[-1].limit, most=1.3)
-    yield rows
+    least_seconds = limit(rows[-1], model, kernels, *machine())
+    yield Bar(f"{what}, LESS by head, compiled / its limit", rows[-1].seconds / least_seconds, most=1.3)
+    yield [*rows, {"what": "limit", "length": length, "seconds": least_seconds}]
+
+
+def machine(size: int = 4096) -> tuple[float, float]:
+    """What this machine can do at most in a second: bytes moved, by a copy, and multiplications with additions, by a product of
+    matrices (size x size); the best of five rounds."""
+    one, other, out = torch.ones(3, size, size)
+    steps = {"copy": partial(out.copy_, one), "product": partial(torch.mm, one, other, out=out)}
+    best = {name: min(seconds) for name, seconds in in_turns(steps, 5, one.device, burst=1).items()}
+    return 2 * one.nbytes / best["copy"], size**3 / best["product"]
+
+
+def limit(row: Row, model, kernels: LessKernels, moved: float, computed: float) -> float:
+    """Seconds of a decoding step at least: weights, kernels and what is held move once, each weight is multiplied once for every
+    sequence."""
+    table = model.get_input_embeddings().weight
+    looked_up = 0 if model.get_output_embeddings().weight is table else table.numel()
+    weights = sum(weight.numel() for weight in model.parameters()) - looked_up
+    return max(
+        (weights * model.dtype.itemsize + kernels.memory() + row.batch * row.bytes) / moved, weights * row.batch / computed
+    )
 
 
 def prompts(length: int, rounds: int):
@@ -169,13 +207,9 @@ def prompts(length: int, rounds: int):
     contenders = {"bare": None, "LESS": kernels}
     rows = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
     longer = prefill(model, half_and_half(length // 5), contenders, 1, 4 * length, 1)
-    took, peak = ({row.cache: getattr(row, name) for row in rows} for name in ("seconds", "peak"))
+    took = seconds_of(rows)
     for name in ("bare", "LESS"):
         yield Bar(f"prefill, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.25)
-    for one in longer:
-        if peak[one.cache]:
-            grows = one.peak / peak[one.cache]
-            yield Bar(f"prefill, peak memory of {4 * length} / {length} tokens, {one.cache}", grows, most=4.5)
     others = []
     for policy in (Lambda(4, length // 20 - 4), Retention(32, 4).with_budget(length // 20)):
         learned = model_and_kernels(rho=32)[1].without_state() if policy.needs == "rho" else None
@@ -187,7 +221,7 @@ def prompts(length: int, rounds: int):
     chunked = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds, chunk=max(2, length // 8))
     with busy():
         beside = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
-    took = {row.cache: row.seconds for row in beside}
+    took = seconds_of(beside)
     for name in ("bare", "LESS"):
         yield Bar(f"prefill beside another process, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.6)
     for what, some in {"prefill in eight chunks": chunked, "prefill beside another process": beside}.items():
@@ -244,30 +278,6 @@ def stream(tokens: int):
     yield [{"what": "stream", "tokens": tokens, "seconds": parts}]
 
 
-def recompiles():
-    """Graphs that a new cache, another prompt length, a reset and padded rows compile, after one generation has warmed up."""
-    model, kernels = model_and_kernels()
-    graphs = torch._dynamo.utils.counters["stats"]
-
-    def generate(cache, lengths):
-        mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-        ids = torch.randint(1, 8192, mask.shape)
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False, pad_token_id=0)
-        return cache
-
-    def new():
-        return LessCache.for_model(model, half_and_half(16), kernels, compile=True)
-
-    generate(new(), [24, 24])
-    before = graphs["unique_graphs"]
-    cache = generate(new(), [24, 24])
-    cache.reset()
-    generate(cache, [50, 50])
-    generate(new(), [31, 8])
-    yield Bar("graphs compiled after warm-up", graphs["unique_graphs"] - before, most=0)
-    yield []
-
-
 def model_and_kernels(rho: int | None = None):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL)).eval().requires_grad_(False)
@@ -284,14 +294,13 @@ def parts(quick: bool) -> dict[str, Iterator]:
         "by-head": by_head((256,) if quick else (1024, 4096), 1 if quick else 15, not quick),
         "prompts": prompts(128 if quick else 4096, 1 if quick else 7),
         "stream": stream(200 if quick else 1_000_000),
-        "recompiles": recompiles(),
         "smollm2": real_model(4096, 1.6, 2),
         "smollm2-long": real_model(8192, 2.5, 2),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, little compiled, nothing written")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts(True)))
     chosen = parser.parse_args()
@@ -308,15 +317,10 @@ def main():
 
 
 def write(name: str, bars: list[Bar], rows: list[dict]) -> None:
-    out = HERE / "results" / "performance.json"
+    out = script.RESULTS / "performance.json"
     record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    record[name] = {
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars],
-        "rows": rows,
-    }
+    about = {"hardware": script.hardware(), "threads": torch.get_num_threads(), "versions": versions()}
+    record[name] = about | {"bars": [asdict(bar) | {"holds": bar.holds} for bar in bars], "rows": rows}
     write_text(out, json.dumps(record, indent=1) + "\n")
 
 

@@ -2,16 +2,13 @@
 
 In three parts, so that the model can be measured where there are no data sets, no network, and little time:
 
-    python -m paper_checks.real_model prepare inputs.json --model smollm2 --text wiki=wiki.test.raw \\
-        --text pg19=emozilla/pg19-test,,test --long pg19=emozilla/pg19-test,,test \\
-        --tasks boolq,mutual,piqa,arc_challenge,lambada_openai --summaries xsum=EdinburghNLP/xsum,,test,document,summary \\
-        --summaries cnn=cnn_dailymail,3.0.0,test,article,highlights
-    python -m paper_checks.real_model measure inputs.json measured.json --model smollm2 --device cuda --seconds 200
+    python -m paper_checks.real_model prepare inputs.json --model smollm2 --text pg19=emozilla/pg19-test,,test ...
+    python -m paper_checks.real_model measure inputs.json measured.json --model smollm2 --device cuda
     python -m paper_checks.real_model report inputs.json measured.json paper_checks/results/real_model.json
 
 `prepare` and `report` need lm_eval, datasets and rouge_score; `measure` does not. Texts and data sets are files or
 NAME[,CONFIG[,SPLIT[,COLUMN]]], tasks are the harness's own or YAML files. `measure` writes after each cache, and goes on where it
-was stopped.
+was stopped. REAL_MODELS.md has the commands in full.
 """
 
 import argparse
@@ -36,16 +33,15 @@ from less_fast.measuring.reading import Reader
 from less_fast.setting import policy_named
 from less_fast.text import dataset_columns, windows
 
+from . import script
 from .__main__ import texts_of
+from .script import mean
 
 EIGHTHS = 8  # parts of a window whose loss is written down
 NEW = 64  # tokens of a summary
 ROWS = 1000  # of a data set, among which summaries are drawn
 NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
 NUMBERS = 64  # that are to be found, of each kind
-
-
-# --- prepare: what is read, as tokens
 
 
 def prepare(chosen) -> None:
@@ -56,9 +52,7 @@ def prepare(chosen) -> None:
         for name, where in getattr(chosen, part):
             texts.setdefault(name, []).extend(texts_of(where, length))
         for name, own in texts.items():
-            ids = windows(tokenizer, own, length, count, chosen.seed).tolist()
-            words = [len(tokenizer.decode(row[1:]).split()) for row in ids]
-            inputs.setdefault(part, {})[name] = {"ids": ids, "words": words}
+            inputs.setdefault(part, {})[name] = {"ids": windows(tokenizer, own, length, count, chosen.seed).tolist()}
     if chosen.tasks:
         from .harness import Noted, load_tasks, metrics
 
@@ -130,48 +124,38 @@ def write(file: Path, content: dict) -> None:
     write_text(file, json.dumps(content) + "\n")
 
 
-# --- measure: every cache reads everything
-
-
-def perplexity(what: str) -> Callable:
+def perplexity(reader: Reader, contender: Contender, texts: dict) -> dict:
     """Nats of each eighth of each window, by text; all texts of a length go through together."""
-
-    def measured(reader: Reader, contender: Contender, inputs: dict) -> dict:
-        ids = torch.tensor([row for text in inputs[what].values() for row in text["ids"]])  # (W, T)
-        losses = token_losses(reader.model, ids, contender, reader.batch_size).double()  # (W, T - 1)
-        sums = torch.stack([part.sum(1) for part in losses.tensor_split(EIGHTHS, 1)], 1)  # (W, EIGHTHS)
-        counts = [len(text["ids"]) for text in inputs[what].values()]
-        return {name: rows.tolist() for name, rows in zip(inputs[what], sums.split(counts))}
-
-    return measured
+    ids = torch.tensor([row for text in texts.values() for row in text["ids"]])  # (W, T)
+    losses = token_losses(reader.model, ids, contender, reader.batch_size).double()  # (W, T - 1)
+    sums = torch.stack([part.sum(1) for part in losses.tensor_split(EIGHTHS, 1)], 1)  # (W, EIGHTHS)
+    counts = [len(text["ids"]) for text in texts.values()]
+    return {name: rows.tolist() for name, rows in zip(texts, sums.split(counts))}
 
 
-def scores(what: str) -> Callable:
+def scores(reader: Reader, contender: Contender, pairs: dict) -> list[tuple[float, bool]]:
     """(nats, greedy) of each pair."""
-    return lambda reader, contender, inputs: reader.scores(unpacked(inputs[what]), disable_tqdm=True)
+    return reader.scores(unpacked(pairs), disable_tqdm=True)
 
 
-def summaries(reader: Reader, contender: Contender, inputs: dict) -> dict[str, list[str]]:
+def summaries(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
     """What is written after each prompt, by data set; all together, greedily."""
-    prompts = [prompt for texts in inputs["summaries"].values() for prompt in texts["prompts"]]
+    prompts = [prompt for text in texts.values() for prompt in text["prompts"]]
     written = iter(reader.generate(prompts, NEW, do_sample=False, disable_compile=True))
-    return {name: list(islice(written, len(texts["prompts"]))) for name, texts in inputs["summaries"].items()}
+    return {name: list(islice(written, len(text["prompts"]))) for name, text in texts.items()}
 
 
-PARTS: dict[str, tuple[str, Callable, int | None, tuple[str, ...]]] = {
-    "perplexity": ("text", perplexity("text"), 1, ("5%", "2%", "10%")),
-    "tasks": ("tasks", scores("tasks"), None, ("5%", "2%")),
-    "summaries": ("summaries", summaries, None, ("5%", "2%")),
-    "retrieval": ("retrieval", scores("retrieval"), None, ("5%", "10%")),
-    "tasks streaming": ("tasks", scores("tasks"), 1, ("5%", "2%")),
-    "retrieval streaming": ("retrieval", scores("retrieval"), 1, ("5%", "10%")),
-    "long": ("long", perplexity("long"), 1, ("5%",)),
+PARTS: dict[str, tuple[str, Callable, int | None]] = {
+    "perplexity": ("text", perplexity, 1),
+    "tasks": ("tasks", scores, None),
+    "summaries": ("summaries", summaries, None),
+    "retrieval streaming": ("retrieval", scores, 1),
+    "long": ("long", perplexity, 1),
 }
-"""What is read of the inputs, by what, how a text enters (`chunk`), and the shares of a window that are kept."""
+"""What is read of the inputs, by what, and how a text enters (`chunk`)."""
 
 
 def measure(chosen) -> None:
-    began = time.perf_counter()
     inputs, done = json.loads(chosen.inputs.read_text(encoding="utf-8")), {"results": []}
     if chosen.results.exists():
         done = json.loads(chosen.results.read_text(encoding="utf-8"))
@@ -181,12 +165,12 @@ def measure(chosen) -> None:
         raise LessError("the caches are about kernels: say which with --kernels")
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     kinds, length = token_kinds(tokenizer), inputs["about"]["length"]
-    parts = chosen.parts.split(",") if chosen.parts else [part for part, (what, *_) in PARTS.items() if what in inputs]
+    parts = chosen.parts.split(",") if chosen.parts else [part for part in PARTS if PARTS[part][0] in inputs]
     if absent := [part for part in parts if PARTS.get(part, [part])[0] not in inputs]:
         raise LessError(f"nothing in {chosen.inputs} is for the part {absent[0]!r}: choose some of {', '.join(PARTS)}")
     for part in parts:
-        _, measured, chunk, shares = PARTS[part]
-        rules = [policy_named(name, kept, length) for kept in chosen.budgets or shares for name in chosen.policies.split(",")]
+        what, measured, chunk = PARTS[part]
+        rules = [policy_named(name, kept, length) for kept in chosen.budgets.split(",") for name in chosen.policies.split(",")]
         for rule in rules:
             for contender in contenders(model, [rule], {"": kernels}, kinds, context=chosen.context):
                 label = {"part": part, "dtype": chosen.dtype, "rule": None if contender.cache == "full" else repr(rule)}
@@ -195,18 +179,13 @@ def measure(chosen) -> None:
                 known = any(label.items() <= record.items() for record in done["results"])
                 if known or (chosen.caches and contender.cache not in chosen.caches.split(",")):
                     continue
-                if time.perf_counter() - began > chosen.seconds:
-                    return
                 start = time.perf_counter()
                 reader = Reader(model, tokenizer, contender.make, chunk, chosen.batch, length)
-                label["values"] = measured(reader, contender, inputs)
+                label["values"] = measured(reader, contender, inputs[what])
                 label |= {"kept": contender.policy and contender.policy.budget, "seconds": round(time.perf_counter() - start, 1)}
                 done["results"].append(label | {"device": device, "versions": versions()})
                 write(chosen.results, done)
                 print(f"{part}: {contender.cache} {contender.budgets or ''} {rule}: {label['seconds']} s", flush=True)
-
-
-# --- report: figures with their errors
 
 
 def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, torch.Tensor]:
@@ -232,11 +211,6 @@ def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, tor
     return {f"{task}, {name}": signs.get(name, 1) * x for task, own in found.items() for name, x in own.items()}
 
 
-def mean(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of values (n,) and its standard error."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
-
-
 def figure(name: str, own: torch.Tensor, full, bare, plus) -> dict:
     """The value of a column with its error; paired: what it has over Baseline+, and its share of what the bare policy loses.
 
@@ -255,14 +229,6 @@ def figure(name: str, own: torch.Tensor, full, bare, plus) -> dict:
             if loss > 2 * error:
                 found[share] = share_recovered(full, lost, own, of=of)
     return found
-
-
-def per_word(rows: list[list[float]], words: list[int]) -> tuple[float, float]:
-    """Perplexity per word, and its error by the jackknife over windows. rows: nats of each eighth (W, EIGHTHS); words (W,)."""
-    nats, count, W = torch.tensor(rows, dtype=torch.float64).sum(1), torch.tensor(words, dtype=torch.float64), len(words)
-    without_one = ((nats.sum() - nats) / (count.sum() - count)).exp()  # (W,)
-    stderr = ((without_one - without_one.mean()).square().sum() * (W - 1) / W).sqrt()
-    return (nats.sum() / count.sum()).exp().item(), stderr.item()
 
 
 def report(chosen) -> None:
@@ -284,9 +250,7 @@ def report(chosen) -> None:
             bare, plus = bare if cache in ("baseline+", "less") else None, plus if cache == "less" else None
             row["figures"].append(figure(name, own, full, bare, plus))
             if PARTS[part][0] in ("text", "long"):
-                text, what = name.removesuffix(", perplexity"), inputs[PARTS[part][0]]
-                row["figures"][-1]["per_word"] = per_word(record["values"][text], what[text]["words"])
-                row["figures"][-1]["eighths"] = torch.tensor(record["values"][text]).mean(0).tolist()
+                row["figures"][-1]["eighths"] = torch.tensor(record["values"][name.removesuffix(", perplexity")]).mean(0).tolist()
         rows.append(row)
     about = inputs["about"] | {name: measured["results"][0][name] for name in ("device", "versions")}
     write(chosen.out, {"about": about, "rows": rows})
@@ -299,24 +263,23 @@ def markdown(rows: list[dict]) -> str:
     def cell(one):
         scale, places = (1, 2) if "perplexity" in one["column"] else (1, 3) if "rouge" in one["column"] else (100, 1)
         text = f"{one['value'] * scale:.{places}f} ± {one['stderr'] * scale:.{places}f}"
-        if "per_word" in one:
-            text += " ({:.2f} per word)".format(one["per_word"][0])
         if "recovered" in one and scale == 1:
             text += " ({:.1%} ± {:.1%})".format(*one["recovered"])
         elif "over_plus" in one and scale == 100:
             text += " ({:+.1f} ± {:.1f})".format(*(100 * x for x in one["over_plus"]))
         return text
 
-    lines = []
+    found = []
     for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
         names = [f"{one['column']} (n = {one['n']})" for one in own[0]["figures"]]
-        lines += [f"\n{part}, {dtype}:\n", f"| cache | kept | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+        lines = []
         for row in own:
             within = row["context"] and f"within {row['context']}"
             name = ", ".join(filter(None, (row["cache"], row["rule"], row["budgets"], within)))
-            lines.append(f"| {name} | {row['kept'] or 'all'} | {' | '.join(map(cell, row['figures']))} |")
-    return "\n".join(lines)
+            lines.append([name, str(row["kept"] or "all"), *map(cell, row["figures"])])
+        found.append(f"{part}, {dtype}:\n\n{script.markdown(['cache', 'kept', *names], lines)}")
+    return "\n\n".join(found)
 
 
 def options(arguments):
@@ -339,13 +302,10 @@ def options(arguments):
     verb.add_argument("--dtype", default="float32")
     verb.add_argument("--parts", default="", help=f"of {'; '.join(PARTS)}: separated by commas; all that the inputs have")
     verb.add_argument("--policies", default="h2o", help="separated by commas")
-    verb.add_argument(
-        "--budgets", type=lambda text: text.split(","), help="tokens kept, or shares of a window, instead of each part's own"
-    )
+    verb.add_argument("--budgets", default="5%", help="tokens kept, or shares of a window, separated by commas")
     verb.add_argument("--caches", default="", help="full, bare, baseline+ or less, separated by commas; all by default")
     verb.add_argument("--context", type=int, help="positions that all caches but the full one stay within; as many as tokens")
     verb.add_argument("--batch", type=int, default=512, help="windows or questions in one forward pass")
-    verb.add_argument("--seconds", type=float, default=float("inf"), help="after which no further cache is begun")
     for verb in verbs.choices.values():
         verb.add_argument("--model", default="", help="folder, hub name or smollm2; the embedded model by default")
     verb = verbs.add_parser("report", help="figures with their errors, as JSON and Markdown")
@@ -364,12 +324,7 @@ def named(text: str) -> list[str]:
 
 def main(arguments=None) -> int:
     chosen = options(arguments)
-    try:
-        {"prepare": prepare, "measure": measure, "report": report}[chosen.verb](chosen)
-    except (OSError, LessError, json.JSONDecodeError) as error:
-        print(f"paper_checks.real_model: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return script.run("real_model", lambda: {"prepare": prepare, "measure": measure, "report": report}[chosen.verb](chosen))
 
 
 if __name__ == "__main__":

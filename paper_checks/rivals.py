@@ -1,7 +1,7 @@
 """Rivals of the low-rank state and of the policies, as controls: what else could the same bytes hold, and what is there to gain?
 
-    python paper_checks/rivals.py                 # the embedded model, 64 held-out windows, uniform budgets
-    python paper_checks/rivals.py --model smollm2 --text wiki.test.raw --windows 16
+    python -m paper_checks.rivals                 # the embedded model, 64 held-out windows, uniform budgets
+    python -m paper_checks.rivals --model smollm2 --text wiki.test.raw --windows 16
 
 Every token of a window enters each layer alone, in float32, in a loop that says plainly what is done: it takes a slot, its query
 attends to all slots and to the memory of what was evicted, scores are updated, and what ranks lowest goes into the memory. What
@@ -14,40 +14,36 @@ moments     the mean key and value of all, and how values go with keys: n e^(q m
             its rule for what to evict)
 
 All hold as many bytes as LESS with its slots: what a memory leaves of them holds slots. int8: slots in eight bits
-(less_fast/layer/slots.py). oracle: a policy that keeps what any later query attends to most, or what all later ones together do,
-which only a control can know. Writes perplexities and shares of bare H2O's gap to results/rivals_MODEL.json.
+(less_fast/layer/slots.py). oracle: a policy that keeps what any later query attends to most, which only a control can know.
+Writes perplexities and shares of bare H2O's gap to results/rivals_MODEL.json.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from transformers.cache_utils import Cache
 
 from less_fast import LessError
-from less_fast.files import write_text
 from less_fast.hf.architecture import calls_sdpa
 from less_fast.hf.seam import FunctionLayer, layers_with, use_less_attention
 from less_fast.layer.parallel import dense
 from less_fast.layer.policies import Policy
 from less_fast.layer.slots import packed, unpacked, width
 from less_fast.loading import load_kernels, load_model, load_texts
-from less_fast.measuring import versions
 from less_fast.measuring.compare import Contender as Measured
 from less_fast.measuring.compare import share_recovered, window_losses
 from less_fast.setting import POLICIES, policy_named
 from less_fast.text import windows as cut_windows
 
-HERE = Path(__file__).parent
-SCORES = {"h2o": 4, "retention": 24, "oracle": 0, "oracle of sums": 0}  # bytes of a slot's score; an oracle's is no cache's
-POSITION = 4  # bytes
+from . import script
+
+SCORES = {"h2o": 4, "retention": 24, "oracle": 0}  # bytes of a slot's score; an oracle's is no cache's
+POSITION, NUMBER = 4, 2  # bytes: slots are counted in bfloat16
 
 
 class LowRank:
@@ -76,14 +72,6 @@ class LowRank:
         return 4 * kernels.rank * (head_dim + 1)
 
 
-class HalfLowRank(LowRank):
-    """The same, its numbers rounded to bfloat16 after every token."""
-
-    def absorb(self, k, v):
-        super().absorb(k, v)
-        self.H, self.z = (x.bfloat16().float() for x in (self.H, self.z))
-
-
 class Centroids:
     """Means of evicted keys and values; each counts as often as it has tokens."""
 
@@ -105,8 +93,8 @@ class Centroids:
         return scale * q @ self.k.mT + self.n.log()[:, :, None], self.v[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
 
     @staticmethod
-    def bytes(count, head_dim, slot):
-        return count * (2 * head_dim * slot + 4)
+    def bytes(count, head_dim):
+        return count * (2 * head_dim * NUMBER + 4)
 
 
 class Moments:
@@ -136,10 +124,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """Keeps what later queries will attend to most under all tokens: the largest attention that any gives, or the sum."""
+    """Keeps what any later query will attend to most under all tokens."""
 
     budget: int
-    sums: bool = False
     scored: ClassVar[bool] = False
     future: torch.Tensor | None = None  # (N, H, T, T): what each token (last) is still to get after each query
 
@@ -148,20 +135,15 @@ class Oracle(Policy):
         return self.future[:, :, now].gather(2, position.clamp(min=0).long())
 
 
-def look_ahead(q, k, scale, sums):
+def look_ahead(q, k, scale):
     """q (N, H, G, T, D), k (N, H, T, D) -> the oracle's (N, H, T, T)."""
     T, found = k.shape[2], []
     later = torch.ones(T, T, dtype=torch.bool).triu(1)
     for queries, keys in zip(q, k):  # a row at a time: (T, T) of each head take much memory
         attention = (queries * scale @ keys[:, None].mT).masked_fill(later, -torch.inf).softmax(-1).sum(1)  # (H, T, T)
-        backwards = attention.flip(1)
-        from_here = (backwards.cumsum(1) if sums else backwards.cummax(1).values).flip(1)  # by this query or a later one
+        from_here = attention.flip(1).cummax(1).values.flip(1)  # by this query or a later one
         found.append(torch.cat([from_here[:, 1:], from_here.new_zeros(len(keys), 1, T)], 1))
     return torch.stack(found)
-
-
-def in_eight_bits(x):
-    return unpacked(packed(x), x.dtype)
 
 
 def streamed(policy, memory, int8, kernels, q, k, v, scale=None):
@@ -171,8 +153,8 @@ def streamed(policy, memory, int8, kernels, q, k, v, scale=None):
     held = memory((N, H, D)) if memory else None
     born = kernels.rho(q, k, v) if policy.needs == "rho" else None
     if isinstance(policy, Oracle):
-        policy = replace(policy, future=look_ahead(q, k, scale, policy.sums))
-    k, v = (in_eight_bits(x) if int8 else x for x in (k, v))
+        policy = replace(policy, future=look_ahead(q, k, scale))
+    k, v = (unpacked(packed(x), x.dtype) if int8 else x for x in (k, v))
     S = policy.budget + 1
     keys, values, position = torch.zeros(N, H, S, D), torch.zeros(N, H, S, D), torch.full((N, H, S), -1)
     score, outs = torch.zeros(N, H, S, *policy.score_shape), []
@@ -234,31 +216,30 @@ class Contender:
         return partial(streamed, self.policy, self.memory and partial(self.memory, kernels), self.int8, kernels)
 
 
-def contenders(layer, slot: int, budget: int, rule: str) -> Iterator[Contender]:
-    """What is measured under a policy; all hold as many bytes as LESS with `budget` slots. slot: bytes of a number in one."""
+def contenders(layer, budget: int, rule: str) -> Iterator[Contender]:
+    """What is measured under a policy; all hold as many bytes as LESS with `budget` slots."""
     D, of_score = layer.head_dim, POSITION + SCORES[rule]
-    one, small = 2 * D * slot + of_score, 2 * width(D) + of_score  # bytes of a slot
+    one, small = 2 * D * NUMBER + of_score, 2 * width(D) + of_score  # bytes of a slot
     state = LowRank.bytes(layer, D)
     room = budget * one + state
 
     def contender(name, budget, *rest):
-        policy = Oracle(budget, "sums" in rule) if "oracle" in rule else POLICIES[rule].with_budget(budget)
+        policy = Oracle(budget) if rule == "oracle" else POLICIES[rule].with_budget(budget)
         return Contender(name, policy, *rest)
 
     yield contender("bare", budget)
     yield contender("Baseline+", room // one)
     yield contender("LESS", budget, LowRank)
-    if "oracle" in rule:
+    if rule == "oracle":
         return
-    for count in (1, 4, 8):
-        left = (room - Centroids.bytes(count, D, slot)) // one
+    for count in (1, 8):
+        left = (room - Centroids.bytes(count, D)) // one
         yield contender(f"{count} centroid{'s' * (count > 1)}", left, lambda _, shape, count=count: Centroids(count, shape))
     if (left := (room - Moments.bytes(D)) // one) >= 2:
         yield contender("moments", left, lambda _, shape: Moments(shape))
     yield contender("moments (bytes not counted)", budget, lambda _, shape: Moments(shape))
     yield contender("int8", room // small, None, True)
     yield contender("int8 with LESS", (room - state) // small, LowRank, True)
-    yield contender("int8 with LESS (state in bfloat16)", (room - state // 2) // small, HalfLowRank, True)
 
 
 def measure(chosen, write: Callable[[list[dict]], None]) -> None:
@@ -267,25 +248,20 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
     kernels = load_kernels(model, "")
     if kernels is None:
         raise LessError("this is about kernels, and none are shipped for this model: choose another")
-    if strange := {*chosen.policies.split(",")} - {*SCORES}:
-        raise LessError(f"no policy here is called {', '.join(sorted(strange))}: they are {', '.join(SCORES)}")
     if {layer.rank for layer in kernels.layers} != {kernels.layers[0].rank}:
         raise LessError("equal bytes are counted for kernels of one rank, and these have several: choose another model")
-    named, known = (
-        {*chosen.caches.split(",")} - {""},
-        {one.name for one in contenders(kernels.layers[0], 4, chosen.length, "h2o")},
-    )
-    if strange := named - known:
-        raise LessError(f"no cache here is called {', '.join(sorted(strange))}: they are {', '.join(sorted(known))}")
+    script.known("policy", chosen.policies.split(","), SCORES)
+    named = {*chosen.caches.split(",")} - {""}
+    script.known("cache", named, [one.name for one in contenders(kernels.layers[0], chosen.length, "h2o")])
     texts, _ = load_texts(chosen.text, "", "test")
     windows = cut_windows(tokenizer, texts, chosen.length, chosen.windows, 0)
-    slot, rows = {"bfloat16": 2, "float32": 4}[chosen.bytes], []
+    rows: list[dict] = []
     full = losses(model, windows, [dense] * len(kernels.layers))
     print(f"full: perplexity {full.mean().exp():.3f}", flush=True)
     for share in chosen.budgets.split(","):
         budget, bare = policy_named("h2o", share, chosen.length).budget, None
         for rule in chosen.policies.split(","):
-            for contender in contenders(kernels.layers[0], slot, budget, rule):
+            for contender in contenders(kernels.layers[0], budget, rule):
                 if named and contender.name not in named:
                     continue
                 start = time.perf_counter()
@@ -304,29 +280,18 @@ def measure(chosen, write: Callable[[list[dict]], None]) -> None:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="folder, hub name or smollm2; the embedded model by default")
-    parser.add_argument("--text", type=Path, action="append", default=[], help="files; held-out standard library by default")
+    parser = script.parser(__doc__)
+    script.add_model(parser)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--budgets", default="2%,5%,10%", help="slots that LESS has, separated by commas")
-    parser.add_argument("--policies", default="h2o,retention,oracle,oracle of sums", help="some of these")
+    parser.add_argument("--policies", default="h2o,retention,oracle", help="some of these")
     parser.add_argument("--caches", default="", help="some of the contenders, by name; gaps are of the first; all by default")
-    parser.add_argument("--bytes", choices=("bfloat16", "float32"), default="bfloat16", help="what a slot holds")
-    parser.add_argument("--out", type=Path, help="results/rivals_MODEL.json by default")
+    parser.add_argument("--out", type=script.Path, help="results/rivals_MODEL.json by default")
     chosen = parser.parse_args(arguments)
-    out = chosen.out or HERE / "results" / f"rivals_{Path(chosen.model).name or 'embedded'}.json"
-    about = {name: getattr(chosen, name) for name in ("model", "windows", "length", "budgets", "policies", "caches", "bytes")}
-
-    def write(rows):
-        write_text(out, json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
-
-    try:
-        measure(chosen, write)
-    except (OSError, LessError) as error:
-        print(f"paper_checks/rivals.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    out = chosen.out or script.results_of("rivals", chosen.model)
+    about = {name: getattr(chosen, name) for name in ("model", "windows", "length", "budgets", "policies", "caches")}
+    return script.run("rivals", lambda: measure(chosen, lambda rows: script.write(out, about, rows)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Streams far beyond the context that a model was trained for: does what a cache knows go on helping, or does it break?
 
-    python paper_checks/streams.py --ways within,anew,growing    # the embedded model, 8 streams of 12,500 held-out tokens
-    python paper_checks/streams.py --tokens 100000 --streams 1 --policies retention --caches less --ways within --out FILE
-    python paper_checks/streams.py --model smollm2 --text book.txt --tokens 100000 --streams 1 --dtype bfloat16 --compile
+    python -m paper_checks.streams --ways within,anew,growing    # the embedded model, 8 streams of 12,500 held-out tokens
+    python -m paper_checks.streams --tokens 100000 --streams 1 --policies retention --caches less --ways within --out FILE
+    python -m paper_checks.streams --model smollm2 --text book.txt --tokens 100000 --streams 1 --dtype bfloat16 --compile
 
 Held-out text goes through each cache token by token: as one stream that stays within the context, which is what the model and
 its kernels were trained for (`LessCache.for_model(context=...)`), anew for every window of the context's length, and, if asked,
@@ -10,23 +10,19 @@ as one whose positions grow. Beside them the full cache, which is anew alone. Wr
 results/streams_MODEL.json.
 """
 
-import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from less_fast import LessCache, LessError, Window
-from less_fast.files import write_text
 from less_fast.hf.positions import trained_length
 from less_fast.loading import load_kernels, load_model, load_texts
-from less_fast.measuring import versions
 from less_fast.setting import policy_named
 from less_fast.text import tokenized
 
-HERE = Path(__file__).parent
+from . import script
+
 PIECE = 128  # tokens of one forward pass: their logits lie in memory at once
 TENTHS = 10
 
@@ -52,9 +48,8 @@ def anew(model, ids: torch.Tensor, length: int, make) -> torch.Tensor:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="folder, hub name or smollm2; the embedded model by default")
-    parser.add_argument("--text", type=Path, action="append", default=[], help="files; held-out standard library by default")
+    parser = script.parser(__doc__)
+    script.add_model(parser)
     parser.add_argument("--tokens", type=int, default=12_500, help="of each stream")
     parser.add_argument("--streams", type=int, default=8, help="side by side")
     parser.add_argument("--budget", default="5%", help="tokens kept, or a share of the context")
@@ -63,18 +58,11 @@ def main(arguments=None) -> int:
     parser.add_argument("--ways", default="within,anew", help="of within, anew and growing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model and its slots")
     parser.add_argument("--compile", action="store_true", help="steps: faster in long streams on a CPU, after a minute")
-    parser.add_argument("--out", type=Path, help="results/streams_MODEL.json by default")
+    parser.add_argument("--out", type=script.Path, help="results/streams_MODEL.json by default")
     chosen = parser.parse_args(arguments)
-    try:
-        rows = measure(chosen)
-    except (OSError, LessError) as error:
-        print(f"paper_checks/streams.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    out = chosen.out or HERE / "results" / f"streams_{Path(chosen.model).name or 'embedded'}.json"
-    names = ("model", "tokens", "streams", "budget", "policies", "caches", "ways", "dtype", "compile")
-    about = {name: getattr(chosen, name) for name in names}
-    write_text(out, json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
-    return 0
+    about = {name: value for name, value in vars(chosen).items() if name not in ("text", "out")}
+    out = chosen.out or script.results_of("streams", chosen.model)
+    return script.run("streams", lambda: script.write(out, about, measure(chosen)))
 
 
 def measure(chosen) -> list[dict]:
@@ -82,8 +70,8 @@ def measure(chosen) -> list[dict]:
     if chosen.streams < 1 or chosen.tokens <= TENTHS:
         raise LessError(f"--streams is at least 1, and --tokens more than {TENTHS}: there are tenths to tell")
     caches, ways = chosen.caches.split(","), chosen.ways.split(",")
-    if strange := {*caches} - {"full", "bare", "less"} | {*ways} - {"within", "anew", "growing"}:
-        raise LessError(f"no cache and no way is called {', '.join(sorted(strange))}: --help names them")
+    script.known("cache", caches, ("full", "bare", "less"))
+    script.known("way", ways, ("within", "anew", "growing"))
     model, tokenizer = load_model(chosen.model, dtype=chosen.dtype)
     kernels = load_kernels(model, "")
     length = trained_length(model, kernels)

@@ -12,10 +12,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from less_fast.measuring.compare import contenders, share_recovered
 from less_fast.measuring.reading import Reader
 
-from .check import Finding, Subject, verdict
+from .check import Finding, Subject, claim, verdict
 
-CLAIM = "Summarisation: LESS above the bare policy and above Baseline+, by ROUGE"
-PAPER = "Falcon 7B, 10 % H2O: 41.4 % of the Rouge-1 loss recovered"
 KINDS = ("rouge1", "rouge2", "rougeL")
 PROMPT = "Article: {}\n\nSummary:"  # ours
 REQUEST = "Summarize the following article in a few sentences.\n\n{}"  # ours, for a model with a chat template
@@ -59,7 +57,11 @@ def rouge(references: list[str], texts: list[str]) -> torch.Tensor:
     return torch.tensor([[score[kind].fmeasure for kind in KINDS] for score in scores], dtype=torch.float64)
 
 
-def check(subject: Subject) -> Finding:
+@claim(
+    "Summarisation: LESS above the bare policy and above Baseline+, by ROUGE",
+    "Falcon 7B, 10 % H2O: 41.4 % of the Rouge-1 loss recovered",
+)
+def summarization(subject: Subject) -> Finding:
     new = min(NEW, subject.length // 8)
     contexts = prompts(subject, new)
     references = subject.summaries and [summary for _, summary in subject.summaries]

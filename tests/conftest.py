@@ -1,7 +1,6 @@
 """What holds for every test: hypothesis profiles, one thread, and uninitialised memory that shows."""
 
 import os
-from functools import partial
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ pytest.register_assert_rewrite(*HELPERS)  # an assertion that fails there says w
 
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
-
-
-@pytest.fixture
-def small_machine(monkeypatch):
-    """What this machine can do at most is measured by small matrices: by those that tell it right it takes ten seconds."""
-    from less_fast.measuring.bench import Machine
-
-    monkeypatch.setattr(Machine, "measure", partial(Machine.measure, size=64))
 
 
 @pytest.fixture(autouse=True)

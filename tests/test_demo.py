@@ -192,7 +192,8 @@ def test_the_model_can_be_rebuilt_from_nothing(tmp_path, monkeypatch):
             (library / path).write_text(text, encoding="utf-8")
             if (letters := letters - len(text)) <= 0:
                 break
-    arguments = ["--out", out, "--stdlib", library, "--tokens", 2048, "--batch", 1, "--validation", 4096]
+    arguments = ["--out", out, "--tokens", 2048, "--batch", 1]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
     monkeypatch.setattr(sys, "argv", ["build_model", *map(str, arguments)])
     runpy.run_module("less_fast.demo.build_model", run_name="__main__")
     shutil.rmtree(library)

@@ -34,16 +34,16 @@ def test_a_run_trains_measures_and_writes_every_cache(tmp_path, monkeypatch, cap
     monkeypatch.setattr(domains, "RECIPE", replace(domains.RECIPE, windows=8, epochs=1, joint_steps=2))
     monkeypatch.setitem(domains.DOMAINS, "pulse", lambda: ([WALK[:4000]], [WALK[4000:]]))
     assert domains.main(["--domains", "pulse", "--tokens", "4096", "--windows", "4", "--out", str(tmp_path / "found.json")]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())["pulse"]
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]["pulse"]
     assert [(row["cache"], row["budget"]) for row in found["rows"]][::3] == [("full", None), ("less", 8), ("less", 16)]
     assert (found["held_out"], found["training_windows"]) == (4, 31)
     assert all(row["perplexity"] < domains.LEVELS for row in found["rows"])
-    assert "| less | 16 |" in capsys.readouterr().out
+    assert "pulse, 4 held-out windows" in capsys.readouterr().out
 
 
 def test_what_is_no_domain_and_data_that_is_not_there_are_said_with_what_to_do(tmp_path, monkeypatch, capsys):
     assert domains.main(["--domains", "pulse,music", "--out", str(tmp_path / "found.json")]) == 2
-    assert "no domain here is called music: they are pictures, pulse" in capsys.readouterr().err
+    assert "no domain here is called music: choose of pictures, pulse" in capsys.readouterr().err
     own = builtins.__import__
 
     def missing(name, *arguments, **more):

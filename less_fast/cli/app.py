@@ -53,8 +53,6 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 def evicting(policy: str, budget: str, length: int) -> Policy:
     """The policy. LessError if it evicts nothing from windows of the length that a query could miss."""
-    if policy == "full":
-        raise LessError("--policy full evicts nothing: choose another policy")
     rule = policy_named(policy, budget, length)
     if rule.budget > length - 2:
         raise LessError(f"a budget of {rule.budget} tokens evicts nothing from windows of {length}: choose a smaller one")
@@ -75,9 +73,9 @@ def report(record, as_json, table, *notes):
     print(*notes, sep="\n")
 
 
-def about(model, dtype, seed):
+def about(model, dtype):
     """What every record says."""
-    return {"model": model or "embedded", "dtype": dtype.value, "seed": seed, "versions": versions()}
+    return {"model": model or "embedded", "dtype": dtype.value, "versions": versions()}
 
 
 def main() -> None:

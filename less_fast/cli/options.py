@@ -24,7 +24,6 @@ ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the e
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
 WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
-BenchKernelsOption = Annotated[str, typer.Option("--kernels", help="Folder or hub name of kernels; random ones by default.")]
 POLICY_NAMES = ", ".join(POLICIES)
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help="Which tokens are kept: h2o, snapkv, ...")]
 BestOption = Annotated[
@@ -51,5 +50,4 @@ HiddenOption = Annotated[
 RankOption = Annotated[int, typer.Option("--rank", min=1, max=MOST, help="Features of the low-rank state.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture (needs matplotlib).")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]

@@ -19,24 +19,8 @@ from ..loading import check_length, first_line, load_kernels, load_model
 from ..measuring.caches import describe, describe_briefly
 from ..setting import best_policy, policy_named, tokens_of
 from ..text import Printer, beginning
+from . import options
 from .app import app, errors
-from .options import (
-    BEST,
-    WHICH_MODEL,
-    BestOption,
-    CompileOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    Int8Option,
-    KernelsOption,
-    ModelOption,
-    NewTokensOption,
-    PolicyOrBest,
-    SeedOption,
-    TemperatureOption,
-    TokensOption,
-)
 
 COLDEST = 0.001  # logits that are divided by less leave float32
 
@@ -44,18 +28,17 @@ COLDEST = 0.001  # logits that are divided by less leave float32
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The beginning of the text; - reads it from standard input.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Say the prompt by the model's chat template; print the answer.")] = False,
-    model: ModelOption = "",
-    kernels: KernelsOption = "",
-    policy: BestOption = PolicyOrBest("best"),
-    budget: TokensOption = "64",
-    max_new_tokens: NewTokensOption = 256,
-    temperature: TemperatureOption = 0.7,
-    compile: CompileOption = False,
-    int8: Int8Option = False,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype("float32"),
-    seed: SeedOption = 0,
+    model: options.ModelOption = "",
+    kernels: options.KernelsOption = "",
+    policy: options.BestOption = options.PolicyOrBest("best"),
+    budget: options.TokensOption = "64",
+    max_new_tokens: options.NewTokensOption = 256,
+    temperature: options.TemperatureOption = 0.7,
+    compile: options.CompileOption = False,
+    int8: options.Int8Option = False,
+    device: options.DeviceOption = "cpu",
+    dtype: options.DtypeOption = options.Dtype("float32"),
+    seed: options.SeedOption = 0,
 ) -> None:
     """Streams text in constant memory, then says what the cache holds.
 
@@ -66,14 +49,7 @@ def generate(
     if not prompt:
         raise LessError("the prompt is empty: give some text")
     network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed)
-    options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
-    if chat:
-        cache = cache_for(math.inf)
-        conversation = Conversation(network, tokenizer, cache)
-        with _settings_of_the_model():
-            conversation.answer(prompt, streamer=Printer(tokenizer), **options)
-        errors.print(f"{conversation.ids.shape[1]} tokens, {describe(cache)}")
-        return
+    how = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     ids = torch.tensor([beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=network.device)
     length = ids.shape[1] + max_new_tokens
     check_length(network, length)
@@ -86,25 +62,25 @@ def generate(
             past_key_values=cache,
             streamer=Printer(tokenizer, ids[0].tolist()),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options,
+            **how,
         )
     errors.print(f"{out.shape[1]} tokens, {describe(cache)}")
 
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}: one that was trained to chat.")] = "smollm2",
+    model: Annotated[str, typer.Option("--model", help=f"{options.WHICH_MODEL}: one that was trained to chat.")] = "smollm2",
     system: Annotated[str, typer.Option("--system", help="What the model is told before the first turn.")] = "",
-    kernels: KernelsOption = "",
-    policy: BestOption = PolicyOrBest("best"),
-    budget: TokensOption = "256",
-    max_new_tokens: NewTokensOption = 512,
-    temperature: TemperatureOption = 0.7,
-    compile: CompileOption = False,
-    int8: Int8Option = False,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype("float32"),
-    seed: SeedOption = 0,
+    kernels: options.KernelsOption = "",
+    policy: options.BestOption = options.PolicyOrBest("best"),
+    budget: options.TokensOption = "256",
+    max_new_tokens: options.NewTokensOption = 512,
+    temperature: options.TemperatureOption = 0.7,
+    compile: options.CompileOption = False,
+    int8: options.Int8Option = False,
+    device: options.DeviceOption = "cpu",
+    dtype: options.DtypeOption = options.Dtype("float32"),
+    seed: options.SeedOption = 0,
 ) -> None:
     """Talks in constant memory: each line is a turn, of which only what is new goes through the model.
 
@@ -115,10 +91,10 @@ def chat(
     network, tokenizer, cache_for = _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed)
     cache = cache_for(math.inf)
     conversation = Conversation(network, tokenizer, cache, system)
-    options = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
+    how = _sampling(temperature, seed) | {"max_new_tokens": max_new_tokens}
     for line in _lines():
         with _settings_of_the_model(), _cut_off_by_ctrl_c() as criterion:
-            conversation.answer(line, streamer=Printer(tokenizer), stopping_criteria=[criterion], **options)
+            conversation.answer(line, streamer=Printer(tokenizer), stopping_criteria=[criterion], **how)
         errors.print(describe_briefly(cache), style="dim", highlight=False)
 
 
@@ -128,12 +104,12 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
     tokens = tokens_of(budget)
     network, tokenizer = load_model(model, device, dtype.value)
     learned = load_kernels(network, kernels, seed)
-    rule = best_policy(learned, tokens) if policy.value == BEST else policy_named(policy.value, tokens)
+    rule = best_policy(learned, tokens) if policy.value == options.BEST else policy_named(policy.value, tokens)
     kinds = token_kinds(tokenizer) if rule.needs == "kinds" else None
 
     def cache_for(length):
         trained = trained_length(network, learned)
-        fits = trained is not None and length > trained >= (rule.budget or math.inf)
+        fits = trained is not None and length > trained >= rule.budget
         context = trained if fits and can_move(network) else None
         return LessCache.for_model(network, rule, learned, token_kinds=kinds, compile=compile, context=context, int8=int8)
 

@@ -23,14 +23,14 @@ SKIPPED_PATHS = re.compile(
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
-def documents(split: str, stdlib: str | Path | None = None) -> list[tuple[str, str]]:
+def documents(split: str) -> list[tuple[str, str]]:
     """The documents of a split as (path relative to the library, text), sorted by path.
 
-    Raises ValueError for an unknown split and FileNotFoundError if `stdlib` holds no Python source.
+    Raises ValueError for an unknown split and FileNotFoundError if the library holds no Python source.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    texts = _library(Path(stdlib or sysconfig.get_path("stdlib")))
+    texts = _library(Path(sysconfig.get_path("stdlib")))
     split_of = {path: _split_of_module(path) for path in texts if not _is_test_code(path)}
     held_out = {_subject(_module(path)[-1]) for path, chosen in split_of.items() if chosen != "train"}
     for path in texts.keys() - split_of.keys():
@@ -39,10 +39,10 @@ def documents(split: str, stdlib: str | Path | None = None) -> list[tuple[str, s
     return [(path, text) for path, text in texts.items() if split_of[path] == split]
 
 
-def digest(split: str, stdlib: str | Path | None = None) -> str:
+def digest(split: str) -> str:
     """Twelve hex digits that name the text of a split: paths and contents, in order."""
     sha = hashlib.sha256()
-    for path, text in documents(split, stdlib):
+    for path, text in documents(split):
         sha.update(f"{path}\0{text}\0".encode())
     return sha.hexdigest()[:12]
 

@@ -51,14 +51,6 @@ def _ends(numbers):
     return " to ".join(map(str, dict.fromkeys([ordered[0], ordered[-1]])))
 
 
-def spell_bytes(count: int) -> str:
-    """A number of bytes to read: 1.74 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} bytes"
-
-
 def lengthen(cache: Cache, tokens: int) -> None:
     """Brings a cache that has seen a few tokens to what it is after so many more, as far as speed and memory can tell.
 

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,7 +19,6 @@ from ..layer.checks import LessError
 from ..layer.policies import Policy
 from ..setting import Setting
 from .caches import held_bytes
-from .pictures import picture
 from .reading import body_and_head
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
@@ -289,19 +287,3 @@ def table(rows: list[Row], title: str) -> Table:
             f"{row.tokens_per_second:,.0f}",
         )
     return lines
-
-
-def plot(rows: list[Row], path: Path, title: str) -> None:
-    """Perplexity against bytes, one line for each kind of cache, as a picture file."""
-    full = rows[0]
-    names = {"bare": "bare policy", "baseline+": "Baseline+ (equal memory)", "less": "LESS"}
-    with picture(path, (7, 4.2)) as (_, axes):
-        axes.axhline(full.perplexity, color="black", linewidth=1, label=f"full cache ({full.bytes / 1e6:.2f} MB)")
-        for index, kind in enumerate(dict.fromkeys((row.cache, row.kernels, row.budgets) for row in rows[1:])):
-            line = [row for row in rows if (row.cache, row.kernels, row.budgets) == kind]
-            held, perplexity, stderr = zip(*((row.bytes / 1e6, row.perplexity, row.stderr) for row in line))
-            label = ", ".join(filter(None, (names[kind[0]], kind[1], kind[2] if kind[2] != "uniform" else None)))
-            axes.errorbar(held, perplexity, stderr, color=f"C{index}", marker="o", capsize=3, label=label)
-        axes.set(xlabel="MB held for each sequence", ylabel="perplexity (streaming)", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()

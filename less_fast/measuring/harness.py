@@ -115,8 +115,6 @@ class LessLM(CachedLM):
         context = load_config(pretrained).get_text_config(decoder=True).max_position_embeddings
         max_length = integer("max_length", max_length, 0) or context
         tokens, rule = tokens_of(budget, max_length), None if policy == "best" else policy_named(policy, budget, max_length)
-        if rule and rule.budget is None:
-            raise LessError("policy=full evicts nothing: for the full cache say cache=full, with any other policy")
         model, tokenizer = load_model(pretrained, device or "cpu", dtype)
         super().__init__(model, tokenizer, None, 1, int(batch_size), max_length)
         learned = load_kernels(model, kernels)

@@ -7,6 +7,7 @@ shapes and no memory, and their bytes are counted.
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -18,7 +19,7 @@ from ..layer.checks import LessError, integer
 from ..layer.features import RHO_HIDDEN
 from ..layer.policies import Policy
 from ..setting import Setting
-from .caches import grow, spell_bytes
+from .caches import grow
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,11 @@ def plan(
     dtype: torch.dtype = torch.float16,
     memory: int | None = None,
     family: str = "paper",
-    int8: bool = False,
 ) -> Plan:
-    """The costs of a model with the full cache and with LESS; rank 0: with the bare policy.
+    """The costs of a model with the full cache and with LESS.
 
     length: tokens of a sequence, prompt and generated; dtype: of the weights, keys and values; memory: bytes on the device;
-    rank, hidden, family: of the kernels; int8: what LESS holds is in eight bits.
+    rank, hidden, family: of the kernels.
     Buffers of the computation itself are not counted. Raises LessError if no model or kernels can have these sizes, LESS cannot
     serve the model, or a layer of it holds what is known only once it runs (recurrent layers).
     """
@@ -68,15 +68,12 @@ def plan(
         except LessError as error:
             raise LessError("the layers of this model differ in their heads, and plans are for those that do not") from error
         rho = RHO_HIDDEN if policy.needs == "rho" else None
-        kernels: LessKernels | None = LessKernels(**shape, rank=rank or 1, hidden=hidden, family=family, rho=rho)
-        if not rank:
-            kernels = kernels.without_state() if rho else None
+        kernels = LessKernels(**shape, rank=rank, hidden=hidden, family=family, rho=rho)
         held = [_held(layer, shape, length, dtype) for layer in layers_of(model)]
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    shared = kernels.memory() if kernels else 0
-    read = sum(kernels.layers[index].memory() for index in served) if kernels else 0  # type: ignore[operator]
+    shared, read = kernels.memory(), sum(kernels.layers[index].memory() for index in served)  # type: ignore[operator]
     growing = sum(held[index] for index in served)  # of the full cache, in the layers that LESS serves
-    constant = Setting.of(shape, served, policy, kernels, "uniform", int8=int8).memory(dtype)  # of LESS, in the same
+    constant = Setting.of(shape, served, policy, kernels, "uniform").memory(dtype)  # of LESS, in the same
     full, less = sum(held), sum(held) - growing + constant
 
     def largest(fixed, each):
@@ -109,13 +106,16 @@ def _held(layer: object, shape: dict[str, int], length: int, dtype: torch.dtype)
     return bytes_of([layer])
 
 
-def table(costs: Plan, title: str, names: tuple[str, str], memory: float) -> Table:
-    """The plan to print. names: of the two caches; memory: gigabytes of the device, 0 if not asked."""
-    lines = Table("", *(Column(name, justify="right") for name in names), title=title)
-    lines.add_row("weights of the model", *map(spell_bytes, (costs.weights, costs.weights)))
-    lines.add_row("weights of the kernels", *map(spell_bytes, (0, costs.kernels)))
-    lines.add_row("held for each sequence", *map(spell_bytes, (costs.full, costs.less)))
-    lines.add_row("moved by a decoding step of the batch", *map(spell_bytes, (costs.full_moved, costs.less_moved)))
+def table(costs: Plan, title: str, memory: float) -> Table:
+    """The plan to print. memory: gigabytes of the device, 0 if not asked."""
+    lines = Table("", Column("full cache", justify="right"), Column("LESS", justify="right"), title=title)
+    for what, full, less in (
+        ("weights of the model", costs.weights, costs.weights),
+        ("weights of the kernels", 0, costs.kernels),
+        ("held for each sequence", costs.full, costs.less),
+        ("moved by a decoding step of the batch", costs.full_moved, costs.less_moved),
+    ):
+        lines.add_row(what, decimal(full, precision=2), decimal(less, precision=2))
     if memory:
         lines.add_row(f"largest batch in {memory:g} GB", f"{costs.full_batch:,}", f"{costs.less_batch:,}")
     return lines

@@ -82,8 +82,6 @@ def _policy(words: dict[str, Any]) -> Policy:
             return type(POLICIES[name])(**{field: words[field] for field in own})
         except TypeError as error:
             raise LessError(f"the policy {name} takes all of its fields, or a budget alone: {error}") from error
-    if POLICIES[name].budget is None:
-        return POLICIES[name]
     if "budget" not in words:
         raise LessError(f"the policy {name} needs a budget, how many tokens each KV head keeps: add it, as in {EXAMPLE}")
     return policy_named(name, words["budget"])
