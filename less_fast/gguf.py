@@ -99,8 +99,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _unpack(parts: Sequence[Path], folder: Path, dtype: torch.dtype) -> None:
-    """Written aside, then renamed, in the place of one that is not whole; if another process was faster, its folder stays. Several
-    parts are joined beside it, and that file is gone at the end.
+    """Written aside, then renamed, in the place of one that is not whole; if another process was faster, its folder stays.
+    Several parts are joined beside it, and that file is gone at the end.
 
     LessError if the file is broken, or lacks some of the weights.
     """

@@ -75,7 +75,7 @@ def compare(
         def done(row):
             status.update(f"{row.cache} {row.policy or ''}: perplexity {row.perplexity:.2f} ...")
 
-        kinds = token_kinds(tokenizer) if policies[0].kinds else None
+        kinds = token_kinds(tokenizer) if policies[0].needs == "kinds" else None
         rows = comparison.compare(network, chosen, policies, learned, done, kinds, int8, by_head)
     if not learned:
         errors.print("No kernels for this model, so no LESS: train some with `less-kv train`.")

@@ -22,10 +22,11 @@ def prompt(part: Part, tokens: Tokens, n: torch.Tensor, logits: Logits, first: b
     slots, policy = part.slots, part.policy
     (N, H, m, _), born = tokens.k.shape, policy.born(tokens, part.kernels)
     score = slots.score.new_zeros(N, H, m, *policy.score_shape).add_(born)
-    seen = tokens.k, tokens.v, tokens.position[:, None].expand(N, H, m), score
+    k, v, position = tokens.k, tokens.v, tokens.position[:, None].expand(N, H, m)
     if not first:
-        seen = tuple(torch.cat([x.to(new.dtype), new], 2) for x, new in zip(slots.held(), seen))
-    k, v, position, score = seen  # (N, H, E, ...) each: the kept tokens, then the new ones
+        held = zip(slots.held(), (k, v, position, score))
+        k, v, position, score = (torch.cat([x.to(new.dtype), new], 2) for x, new in held)
+    # k, v, position and score (N, H, E, ...) are of the kept tokens, and then of the new ones.
     if first and logits.plain and tokens.real is None:
         out = _attend_to_all(policy, tokens.q, k, v, score, logits.scale, slots.wide)
     else:

@@ -72,8 +72,8 @@ class Slots:
     ) -> "Slots":
         """dtype: of keys and values that enter."""
         shape, wide = (rows, layout.T), torch.promote_types(dtype, torch.float32)
-        stored = dict(size=(*shape, width(head_dim) if int8 else head_dim), dtype=torch.int8 if int8 else dtype)
-        k, v = (torch.zeros(**stored, device=device) for _ in "kv")
+        stored, numbers = torch.int8 if int8 else dtype, width(head_dim) if int8 else head_dim
+        k, v = (torch.zeros(*shape, numbers, dtype=stored, device=device) for _ in "kv")
         position = torch.full(shape, -1, dtype=torch.int32, device=device)
         score = torch.zeros(*shape, *score_shape, dtype=score_dtype or wide, device=device)
         return cls(layout, k, v, position, score, layout.first.repeat(rows, 1), wide)
