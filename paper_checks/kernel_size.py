@@ -23,8 +23,8 @@ def check(subject: Subject) -> Finding:
     for rank, hidden in sizes:
         kernels = subject.train(policy, rank=rank, hidden=hidden)
         recovered, stderr = share_recovered(full, bare, subject.losses(windows, policy, kernels))
-        errors = kernels.about["validation"]
-        left = sum(layer["less"] / layer["bare"] for layer in errors) / len(errors)
+        (shares,) = kernels.about["layers"]["left"]
+        left = sum(shares) / len(shares)
         measured[rank, hidden] = kernels.memory(), recovered, stderr
         figures[f"R {rank}, hidden {hidden}"] = {"bytes": kernels.memory(), "recovered": (recovered, stderr), "error_left": left}
         rows.append([str(rank), str(hidden), f"{kernels.memory():,}", f"{left:.3f}", f"{recovered:.1%} ± {stderr:.1%}"])
@@ -47,5 +47,5 @@ def check(subject: Subject) -> Finding:
         f"of the gap of {policy}, kernels that a small recipe trained recover {text}; "
         f"at R = {SMALL.rank} {enough:.0%} of the best"
     )
-    headings = ["R", "hidden", "kernel bytes", "error left in each layer alone", "gap recovered"]
+    headings = ["R", "hidden", "kernel bytes", "cost left in each layer", "gap recovered"]
     return Finding(verdict(parts), sentence, figures, headings, rows, {"kernel_size": draw})
