@@ -50,7 +50,7 @@ def texts_and_figures(_, model, kernels):
 
 
 def a_training(folder, model, _):
-    recipe = replace(RECIPE, uses=2, joint_steps=2, rho=3, curves=2)
+    recipe = replace(RECIPE, uses=6, joint_steps=2, rho=3, curves=2, rate=0.5)
     kernels = train(model, WINDOWS[:3], WINDOWS[3:], H2O(3, 3), recipe, folder, hours=1.0)
     return kernels.state_dict(), {name: curves.less for name, curves in kernels.curves.items()}
 

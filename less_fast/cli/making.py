@@ -16,6 +16,7 @@ from ..setting import POLICIES
 from ..text import windows as cut_windows
 from ..training import recipe_of, tables
 from ..training import train as train_kernels
+from ..training.checks import number
 from ..training.head_costs import check_policy
 from ..training.stages import rules_in_turns
 from .app import app, check_free, evicting
@@ -63,6 +64,7 @@ def train(
     Unfinished work lies in OUT/.training: called again with the same options, training goes on there.
     """
     check_free(out, overwrite)
+    number("--hours", hours, 0, 1e6)
     known = family or FamilyName("exponential")
     name = policy.value if policy else "h2o" if known.value == "paper" else "retention"
     rule = evicting(name, budget, length)

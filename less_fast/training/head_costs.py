@@ -89,7 +89,7 @@ def measure(
     total = torch.zeros(len(settings), sizes(model)["layers"], kv_heads, len(budgets), dtype=torch.float64, device="cpu")
     evicting = [(column, budget) for column, budget in enumerate(budgets) if budget < T - 1]  # or nothing is missed
     for number, ids in enumerate(windows.split(1)):
-        layers = watch(model, ids, seed=number)
+        layers = watch(model, ids, seed=0)
         wide = {index: layer.rows(slice(None)) for index, layer in layers.items()}
         for done, (column, budget) in enumerate(evicting):
             progress(number * len(evicting) + done + 1, len(windows) * len(evicting))

@@ -28,12 +28,13 @@ from .sensitivity import SAMPLES, eviction_times_of, watch
 HELD = 0.5  # of the memory that is free, the most that a round or a joint step may hold
 ROUND = 32  # windows of a round where no system tells how much memory is free
 SPENT = 0.9  # of the time: a probe is no promise
-CURVES, JOINT = 0.15, 0.35  # of that, the most that curves and the stages of all layers may take
-LEAST_WINDOWS, LEAST_STEPS = 8, 20  # that are worth training on, and with all layers together
+CURVES, JOINT = 0.1, 0.5  # of that, the most that curves and the stages of all layers may take
+LEAST_WINDOWS, LEAST_STEPS = 8, 10  # that are worth training on, and with all layers together
 JUDGES = 16  # windows to train on for each that judges
 JOINT_JUDGES = 4  # windows that judge the stages of all layers
 SLOW, PROBED = 4.0, 256  # a forward pass of more seconds is probed on so many tokens
 FEW = 128  # tokens by which memory is probed
+GROUP = Path("/sys/fs/cgroup")  # what a container may take
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def share_out(
     rho = (costs.rho_read + uses * costs.rho_step, costs.rho_read + 2 * costs.rho_step)  # of a window, and of one that judges
     layers = costs.read + settings * costs.times + uses * costs.step, costs.read + settings * (costs.times + costs.step)
     curve = sum(costs.read + count * (costs.times + costs.step) for count in budgets_of_curves)
-    joint_step, judging = recipe.batch * (costs.joint or 0), settings * min(JOINT_JUDGES, judges) * (costs.joint or 0)
+    joint_step, judging = recipe.batch * (costs.joint or 0), settings * min(JOINT_JUDGES, judges) * (costs.joint or 0) / 2
     of_window = sum(train + judge / JUDGES for train, judge in (rho, layers)) * bool(uses)
     least = (min(LEAST_WINDOWS, most) * of_window + curve) / SPENT
     if least > seconds:
@@ -139,7 +140,11 @@ def probe(
     kernels: Any = copy.deepcopy(settings[0].kernels)
     kernels.requires_grad_()
     settings = [replace(setting, kernels=kernels) for setting in settings]
-    T, largest, one = window.shape[1], max(settings, key=lambda one: one.policy.budget), torch.zeros(1, dtype=torch.int64)
+    T, largest, one = (
+        window.shape[1],
+        max(settings, key=lambda one: one.policy.budget),
+        torch.zeros(1, dtype=torch.int64, device="cpu"),
+    )
     by_gradient, taken = FITS[recipe.family].by_gradient, 0.0
     some = window[:, :FEW]
 
@@ -226,12 +231,12 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that are free there, None where no system tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found, groups = [], Path("/sys/fs/cgroup")
+    found: list[int] = []
     with suppress(OSError, TypeError):
         found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]))
     with suppress(OSError, TypeError, ValueError):  # a container's own limit, if there is one
-        used = re.search(r"^anon (\d+)", (groups / "memory.stat").read_text())[1]
-        found.append(int((groups / "memory.max").read_text()) - int(used))
+        used = re.search(r"(?m)^anon (\d+)", (GROUP / "memory.stat").read_text())[1]
+        found.append(int((GROUP / "memory.max").read_text()) - int(used))
     with suppress(OSError, AttributeError, ValueError):
         if not found:
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
