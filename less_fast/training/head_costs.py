@@ -5,10 +5,11 @@ all others whole. It is estimated from one backward pass (sensitivity.py): time 
 the embedded model diverges 0.81 to 1.03 times as much as under those of measured costs (by "kl", which shipped curves are).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..budgets import Curves
@@ -62,12 +63,11 @@ def measure(
     policy: Policy,
     kernels: LessKernels | None = None,
     budgets: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curves:
     """The curves of every KV head under `policy` with each of the budgets, with the kernels and without them.
 
     windows (W, T) int64, a few, and none of those on which results will be reported. budgets: ascending, None for `grid`.
-    In nats per token; progress(done, of) is called on the way.
+    In nats per token.
     Raises LessError for a policy that `check_policy` refuses; for windows, budgets or kernels that do not fit; and if a cost is
     not finite.
     """
@@ -91,8 +91,7 @@ def measure(
     for number, ids in enumerate(windows.split(1)):
         layers = watch(model, ids, seed=0)
         wide = {index: layer.rows(slice(None)) for index, layer in layers.items()}
-        for done, (column, budget) in enumerate(evicting):
-            progress(number * len(evicting) + done + 1, len(windows) * len(evicting))
+        for column, budget in tqdm(evicting, desc=f"curves, window {number + 1}", unit="budget", leave=False):
             times = eviction_times_of(layers, policy.with_budget(budget), kernels)
             for (index, layer), (row, setting) in product(wide.items(), enumerate(settings)):
                 out = parallel(layer.q, layer.k, layer.v, times[index], setting.layer(index)[1], layer.scale)

@@ -1,6 +1,7 @@
 """What a training will do in the time and the memory that there are, by a probe on one window."""
 
 import copy
+import math
 import os
 import re
 import time
@@ -106,9 +107,11 @@ def share_out(
     curve = sum(costs.read + count * (costs.times + costs.step) for count in budgets_of_curves)
     joint_step, judging = recipe.batch * (costs.joint or 0), settings * min(JOINT_JUDGES, judges) * (costs.joint or 0) / 2
     of_window = sum(train + judge / JUDGES for train, judge in (rho, layers)) * bool(uses)
-    least = (min(LEAST_WINDOWS, most) * of_window + curve) / SPENT
+    few = min(LEAST_WINDOWS, most)
+    least = (bool(uses) * sum(few * train + min(2, judges) * judge for train, judge in (rho, layers)) + curve) / SPENT
     if least > seconds:
-        raise LessError(f"that is too little time for this model: give it {least / 3600:.2g} hours at least (--hours)")
+        hours = math.ceil(least / 36) / 100
+        raise LessError(f"that is too little time for this model: give it {hours} hours at least (--hours)")
     curves = min(recipe.curves, max(1, int(CURVES * time_left / curve))) if curve else recipe.curves
     joint_steps = 0
     if joint_step:
@@ -116,7 +119,7 @@ def share_out(
         joint_steps *= joint_steps >= min(LEAST_STEPS, recipe.joint_steps)
     joint = bool(joint_steps) * stages * (joint_steps * joint_step + judging)
     rest = time_left - curves * curve - joint
-    windows = most if not of_window else max(min(LEAST_WINDOWS, most), min(most, int(rest / of_window)))
+    windows = most if not of_window else max(few, min(most, int(rest / of_window)))
     count = min(judges, max(2, windows // JUDGES))
     parts = {
         "rho": bool(uses) * (windows * rho[0] + count * rho[1]),

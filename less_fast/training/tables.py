@@ -84,13 +84,7 @@ def allocate(
             f"curves reach from {reach[0]} to {reach[-1]} tokens, so there is no table of {beyond[0]} to refine: take another"
         )
     if known is None:
-        with tqdm(desc="curves", unit="budget") as progress:
-
-            def tell(done, of):
-                progress.total = of
-                progress.update(done - progress.n)
-
-            kernels.curves[name] = measure(model, windows, policy, kernels, progress=tell)
+        kernels.curves[name] = measure(model, windows, policy, kernels)
         kernels.save_pretrained(out)
     curves = kernels.curves[name]
     for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
