@@ -194,6 +194,26 @@ def test_training_leaves_less_of_the_cost_and_reports_it(recipe):
 
 
 @EVERY_RECIPE
+def test_a_layer_that_training_only_harms_keeps_the_weights_it_began_with(recipe, tmp_path, monkeypatch):
+    """Whether it was killed on the way or not."""
+    begun = quick_training(recipe=replace(recipe, rate=0.0))
+    harmed = quick_training(recipe=replace(recipe, rate=1e4))
+    assert harmed.about["layers"]["harmed"]
+    for index in harmed.about["layers"]["harmed"]:
+        for name, weight in begun.layers[index].state_dict().items():
+            assert torch.equal(weight, harmed.layers[index].state_dict()[name]), name
+    settings = [setting_of(make_model().float(), POLICY.with_budget(n), harmed) for n in harmed.about["layers"]["budgets"]]
+    left = layers.shares_left(make_model().float(), tokens(4, 30, seed=1), settings, recipe)
+    assert np.allclose(left, harmed.about["layers"]["left"], rtol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "shares_left", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            quick_training(tmp_path, replace(recipe, rate=1e4))
+    for name, weight in quick_training(tmp_path, replace(recipe, rate=1e4)).state_dict().items():
+        assert torch.equal(weight, harmed.state_dict()[name]), name
+
+
+@EVERY_RECIPE
 def test_the_same_seed_gives_the_same_kernels_whatever_the_global_generator_does_and_another_seed_others(recipe):
     kernels = quick_training(recipe=recipe)
     torch.manual_seed(99)

@@ -95,7 +95,7 @@ def train(
     if "rho" in learned.about:
         means = {name: sum(each) / len(each) for name, each in learned.about["rho"].items()}
         print("rho: cross-entropy {before:.3f} -> {after:.3f} nats, at least {least:.3f}".format(**means))
-    for tokens, left in zip(*learned.about["layers"].values()):
+    for tokens, left in zip(learned.about["layers"]["budgets"], learned.about["layers"]["left"]):
         shares = ", ".join(f"{share:.2f}" for share in left)
         print(f"layers, {tokens} tokens: of what the bare policy costs they leave {shares}")
     for stage, spread in (("joint", "uniform"), ("tables", "by head")):

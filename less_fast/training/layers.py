@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..hf.architecture import less_layers
 from ..layer.checks import LessError
 from ..layer.parallel import exact_part, low_rank_part, merge
 from ..setting import Setting
@@ -34,8 +35,8 @@ def train_layers(
 ) -> dict[str, Any]:
     """Trains the kernels that the settings share, in place, each step under the next setting.
 
-    windows (N, T), validation (V, T) int64. Returns the budgets of the settings, and what the kernels leave of the bare policy's
-    cost on the validation windows, by setting and layer.
+    windows (N, T), validation (V, T) int64. Returns the budgets of the settings, what the kernels leave of the bare policy's cost
+    on the validation windows, by setting and layer, and the layers that were harmed: these keep what they began with.
     Raises LessError if a layer loses nothing under the bare policy, or a loss is not finite. Unfinished work is saved.
     """
     kernels: Any = settings[0].kernels
@@ -49,13 +50,19 @@ def train_layers(
     def loss(held: Held, rows: torch.Tensor, step: int) -> float:
         if step == 0:
             begin(held, settings[0], recipe.batch)
+            work.save("layers-begun", kernels.layers.state_dict())
         return step_of_layers(held, rows, settings, step % len(settings), fit.by_gradient)
 
     set_dropout(kernels, fit.dropout)
     descend("layers", descent, turns, read, loss, recipe.seed, work)
     set_dropout(kernels, 0.0)
-    budgets = [setting.policy.budget for setting in settings]
-    return {"budgets": budgets, "left": shares_left(model, validation, settings, recipe)}
+    budgets, left = [setting.policy.budget for setting in settings], shares_left(model, validation, settings, recipe)
+    if harmed := [index for index, of in zip(less_layers(model), zip(*left)) if not sum(of) < len(of)]:
+        known = work.load("layers-begun")
+        begun = {name: weight for name, weight in known.items() if int(name.split(".")[0]) in harmed}
+        kernels.layers.load_state_dict(kernels.layers.state_dict() | begun)
+        left = shares_left(model, validation, settings, recipe)
+    return {"budgets": budgets, "left": left, "harmed": harmed}
 
 
 def step_of_layers(held: Held, rows: torch.Tensor, settings: Sequence[Setting], turn: int, relative: bool) -> float:

@@ -108,7 +108,8 @@ def share_out(
     joint_step, judging = recipe.batch * (costs.joint or 0), settings * min(JOINT_JUDGES, judges) * (costs.joint or 0) / 2
     of_window = sum(train + judge / JUDGES for train, judge in (rho, layers)) * bool(uses)
     few = min(LEAST_WINDOWS, most)
-    least = (bool(uses) * sum(few * train + min(2, judges) * judge for train, judge in (rho, layers)) + curve) / SPENT
+    judged = bool(uses) * min(2, judges) * (rho[1] + layers[1])  # by two windows at least
+    least = (few * of_window + judged + curve) / SPENT
     if least > seconds:
         hours = math.ceil(least / 36) / 100
         raise LessError(f"that is too little time for this model: give it {hours} hours at least (--hours)")
@@ -118,7 +119,7 @@ def share_out(
         joint_steps = min(recipe.joint_steps, int((JOINT * time_left / stages - judging) / joint_step))
         joint_steps *= joint_steps >= min(LEAST_STEPS, recipe.joint_steps)
     joint = bool(joint_steps) * stages * (joint_steps * joint_step + judging)
-    rest = time_left - curves * curve - joint
+    rest = time_left - curves * curve - joint - judged
     windows = most if not of_window else max(few, min(most, int(rest / of_window)))
     count = min(judges, max(2, windows // JUDGES))
     parts = {
