@@ -50,7 +50,8 @@ def train_layers(
     def loss(held: Held, rows: torch.Tensor, step: int) -> float:
         if step == 0:
             begin(held, settings[0], recipe.batch)
-            work.save("layers-begun", kernels.layers.state_dict())
+            if not work.has("layers-begun"):
+                work.save("layers-begun", kernels.layers.state_dict())
         return step_of_layers(held, rows, settings, step % len(settings), fit.by_gradient)
 
     set_dropout(kernels, fit.dropout)
