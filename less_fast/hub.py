@@ -64,6 +64,10 @@ def card(kernels) -> str:
     if "validation" in about:
         shares = ", ".join(f"{errors['less'] / errors['bare']:.2f}" for errors in about["validation"])
         lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")
+    of_layers = about.get("layers", {"budgets": [], "left": []})
+    for budget, left in zip(of_layers["budgets"], of_layers["left"]):
+        shares = ", ".join(f"{share:.2f}" for share in left)
+        lines.append(f"Of what the bare policy costs at {budget} tokens the layers leave {shares}.")
     for stage, tables in (("joint", "under uniform budgets"), ("tables", "under budget tables")):
         if figures := about.get(stage):
             by_budget = zip(figures["budgets"], figures["before"], figures["after"])

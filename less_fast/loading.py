@@ -41,6 +41,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def default_device() -> str:
+    """cuda if there is a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_config(model: str) -> PretrainedConfig:
     """The config of a named shape, a local folder, a repository of the hub, or of the embedded model if the name is empty."""
     if model in SHAPES:

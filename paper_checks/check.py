@@ -19,8 +19,8 @@ SHARES = (0.02, 0.05, 0.10)  # of a window's tokens: the budgets of the paper's 
 MOST = {"train": 28, "test": 64}  # windows that a check takes
 QUICK = {"train": 8, "test": 2}  # the same in a quick run
 VALIDATION = 4  # of those for training
-SMALL = replace(RECIPES["exponential"], epochs=8, batch=1, joint_steps=0, joint_budgets=(), table_steps=0)
-"""How kernels are trained within a check: each layer alone, on few windows."""
+SMALL = replace(RECIPES["exponential"], rho=0, uses=8, batch=1, joint_steps=0, curves=0, budgets=(1.0,))
+"""How kernels are trained within a check: each layer towards its own target, on few windows."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Subject:
         return chosen
 
     def train(self, policy: Policy, **changes) -> LessKernels:
-        """Kernels trained within a check for `policy`, each layer alone: the recipe SMALL but for these changes."""
+        """Kernels trained within a check for `policy`: the recipe SMALL but for these changes."""
         windows = self.windows(MOST["train"], split="train")
         recipe = replace(SMALL, seed=self.seed, **changes)
         return train(self.model, windows[VALIDATION:], windows[:VALIDATION], policy, recipe)

@@ -33,8 +33,8 @@ def kernel_size(subject: Subject) -> Finding:
     for rank, hidden in sizes:
         kernels = subject.train(policy, rank=rank, hidden=hidden)
         share = share_recovered(full, bare, subject.losses(windows, policy, kernels))
-        errors = kernels.about["validation"]
-        left = sum(layer["less"] / layer["bare"] for layer in errors) / len(errors)
+        (shares,) = kernels.about["layers"]["left"]
+        left = sum(shares) / len(shares)
         if hidden == SMALL.hidden:
             by_rank[rank] = share[0]
         figures[f"R {rank}, hidden {hidden}"] = {"bytes": kernels.memory(), "recovered": share, "error_left": left}
@@ -48,7 +48,7 @@ def kernel_size(subject: Subject) -> Finding:
         f"of the gap of {policy}, kernels that a small recipe trained recover {text}; "
         f"at R = {SMALL.rank} {enough:.0%} of the best"
     )
-    headings = ["R", "hidden", "kernel bytes", "error left in each layer alone", "gap recovered"]
+    headings = ["R", "hidden", "kernel bytes", "cost left in each layer", "gap recovered"]
     return Finding(verdict(parts), sentence, figures, headings, rows)
 
 
@@ -133,12 +133,13 @@ def training_cost(subject: Subject) -> Finding:
     windows = subject.windows(24)
     count = max(1, len(windows) * 2 // 3)
     began = time.perf_counter()
-    recipe = replace(RECIPES["paper"], epochs=1, hidden=8 if subject.quick else 512)
-    layers = len(train(subject.model, windows[:count], windows[count:], subject.policies()[0], recipe).about["validation"])
-    each = (time.perf_counter() - began) / layers / count  # recording included
+    recipe = replace(RECIPES["paper"], uses=1, hidden=8 if subject.quick else 512)
+    train(subject.model, windows[:count], windows[count:], subject.policies()[0], recipe)
+    layers = subject.kernels.sizes["layers"]
+    each = (time.perf_counter() - began) / layers / count  # reading included
     hours = each * layers * 512 * 40 / 3600
     sentence = (
-        f"a layer takes {each * 1e3:.0f} ms for a window of {subject.length} tokens and epoch, recording included: at most "
+        f"a layer takes {each * 1e3:.0f} ms for a window of {subject.length} tokens and epoch, reading included: at most "
         f"{hours:.1f} hours for the paper's whole recipe here"
     )
     figures = {"seconds_per_window_and_layer": each, "hours": hours}

@@ -50,8 +50,8 @@ def texts_and_figures(_, model, kernels):
 
 
 def a_training(folder, model, _):
-    recipe = replace(RECIPE, epochs=1, joint_steps=2, table_steps=2, rho_steps=2, rho_hidden=3)
-    kernels = train(model, WINDOWS[:3], WINDOWS[3:], H2O(3, 3), recipe, folder, curves=True)
+    recipe = replace(RECIPE, uses=6, joint_steps=2, rho=3, curves=2, rate=0.5)
+    kernels = train(model, WINDOWS[:3], WINDOWS[3:], H2O(3, 3), recipe, folder, hours=1.0)
     return kernels.state_dict(), {name: curves.less for name, curves in kernels.curves.items()}
 
 

@@ -31,7 +31,7 @@ def test_windows_are_whole_and_of_one_stream_each():
 def test_a_run_trains_measures_and_writes_every_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(domains, "LENGTH", 128)
     monkeypatch.setattr(domains, "BUDGETS", (8, 16))
-    monkeypatch.setattr(domains, "RECIPE", replace(domains.RECIPE, windows=8, epochs=1, joint_steps=2))
+    monkeypatch.setattr(domains, "RECIPE", replace(domains.RECIPE, uses=1, joint_steps=2))
     monkeypatch.setitem(domains.DOMAINS, "pulse", lambda: ([WALK[:4000]], [WALK[4000:]]))
     assert domains.main(["--domains", "pulse", "--tokens", "4096", "--windows", "4", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["rows"]["pulse"]

@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 from memory import numbers_held
-from models import make_kernels, make_model, recorded, reference_kernels, reference_policy, tokens
+from models import make_kernels, make_model, reference_kernels, reference_policy, tokens
 from transformers import DynamicCache
 
 import less_ref
 from less_fast import H2O, LessCache, Retention
 from less_fast.budgets import Curves
-from less_fast.hf.architecture import attention_modules, less_layers, sizes
+from less_fast.hf.architecture import less_layers, sizes
 from less_fast.measuring import compare as measuring
 from less_fast.measuring.caches import describe
 from less_fast.measuring.compare import compare, contenders, table
 from less_fast.setting import Setting
-from less_fast.training import Recipe, head_costs, together, train
+from less_fast.training import Recipe, head_costs, layers
 from less_fast.training.joint import mean_divergence
-from less_fast.training.recording import SHARD
 from paper_checks.architectures import tiny
 
 LAYERS, WINDOWS, LENGTH = 2, 5, 24
@@ -297,63 +296,43 @@ def output(layer, row, policy, features):
 
 
 def test_costs_by_the_gradient_are_means_over_all_tokens(speaker, kernels, monkeypatch):
-    """Half the squared product of gradient and change, query by query; of three windows in passes of two the last is alone."""
+    """Half the squared product of gradient and change, query by query."""
     model, ids = speaker
     own, seen = head_costs.watch, []
     monkeypatch.setattr(head_costs, "watch", lambda *rest, **more: seen.append(own(*rest, **more)) or seen[-1])
     budgets = [2, 5]
-    curves = head_costs.measure(model, ids[:3], H2O(2, 2), kernels["ours"], budgets, by="gradient")
-    assert [len(layers[0].q) for layers in seen] == [2, 1]
+    curves = head_costs.measure(model, ids[:3], H2O(2, 2), kernels["ours"], budgets)
     for said, some in ((curves.bare, None), (curves.less, kernels["ours"])):
         for index, (column, budget) in itertools.product(range(LAYERS), enumerate(budgets)):
             costs = []  # of every token, by KV head
-            for layer in (layers[index] for layers in seen):
-                for row in range(len(layer.q)):
-                    change = output(layer, row, H2O(2, 2).with_budget(budget), some and some.layers[index])
-                    moved = layer.g[:, row].numpy() * (change - layer.full[row].numpy())  # (samples, Hq, T, D)
-                    by_head = moved.sum(-1).reshape(len(moved), 2, -1, LENGTH).sum(2)  # (samples, Hkv, T)
-                    costs += (by_head**2 / 2).mean(0).T.tolist()
+            for layer in (held[index] for held in seen):
+                change = output(layer, 0, H2O(2, 2).with_budget(budget), some and some.layers[index])
+                moved = layer.g[0].numpy() * (change - layer.full[0].numpy())  # (samples, Hq, T, D)
+                by_head = moved.sum(-1).reshape(len(moved), 2, -1, LENGTH).sum(2)  # (samples, Hkv, T)
+                costs += (by_head**2 / 2).mean(0).T.tolist()
             assert len(costs) == 3 * LENGTH
             assert [said[index][head][column] for head in range(2)] == pytest.approx(np.mean(costs, 0), rel=1e-6)
 
 
-def test_what_is_left_of_the_bare_policys_cost_counts_every_window_alike(speaker, kernels, monkeypatch):
-    """A pass says one share for all its windows; of five windows in passes of two the last is alone."""
+@pytest.mark.parametrize("family", ["exponential", "paper"])
+def test_what_is_left_of_the_bare_policys_cost_counts_every_window_alike(family, speaker, kernels, monkeypatch):
+    """By the gradient, and by the paper's objective."""
     model, ids = speaker
-    own, seen = together.watch, []
-    monkeypatch.setattr(together, "watch", lambda *rest, **more: seen.append(own(*rest, **more)) or seen[-1])
+    own, seen = layers.watch, []
+    monkeypatch.setattr(layers, "watch", lambda *rest, **more: seen.append(own(*rest, **more)) or seen[-1])
     setting = Setting.of(sizes(model), range(LAYERS), H2O(2, 2), kernels["ours"], "uniform")
-    said = together.shares_left(model, ids, setting, Recipe(batch=2))
-    assert [len(layers[0].q) for layers in seen] == [2, 2, 1]
+    (said,) = layers.shares_left(model, ids, [setting], Recipe(family))
+    assert len(seen) == WINDOWS
     for index in range(LAYERS):
-        shares = []  # of every window
-        for layer in (layers[index] for layers in seen):
-            costs = np.zeros(2)  # with LESS, and under the bare policy
-            for row, (kind, features) in itertools.product(range(len(layer.q)), enumerate((kernels["ours"].layers[index], None))):
-                change = output(layer, row, H2O(2, 2), features) - layer.full[row].numpy()  # (Hq, T, D)
-                costs[kind] += ((layer.g[:, row].numpy() * change)[:, :, 5:].sum((1, 3)) ** 2).sum()
-            shares += [costs[0] / costs[1]] * len(layer.q)
-        assert said[index] == pytest.approx(np.mean(shares), rel=1e-6)
-
-
-def test_a_layers_errors_are_means_over_all_validation_windows():
-    """The paper's objective by the reference; of nine windows, in files of eight, the last is alone."""
-    assert SHARD == 8
-    model, held_out, policy = make_model(num_hidden_layers=2), tokens(9, 20, seed=1), H2O(2, 2)
-    recipe = Recipe(rank=2, hidden=3, epochs=1, family="exponential", learning_rate=0.01, dropout=0.0)
-    trained = train(model, tokens(3, 20), held_out, policy, recipe)
-    for index, said in enumerate(trained.about["validation"]):
-        projection = attention_modules(model)[index].o_proj.weight.detach().numpy().T
-        q, k, v, scale = recorded(model, held_out, index)
-        for name, features in (("bare", None), ("less", trained.layers[index])):
-            errors = []  # of every window
-            for arrays in zip(*(x.numpy() for x in (q, k, v))):
-                trace = less_ref.run(*arrays, reference_policy(policy), features and reference_kernels(features), scale=scale)
-                e = less_ref.eviction_times(trace)
-                full = less_ref.parallel(*arrays, np.full_like(e, np.inf), scale=scale)
-                errors.append(less_ref.training_loss(trace.out, full, projection, e))
-            assert abs(errors[8] - np.mean(errors)) > 0.02 * np.mean(errors)  # or weights would not show
-            assert said[name] == pytest.approx(np.mean(errors), rel=1e-4)
+        costs = np.zeros(2)  # with LESS, and under the bare policy
+        for layer in (held[index] for held in seen):
+            for kind, features in enumerate((kernels["ours"].layers[index], None)):
+                change = (output(layer, 0, H2O(2, 2), features) - layer.full[0].numpy())[:, 5:]  # (Hq, L, D)
+                if family == "paper":
+                    costs[kind] += np.square(np.concatenate([*change], -1) @ layer.projection.numpy()).sum()
+                else:
+                    costs[kind] += ((layer.g[0].numpy()[:, :, 5:] * change).sum((1, 3)) ** 2).sum()
+        assert said[index] == pytest.approx(costs[0] / costs[1], rel=1e-6)
 
 
 @torch.no_grad()

@@ -4,20 +4,18 @@ from functools import partial
 
 import pytest
 import torch
-from models import make_kernels, make_model, recorded, tokens
+from models import make_kernels, make_model, tokens
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from less_fast import H2O, Retention
-from less_fast.hf.architecture import attention_modules, sizes
+from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
-from less_fast.layer.parallel import dense, eviction_times, exact_part
+from less_fast.layer.parallel import dense, eviction_times
 from less_fast.setting import Setting
 from less_fast.training import retention, sensitivity
-from less_fast.training.joint import divergence, times_in_stream
-from less_fast.training.layers import loss
-from less_fast.training.recording import Recorded
-from less_fast.training.together import share_left
+from less_fast.training.joint import divergence
+from less_fast.training.layers import costs
 
 STEP = 1e-5  # the difference's own error is of the order of its square; the largest error of a slope is 3e-6 of it
 EVERY_FAMILY = pytest.mark.parametrize("family", ["paper", "exponential"])
@@ -73,35 +71,24 @@ def test_the_joint_stage_descends_through_the_queries_keys_and_values_of_later_l
     model, ids = make_exact_model(), tokens(3, 16)
     kernels = make_moved_kernels(model, family)
     setting = Setting.of(sizes(model), range(3), policy, kernels, "uniform")
-    times = times_in_stream(model, ids, setting)
-    assert [*times] == [0, 1, 2]
-    assert_gradient(lambda: divergence(model, ids, setting, times), without_rho(kernels))
+    assert_gradient(lambda: divergence(model, ids, setting), without_rho(kernels))
 
 
 @EVERY_FAMILY
-def test_each_layer_alone_descends_along_its_error(family):
+@pytest.mark.parametrize("by_gradient", [False, True], ids=["the paper's error", "what it costs the predictions"])
+def test_layers_descend_along_what_less_costs(by_gradient, family):
+    """And the gradient's loss is that over what the bare policy costs, which does not depend on the kernels."""
     model, policy = make_model(), H2O(2, 2)
-    q, k, v, scale = recorded(model, tokens(3, 16), 1)
-    e = eviction_times(q, k, v, policy, scale)
-    exact, lse = exact_part(q, k, v, e, scale)
-    late = slice(policy.budget + 1, None)
-    data = Recorded(q, k, v, e, exact[:, :, late], lse[:, :, late], dense(q, k, v, scale)[:, :, late])
-    features, projection = make_moved_kernels(model, family).layers[1], attention_modules(model)[1].o_proj.weight.detach().T
-    assert_gradient(lambda: loss(features, data, projection, policy.budget), without_rho(features))
-
-
-@EVERY_FAMILY
-def test_all_layers_at_once_descend_along_what_is_left_of_the_bare_policys_cost(family):
-    model, policy = make_model(), H2O(2, 2)
-    layer = sensitivity.watch(model, tokens(3, 16), seed=0)[1]
-    e = eviction_times(layer.q, layer.k, layer.v, policy, layer.scale)
-    features = make_moved_kernels(model, family).layers[1]
-    assert_gradient(lambda: share_left(layer, e, features, policy.budget), without_rho(features))
+    layer = sensitivity.watch(model, tokens(3, 16), 0, by_gradient)[1]
+    e, kernels = eviction_times(layer.q, layer.k, layer.v, policy, layer.scale), make_moved_kernels(model, family)
+    setting = Setting.of(sizes(model), range(3), policy, kernels, "uniform")
+    assert_gradient(lambda: costs(layer, e, setting, 1)[0], without_rho(kernels.layers[1]))
+    assert not costs(layer, e, setting, 1)[1].requires_grad
 
 
 def test_rho_descends_along_its_cross_entropy():
     model = make_model()
-    layer, rho = retention.watch(model, tokens(3, 16), seed=0)[1], make_kernels(model, rho=2).layers[1].rho
+    layer, rho = retention.watch(model, tokens(1, 16), seed=0)[1], make_kernels(model, rho=2).layers[1].rho
     assert_gradient(lambda: layer.cross_entropy(rho), rho.named_parameters())
 
 
@@ -121,4 +108,4 @@ def test_what_a_layers_output_weighs_is_the_gradient_of_the_labels_that_were_dra
         with torch.no_grad():
             ends = [predictions(model, ids, partial(moved, by=by)).gather(2, labels).sum((0, 1)) for by in (STEP, -STEP)]
         slopes = (ends[0] - ends[1]) / (2 * STEP)  # (samples,)
-        assert (layer.g * direction).sum((1, 2, 3, 4)).tolist() == pytest.approx(slopes.tolist(), rel=1e-6)
+        assert (layer.g * direction[:, None]).sum((0, 2, 3, 4)).tolist() == pytest.approx(slopes.tolist(), rel=1e-6)

@@ -1,30 +1,28 @@
 """Models with other layers beside those that LESS serves: kernels, rho and budget tables are made for these alone."""
 
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from models import make_kernels, tokens
-from short_training import validation_errors
+from short_training import RECIPE
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from less_fast import H2O, LessCache, LessError, LessKernels, Retention
-from less_fast.hf.architecture import less_layers, sizes
+from less_fast.hf.architecture import attention_modules, less_layers, output_weight, sizes
 from less_fast.setting import Setting
-from less_fast.training import RECIPES, train
-from less_fast.training.head_costs import measure
+from less_fast.training import train
 from less_fast.training.joint import divergence
+from less_fast.training.sensitivity import watch
 from paper_checks.architectures import tiny
 
 MIXED = {"gemma3_text": "a sliding window of 6 tokens", "qwen3_5_text": "recurrence"}
-RECIPE = replace(RECIPES["exponential"], rank=2, hidden=3, windows=6, joint_rate=0.02)
-LAYERS_ALONE = replace(RECIPE, epochs=2, joint_steps=4, table_steps=4)
-AT_ONCE = replace(
-    RECIPE, epochs=0, rho_steps=8, together_steps=8, together_windows=4, together_uses=2, joint_steps=0, table_steps=0
-)
+RECIPES_HERE = {
+    "paper": replace(RECIPE, family="paper", budgets=(1.0,), joint_steps=4, curves=2),
+    "exponential": replace(RECIPE, rho=3, joint_steps=0, curves=2),
+}
 
 
 def mixed_model(name):
@@ -45,10 +43,9 @@ def model(request):
     return mixed_model(request.param)
 
 
-@pytest.fixture(scope="module", params=["layers alone", "at once"])
+@pytest.fixture(scope="module", params=RECIPES_HERE)
 def trained(request, model):
-    recipe = {"layers alone": LAYERS_ALONE, "at once": AT_ONCE}[request.param]
-    return train(model.float(), tokens(10, 30), tokens(4, 30, seed=1), H2O(3, 3), recipe, curves=True)
+    return train(model.float(), tokens(10, 30), tokens(4, 30, seed=1), H2O(3, 3), RECIPES_HERE[request.param])
 
 
 def test_kernels_have_weights_in_the_layers_that_less_serves_and_in_no_others(model, trained):
@@ -62,21 +59,20 @@ def test_kernels_have_weights_in_the_layers_that_less_serves_and_in_no_others(mo
 
 def test_training_learns_something_and_reports_it_for_each_layer_that_less_serves(model, trained):
     count = len(less_layers(model))
-    if "validation" in trained.about:
-        assert len(trained.about["validation"]) == count
-        assert all(figures["less"] < figures["bare"] for figures in trained.about["validation"])
-    else:
-        assert np.shape(trained.about["together"]["left"]) == (6, count)  # three budgets, with H2O and Retention
+    shares = np.array(trained.about["layers"]["left"])
+    assert shares.shape == (1 if trained.sizes["family"] == "paper" else 6, count)  # three budgets, with H2O and Retention
+    assert shares.mean() < 1
+    if "rho" in trained.about:
         assert len(trained.about["rho"]["after"]) == count
         assert np.mean(trained.about["rho"]["after"]) < np.mean(trained.about["rho"]["before"])
         assert all(trained.layers[index].rho.r2.any() for index in less_layers(model))  # it starts at zero
 
 
 def test_each_layer_is_trained_before_its_own_projection(model):
-    recipe, held_out = replace(LAYERS_ALONE, joint_steps=0), tokens(4, 30, seed=1)
-    kernels = train(model.float(), tokens(10, 30), held_out, H2O(3, 3), recipe)
-    said = [figures["less"] for figures in kernels.about["validation"]]
-    assert validation_errors(model, kernels, held_out, H2O(3, 3)) == pytest.approx(said, rel=1e-4)
+    held = watch(model.float(), tokens(1, 12), 0, by_gradient=False)
+    for index, module in attention_modules(model).items():
+        if index in less_layers(model):
+            assert torch.equal(held[index].projection, output_weight(module).T)
 
 
 def test_what_was_trained_is_saved_found_again_and_used_with_its_tables(model, trained, tmp_path):
@@ -119,20 +115,6 @@ def test_the_divergence_is_that_of_the_streaming_cache_from_the_full_one(model, 
     assert wanted > 1e-6
     setting = Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform")
     assert divergence(model, ids, setting).item() == pytest.approx(wanted, rel=1e-4)
-
-
-@torch.no_grad()
-def test_a_head_costs_what_a_cache_says_that_compresses_it_alone(model):
-    ids, policy, kernels, kv_heads = tokens(3, 20), H2O(2, 2), kernels_of(model.double()), sizes(model)["kv_heads"]
-    curves = measure(model, ids, policy, kernels, budgets=[2, 5])
-    assert [index for index, row in enumerate(curves.less) if row] == less_layers(model)
-    full = model(ids).logits.log_softmax(-1)
-    for layer, head, (column, budget) in product(less_layers(model), range(kv_heads), enumerate([2, 5])):
-        table = [[20] * kv_heads if index in less_layers(model) else [] for index in range(sizes(model)["layers"])]
-        table[layer][head] = budget
-        ours = model(ids, past_key_values=LessCache.for_model(model, policy, kernels, table, chunk=1)).logits.log_softmax(-1)
-        wanted = kl_div(ours, full, log_target=True, reduction="sum").item() / ids.numel()
-        assert curves.less[layer][head][column] == pytest.approx(wanted, rel=1e-4, abs=1e-12)
 
 
 def test_ranks_that_no_layer_could_have_are_refused(model):

@@ -190,13 +190,13 @@ def test_a_rank_that_is_ignored_or_too_small_changes_the_verdict_on_kernel_sizes
     by_rank = {1: here.paper_kernels, 8: here.kernels}
     monkeypatch.setattr(Subject, "train", lambda subject, policy, rank, hidden: by_rank[rank])
     for kernels in by_rank.values():
-        monkeypatch.setitem(kernels.about, "validation", [{"less": 1, "bare": 2}])
+        monkeypatch.setitem(kernels.about, "layers", {"left": [[0.5]]})
     assert check("kernel_size", here).verdict == HOLDS
     monkeypatch.setattr("paper_checks.trained.SUFFICES", 1.1)
     assert check("kernel_size", here).verdict == IN_PART
     monkeypatch.undo()
     monkeypatch.setattr(Subject, "train", lambda subject, policy, rank, hidden: here.kernels)
-    monkeypatch.setitem(here.kernels.about, "validation", [{"less": 1, "bare": 2}])
+    monkeypatch.setitem(here.kernels.about, "layers", {"left": [[0.5]]})
     assert check("kernel_size", here).verdict == IN_PART
 
 

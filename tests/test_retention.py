@@ -10,7 +10,7 @@ from both_paths import allocate, batch, extend, heads_of
 from closeness import assert_close
 from hypothesis import given
 from models import make_kernels, make_model, recorded, tokens
-from short_training import POLICY, RECIPE, quick_training
+from short_training import RECIPE, quick_training
 from strategies import cases, fast_kernels, policies, slices
 
 from less_fast import H2O, LayerState, LessError, LessKernels, Retention
@@ -21,12 +21,12 @@ from less_fast.loading import load_model
 from less_fast.measuring.compare import contenders
 from less_fast.setting import Setting
 from less_fast.text import windows
-from less_fast.training import joint, retention, train
-from less_fast.training.joint import Stream, divergence, mean_divergence, times_in_stream
+from less_fast.training import retention, train
+from less_fast.training.joint import mean_divergence
 from less_fast.training.retention import Seen, train_rho
 from less_fast.training.work import Work
 
-RHO = replace(RECIPE, rho_steps=23, rho_hidden=3, rho_rate=0.05, together_windows=6, together_uses=3)
+RHO = replace(RECIPE, rho=3, round=6, uses=5)
 
 
 @given(cases(policy=policies("Retention")))
@@ -66,7 +66,8 @@ def test_rhos_of_some_heads_and_of_layers_together_say_what_each_says():
 
 def test_rho_is_trained_towards_the_largest_attention_that_each_token_is_still_to_get():
     model, ids = make_model(), tokens(2, 9)
-    layers = retention.watch(model, ids, seed=3)
+    parts = [retention.watch(model, ids[:1], seed=3), retention.watch(model, ids[1:], seed=4)]
+    layers = [Seen.join(of_layer) for of_layer in zip(*parts)]
     for index, layer in enumerate(layers):
         q, k, _, scale = recorded(model, ids, index)
         for n, g in np.ndindex(2, k.shape[1]):
@@ -119,14 +120,14 @@ def rho_of_three_layers(tmp_path):
     """Trains rho of new kernels on windows that the batches do not divide: (windows that judge, kernels, train)."""
     model = make_model().float()
     kernels = LessKernels(**sizes(model), rank=2, hidden=3, rho=3)
-    recipe, held_out = replace(RHO, rho_steps=7, together_windows=5, together_uses=1), tokens(3, 30, seed=1)
+    recipe, held_out = replace(RHO, round=5, uses=3), tokens(3, 30, seed=1)
     return held_out, kernels, lambda: train_rho(model, tokens(5, 30), held_out, kernels, recipe, Work(tmp_path, {}))
 
 
 def test_the_gradient_of_each_layers_rho_is_clipped_to_one_by_itself(rho_of_three_layers, monkeypatch):
     """The losses of the layers are made so large that all, some or none of their gradients are too long."""
     _, kernels, train = rho_of_three_layers
-    own, take, wanted, found = Seen.cross_entropy, retention.Descent.take, [], []
+    own, step, wanted, found = Seen.cross_entropy, torch.optim.Adam.step, [], []
     factors = cycle([1e4, 1.0, 1e-2])
 
     def enlarged(layer, rho):
@@ -137,29 +138,29 @@ def test_the_gradient_of_each_layers_rho_is_clipped_to_one_by_itself(rho_of_thre
         wanted.append(gradient / gradient.norm().clamp(min=1.0))
         return loss
 
-    def look(descent):
+    def look(adam):
         rhos = [layer.rho for layer in kernels.layers]
         found.extend(torch.cat([weight.grad.flatten() for weight in rho.parameters()]) for rho in rhos)
-        take(descent)
+        return step(adam)
 
     monkeypatch.setattr(Seen, "cross_entropy", enlarged)
-    monkeypatch.setattr(retention.Descent, "take", look)
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
     train()
-    assert len(found) == len(wanted) == 7 * 3
-    assert [gradient.norm().item() for gradient in found[::3]] == pytest.approx([1.0] * 7, rel=1e-4)
+    assert len(found) == len(wanted) == 8 * 3
+    assert [gradient.norm().item() for gradient in found[::3]] == pytest.approx([1.0] * 8, rel=1e-4)
     assert 0 < max(gradient.norm() for gradient in found[2::3]) < 1
     for got, gradient in zip(found, wanted):
         torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_the_cross_entropies_of_rho_are_means_over_all_windows_and_moments(rho_of_three_layers, monkeypatch):
-    """Of three windows in batches of two the last is alone. Before training rho says the same of every token."""
+    """Before training rho says the same of every token."""
     held_out, kernels, train = rho_of_three_layers
     own, watched = retention.watch, []
     monkeypatch.setattr(retention, "watch", lambda *rest: watched.append((rest[1], own(*rest))) or watched[-1][1])
     figures = train()
-    parts = [layers for ids, layers in watched[-2:]]
-    assert torch.equal(torch.cat([ids for ids, _ in watched[-2:]]), held_out)
+    parts = [layers for ids, layers in watched[-3:]]
+    assert torch.equal(torch.cat([ids for ids, _ in watched[-3:]]), held_out)
     for index in range(3):
         sums, least = {"before": [], "after": []}, []
         for layer in (layers[index] for layers in parts):
@@ -181,12 +182,12 @@ def test_the_cross_entropies_of_rho_are_means_over_all_windows_and_moments(rho_o
 
 
 def test_rho_that_ends_farther_from_its_aim_than_it_began_is_refused():
-    with pytest.raises(LessError, match=r"rho learned nothing: its cross-entropy was .*; lower rho_rate \(--rho-rate\)"):
-        quick_training(recipe=replace(RHO, rho_rate=20.0))
+    with pytest.raises(LessError, match=r"rho learned nothing: its cross-entropy was .*; lower the rate of the recipe"):
+        quick_training(recipe=replace(RHO, rate=4e3))
 
 
 def test_with_rho_the_stages_train_for_the_policy_and_for_retention_in_turns():
-    kernels = quick_training(recipe=replace(RHO, joint_steps=2, table_steps=4), curves=True)
+    kernels = quick_training(recipe=replace(RHO, joint_steps=2, curves=2))
     assert {*kernels.curves} == {"H2O", "Retention"}
     assert kernels.about["joint"]["budgets"] == [2, 2, 6, 6, 12, 12]
     assert kernels.about["tables"]["budgets"] == [6, 6, 12, 12]
@@ -194,42 +195,18 @@ def test_with_rho_the_stages_train_for_the_policy_and_for_retention_in_turns():
 
 
 def test_kernels_go_on_where_others_ended_with_their_curves():
-    start = quick_training(curves=True)
-    rest = replace(RECIPE, epochs=0, joint_steps=0, table_steps=0, rho_steps=3, rho_hidden=3)
-    kernels = quick_training(recipe=rest, start=start, curves=True)
+    start = quick_training(recipe=replace(RECIPE, curves=2))
+    still = replace(RECIPE, rho=3, uses=0, joint_steps=0, curves=2)
+    kernels = quick_training(recipe=still, start=start)
     for name, weight in start.state_dict().items():
         assert torch.equal(weight, kernels.state_dict()[name]), name
     assert kernels.curves["H2O"] == start.curves["H2O"]
     assert kernels.curves["Retention"].policy.startswith("Retention")
-    anew = quick_training(recipe=replace(rest, rho_hidden=2), start=kernels)
-    assert anew.sizes["rho"] == 2
-    kept = quick_training(recipe=replace(rest, rho_steps=0, joint_steps=1), start=kernels)
+    kept = quick_training(recipe=replace(still, rho=0, joint_steps=1), start=kernels)
     assert torch.equal(kept.layers[0].rho.r1, kernels.layers[0].rho.r1)
-    with pytest.raises(LessError, match="epochs train each layer anew"):
-        quick_training(start=start)
-    with pytest.raises(LessError, match=r"the kernels to go on with are .* and the recipe trains"):
-        quick_training(recipe=replace(rest, rank=5), start=start)
-
-
-def test_rounds_of_the_joint_stage_use_each_window_so_often_and_what_was_evicted_once(monkeypatch):
-    model, ids = make_model().float(), tokens(5, 30)
-    kernels = make_kernels(model, family="exponential", rho=3).float()
-    shape = Setting.of(sizes(model), range(3), POLICY, kernels, "uniform")
-    settings = [shape, replace(shape, policy=Retention(4, 1))]
-    stream = Stream(model, ids, settings, replace(RECIPE, joint_uses=3, together_windows=4))
-    seen, own = [], joint.divergence
-    monkeypatch.setattr(joint, "divergence", lambda *rest: seen.append(rest) or own(*rest))
-    streamed = []
-    monkeypatch.setattr(joint, "times_in_stream", lambda *rest: streamed.append(rest) or times_in_stream(*rest))
-    losses = [stream.loss(step) for step in range(8)]
-    assert stream.of_round == 6
-    rows = [tuple(row) for _, some, _, _ in seen[:6] for row in some.tolist()]
-    assert len(rows) == 12
-    assert all(rows.count(row) == 3 for row in rows)
-    assert [setting for _, _, setting, _ in seen] == settings * 4
-    assert len(streamed) == 4  # both settings in both rounds
-    assert losses[0].item() == pytest.approx(divergence(model, seen[0][1], settings[0]).item(), rel=1e-4)
-    assert losses[7].item() == pytest.approx(divergence(model, seen[7][1], settings[1]).item(), rel=1e-4)
+    for changes in ({"rank": 5}, {"rho": 2}):
+        with pytest.raises(LessError, match=r"the kernels to go on with are .* and the recipe trains"):
+            quick_training(recipe=replace(still, **changes), start=kernels)
 
 
 def test_the_bare_policy_and_baseline_plus_choose_by_rho_and_fold_nothing():
@@ -259,7 +236,7 @@ def test_retention_without_rho_is_refused(tmp_path):
         LayerState.allocate(Retention(6, 2), 1, 2, 2, 4)
     with pytest.raises(LessError, match="Retention needs recent within the budget"):
         Retention(3, 4)
-    with pytest.raises(LessError, match="needs rho: give the recipe rho_steps"):
+    with pytest.raises(LessError, match="needs rho: give the recipe a width of it"):
         train(model, tokens(10, 30), tokens(4, 30, seed=1), Retention(6, 1), RECIPE)
 
 

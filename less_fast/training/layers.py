@@ -1,152 +1,133 @@
-"""Each layer alone, as in the paper (section 3.2): the mean squared error between the layer's attention output with LESS and with
-the full cache, after the output projection, in the parallel form. What does not depend on the kernels is recorded once."""
+"""Each layer towards its own target, all in one go: rounds of windows are read with the full cache, and then every layer's
+kernels take gradient steps on what their errors cost, in the parallel form. Queries and keys are those under the full cache, as
+in the paper (section 3.2). Time is linear in layers.
 
-import copy
-from collections.abc import Callable
+The paper's objective is the mean squared error of a layer's output after its projection, over the queries behind the first
+eviction. By the gradient (sensitivity.py) it is what errors cost the model's predictions, relative to what the bare policy's do.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..hf.architecture import attention_modules, less_layers, output_weight
-from ..kernels import LessKernels
+from ..hf.architecture import less_layers
 from ..layer.checks import LessError
-from ..layer.features import FAMILIES, Features
-from ..layer.parallel import low_rank_part, merge
-from ..layer.policies import Policy
-from .descent import Descent
-from .recipe import Recipe
-from .recording import SHARD, Recorded, Recording, bytes_on_disk
-from .work import Work, process, processes, wait_for_all
+from ..layer.parallel import exact_part, low_rank_part, merge
+from ..setting import Setting
+from .descent import Descent, descend, rounds
+from .recipe import FITS, Recipe
+from .sensitivity import Watched, eviction_times_of, watch, watch_each
+from .work import Work
+
+Held = tuple[dict[int, Watched], list[dict[int, torch.Tensor]]]  # the layers, and eviction times by setting
 
 
 def train_layers(
-    kernels: LessKernels,
     model: PreTrainedModel,
     windows: torch.Tensor,
     validation: torch.Tensor,
-    policy: Policy,
+    settings: Sequence[Setting],
     recipe: Recipe,
     work: Work,
-    disk: float,
-) -> list[dict[str, float]]:
-    """Trains every layer that LESS serves, in place. Returns the errors of each on the validation windows: bare policy, LESS.
+) -> dict[str, Any]:
+    """Trains the kernels that the settings share, in place, each step under the next setting.
 
-    windows (N, T), validation (V, T) int64. disk: bytes that recordings may take, but one layer is always recorded.
-    Under torchrun the processes share out the recording and the layers.
+    windows (N, T), validation (V, T) int64. Returns the budgets of the settings, what the kernels leave of the bare policy's cost
+    on the validation windows, by setting and layer, and the layers that were harmed: these keep what they began with.
+    Raises LessError if a layer loses nothing under the bare policy, or a loss is not finite. Unfinished work is saved.
     """
-    modules = attention_modules(model)
-    recordings = [Recording(work.folder / name, part, policy) for name, part in (("train", windows), ("valid", validation))]
-    each = bytes_on_disk(model, torch.cat([windows, validation]), policy, 1)
-    at_once = max(1, int(disk // each))
-    served = less_layers(model)
-    pending = [index for index in served if not work.has(f"layer-{index:03}")]
-    mine = slice(process(), None, processes())
-    wait_for_all()  # or some might see the others' layers done, and some not
-    for index in set(served).difference(pending):  # a kill may have left their recordings
-        for recording in recordings:
-            recording.forget(index)
-    for first in range(0, len(pending), at_once):
-        now = pending[first : first + at_once]
-        shards = sum(-(-len(recording.windows) // SHARD) for recording in recordings)
-        size = f"{each * len(now) / 1e9:.1f} GB"
-        with tqdm(total=shards, desc=f"recording layers {now[0]} to {now[-1]}, {size}", disable=process() > 0) as progress:
-            for recording in recordings:
-                recording.record(model, kernels, now, mine, lambda: progress.update(processes()))
-        wait_for_all()
-        with tqdm(total=recipe.epochs * len(now[mine]), desc="layers", unit="epoch", disable=process() > 0) as progress:
-            for index in now[mine]:
-                projection = output_weight(modules[index]).detach().float().T  # (Hq * D, hidden size)
-                _train_layer(kernels.sizes | {"rank": recipe.rank}, index, recordings, projection, recipe, work, progress)
-        wait_for_all()
-        for index in now[mine]:
-            for recording in recordings:
-                recording.forget(index)
-    trained = {index: work.load(f"layer-{index:03}") for index in served}
-    for index, saved in trained.items():
-        layer = kernels.layers[index]
-        layer.load_state_dict(layer.state_dict() | saved["weights"])
-    return [{"bare": saved["bare"], "less": saved["less"]} for saved in trained.values()]
+    kernels: Any = settings[0].kernels
+    fit, turns = FITS[recipe.family], rounds(len(windows), recipe)
+    descent = Descent(kernels.layers, recipe.scaled(fit.rate, kernels.sizes["head_dim"]), len(turns), fit.clip, fit.halves)
+
+    def read(rows: torch.Tensor) -> Held:
+        layers = watch_each(model, windows[rows], (recipe.seed + rows).tolist(), fit.by_gradient)
+        return layers, [eviction_times_of(layers, setting.policy, setting.kernels) for setting in settings]
+
+    def loss(held: Held, rows: torch.Tensor, step: int) -> float:
+        if step == 0:
+            begin(held, settings[0], recipe.batch)
+            if not work.has("layers-begun"):
+                work.save("layers-begun", kernels.layers.state_dict())
+        return step_of_layers(held, rows, settings, step % len(settings), fit.by_gradient)
+
+    set_dropout(kernels, fit.dropout)
+    descend("layers", descent, turns, read, loss, recipe.seed, work)
+    set_dropout(kernels, 0.0)
+    budgets, left = [setting.policy.budget for setting in settings], shares_left(model, validation, settings, recipe)
+    if harmed := [index for index, of in zip(less_layers(model), zip(*left)) if not sum(of) < len(of)]:
+        known = work.load("layers-begun")
+        begun = {name: weight for name, weight in known.items() if int(name.split(".")[0]) in harmed}
+        kernels.layers.load_state_dict(kernels.layers.state_dict() | begun)
+        left = shares_left(model, validation, settings, recipe)
+    return {"budgets": budgets, "left": left, "harmed": harmed}
 
 
-def loss(kernels: Features, data: Recorded, projection: torch.Tensor, budget: int) -> torch.Tensor:
-    """The paper's objective on some sequences: a scalar, differentiable in the kernels. projection (Hq * D, hidden size)."""
-    weighted, mass = low_rank_part(kernels.phi(data.q), kernels.psi(data.k), data.v, data.e)
-    late = slice(budget + 1, None)
-    out = merge(data.exact, data.lse, weighted[:, :, late], mass[:, :, late])  # (N, Hq, L, D)
-    return projected_error(out, data.full, projection)
+def step_of_layers(held: Held, rows: torch.Tensor, settings: Sequence[Setting], turn: int, relative: bool) -> float:
+    """Leaves the gradients of every layer's loss on some rows under one setting; returns what the layers leave of the bare
+    policy's cost on average. relative: the loss is that share, not the cost."""
+    layers, times = held
+    shares = []
+    for index, layer in layers.items():
+        rows = rows.to(times[turn][index].device)
+        less, bare = costs(layer.rows(rows), times[turn][index][rows], settings[turn], index)
+        (less / bare if relative else less).backward()
+        shares.append((less / bare).detach())
+    return torch.stack(shares).mean().item()
 
 
-def projected_error(out: torch.Tensor, full: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Mean squared error after the output projection. out, full (N, Hq, L, D); projection (Hq * D, hidden size)."""
-    return ((out - full).transpose(1, 2).flatten(2) @ projection).square().mean()
+def costs(layer: Watched, e: torch.Tensor, setting: Setting, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What LESS under the setting costs in this layer, and what the bare policy does: scalars, means over the queries behind the
+    first eviction, the first differentiable in the kernels. e (N, Hkv, T) int64."""
+    (exact, lse), (weighted, mass) = parts(layer, e, setting, index)
+    first = setting.policy.budget + 1
+    late = slice(first, None)
+    out = merge(exact[:, :, late], lse[:, :, late], weighted[:, :, late], mass[:, :, late])  # (N, Hq, L, D)
+    return layer.cost(out, first).mean(), layer.cost(exact[:, :, late], first).mean()
 
 
-def _train_layer(sizes, index, recordings, projection, recipe, work, progress):
-    """Saves the weights of the best epoch, or those from before the first, as `layer-...`, with the errors on the validation
-    windows. sizes: of the kernels."""
-    recording, validation = recordings
-    device, budget, count = projection.device, recording.policy.budget, len(recording.windows)
-    held_out = [rows.tolist() for rows in torch.arange(len(validation.windows), device="cpu").split(SHARD)]
-
-    @torch.no_grad()
-    def mean(error: Callable[[Recorded], torch.Tensor]) -> float:
-        parts = ((len(rows), validation.rows(index, rows, device)) for rows in held_out)
-        return sum(size * error(data).item() for size, data in parts) / len(validation.windows)
-
-    bare = mean(lambda data: projected_error(data.exact, data.full, projection))
-    if not bare > 0:
-        raise LessError(f"layer {index} loses nothing under the bare policy, so there is nothing to learn: train on other text")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed + index)
-        shape = (sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rank", "hidden"))
-        with torch.device("cpu"):
-            kernels = FAMILIES[recipe.family](*shape)
-        kernels.to(device)
-        kernels.dropout = recipe.dropout
-        some = recording.rows(index, range(min(SHARD, count)), device)
-        kernels.begin(some.lse, low_rank_part(kernels.phi(some.q), kernels.psi(some.k), some.v, some.e)[1][:, :, budget + 1 :])
-        steps = -(-count // recipe.batch)  # of an epoch
-        halve_every = recipe.halve_every and recipe.halve_every * steps
-        descent = Descent(
-            kernels, recipe.rate(recipe.learning_rate, kernels.head_dim), recipe.epochs * steps, halve_every, recipe.clip
-        )
-        start, begun = copy.deepcopy(kernels.state_dict()), mean(lambda data: loss(kernels.eval(), data, projection, budget))
-        best, lowest, first = None, float("inf"), 0
-        if work.has(f"layer-{index:03}-epoch"):
-            saved = work.load(f"layer-{index:03}-epoch")
-            best, lowest, first = saved["best"], saved["lowest"], saved["epoch"]
-            descent.load_state_dict(saved["descent"])
-            set_generators(saved["generators"], device)
-        progress.update(first)
-        for epoch in range(first, recipe.epochs):
-            kernels.train()
-            for rows in torch.randperm(count, device="cpu").split(recipe.batch):
-                descent.step(loss(kernels, recording.rows(index, rows.tolist(), device), projection, budget))
-            kernels.eval()
-            error = mean(lambda data: loss(kernels, data, projection, budget))
-            if error < lowest:
-                best, lowest = copy.deepcopy(kernels.state_dict()), error
-            checkpoint = {"best": best, "lowest": lowest, "epoch": epoch + 1, "descent": descent.state_dict()}
-            work.save(f"layer-{index:03}-epoch", checkpoint | {"generators": generators(device)})
-            progress.update()
-            progress.set_postfix_str(f"layer {index}: error {lowest / bare:.3f} of the bare policy's")
-    if best is None:
-        raise LessError(f"training layer {index} diverged: its error was never finite; lower the learning rate")
-    if not lowest < begun:
-        best, lowest = start, begun
-    work.save(f"layer-{index:03}", {"weights": best, "bare": bare, "less": lowest})
+def parts(layer, e, setting, index):
+    """Attention over what is held, and what is folded: (exact (N, Hq, T, D), lse (N, Hq, T)), (phi H (N, Hq, T, D), phi.z
+    (N, Hq, T))."""
+    features = setting.layer(index)[1]
+    folded = low_rank_part(features.phi(layer.q), features.psi(layer.k), layer.v, e)
+    return exact_part(layer.q, layer.k, layer.v, e, layer.scale), folded
 
 
-def generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random generators that training on this device draws from: the order of windows, and dropout."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":  # of this device: the current one may be another
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+@torch.no_grad()
+def begin(held: Held, setting: Setting, count: int) -> None:
+    """Tells new kernels what the tokens weigh that the setting holds of so many windows. LessError for a layer without loss."""
+    layers, times = held
+    for index, whole in layers.items():
+        layer, e = whole.rows(slice(count)), times[0][index][:count]
+        if not costs(layer, e, setting, index)[1] > 0:
+            raise LessError(
+                f"layer {index} loses nothing under the bare policy, so there is nothing to learn: train on other text"
+            )
+        weights = (weight[:, :, setting.policy.budget + 1 :] for _, weight in parts(layer, e, setting, index))
+        setting.layer(index)[1].begin(*weights)
 
 
-def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+@torch.no_grad()
+def shares_left(model: PreTrainedModel, windows: torch.Tensor, settings: Sequence[Setting], recipe: Recipe) -> list[list[float]]:
+    """What each layer's kernels leave of the bare policy's cost on windows (W, T), by setting and layer."""
+    sums: Any = 0
+    for number, ids in enumerate(tqdm(windows.split(1), desc="judging layers", unit="window", leave=False)):
+        layers = watch(model, ids, recipe.seed + number, FITS[recipe.family].by_gradient)
+        found = []  # settings x layers x (less, bare)
+        for setting in settings:
+            times = eviction_times_of(layers, setting.policy, setting.kernels)
+            both = (costs(layer.rows(slice(None)), times[index], setting, index) for index, layer in layers.items())
+            found.append([torch.stack(pair).tolist() for pair in both])
+        sums = sums + torch.tensor(found, dtype=torch.float64, device="cpu")
+    return (sums[..., 0] / sums[..., 1]).tolist()
+
+
+def set_dropout(kernels, share: float) -> None:
+    """On the hidden layers, while they are trained."""
+    for layer in kernels.layers:
+        layer.dropout = share
+        layer.train(share > 0)

@@ -2,8 +2,7 @@
 
 At moments of a text the tokens seen so far compete: of each the largest attention that a later query will give it is known. The
 softmax of what they are worth shall be as these are, divided by their sum: a cross-entropy, for each KV head alone. (The sum of
-all attention to come is a worse guide: much of it goes to tokens that are kept anyway.) Time is linear in layers, and nothing
-lies on disk.
+all attention to come is a worse guide: much of it goes to tokens that are kept anyway.) Time is linear in layers.
 """
 
 from collections.abc import Sequence
@@ -17,21 +16,20 @@ from transformers import PreTrainedModel
 from ..hf.architecture import less_layers
 from ..hf.seam import read
 from ..kernels import LessKernels
-from ..layer.checks import LessError
 from ..layer.features import Rho
 from ..layer.parallel import dense
 from ..layer.policies import Retention
-from .descent import Descent
-from .recipe import Recipe
+from .descent import Descent, descend, rounds
+from .recipe import RHO_RATE, Recipe
 from .work import Work
 
-CHECKPOINT = 10  # steps between two checkpoints
 MOMENTS = 32  # of each text at which its tokens compete
 
 
 @dataclass
 class Seen:
-    """One layer reading N texts with the full cache, and what each of its tokens had got and was still to get at M moments."""
+    """One layer reading N texts with the full cache, q, k and v in the model's dtype, and what each of its tokens had got and was
+    still to get at M moments."""
 
     q: torch.Tensor  # (N, Hkv, G, T, D)
     k: torch.Tensor  # (N, Hkv, T, D)
@@ -44,9 +42,15 @@ class Seen:
         """Some of the texts."""
         return Seen(*(tensor[index.to(tensor.device)] for tensor in vars(self).values()))
 
+    @classmethod
+    def join(cls, parts: Sequence["Seen"]) -> "Seen":
+        """The same layer reading all texts of the parts."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts))))
+
     def cross_entropy(self, rho: Rho) -> torch.Tensor:
         """In nats, the mean over moments and KV heads: a scalar, differentiable in rho."""
-        born = rho(self.q, self.k, self.v)[:, :, None].expand(-1, -1, self.moments.shape[1], -1, -1)  # (N, Hkv, M, T, 4)
+        qkv = (x.to(self.share.dtype) for x in (self.q, self.k, self.v))
+        born = rho(*qkv)[:, :, None].expand(-1, -1, self.moments.shape[1], -1, -1)  # (N, Hkv, M, T, 4)
         position = torch.arange(self.k.shape[2], device=self.k.device)  # (T,)
         n = self.moments[:, None, :, None] + 1  # (N, 1, M, 1)
         there = position < n
@@ -56,15 +60,13 @@ class Seen:
 
 
 def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Seen]:
-    """Every layer that LESS serves reading texts ids (N, T) with T > 2, in float32 or wider. seed: of the moments."""
-    N, T = ids.shape
+    """Every layer that LESS serves reading a text ids (1, T) with T > 2. seed: of the moments."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.stack([torch.randperm(T - 2, generator=generator, device="cpu")[:MOMENTS] + 1 for _ in range(N)])  # (N, M)
+    chosen = torch.randperm(ids.shape[1] - 2, generator=generator, device="cpu")[None, :MOMENTS] + 1  # (1, M)
     out: list[Seen] = []
 
     def watcher(_, q, k, v, scale):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        parts = (row.to(wide) for row in (q.unflatten(1, (k.shape[1], -1)), k, v))
+        parts = q.unflatten(1, (k.shape[1], -1)), k, v
         out.append(_seen(*parts, chosen.to(q.device), q.shape[-1] ** -0.5 if scale is None else scale))
         return dense(q, k, v, scale)
 
@@ -74,19 +76,20 @@ def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int) -> list[Seen]:
 
 
 def _seen(q, k, v, moments, scale):
-    """q (N, Hkv, G, T, D), k, v (N, Hkv, T, D), moments (N, M) -> Seen."""
+    """q (1, Hkv, G, T, D), k, v (1, Hkv, T, D), moments (1, M) -> Seen."""
+    wide = torch.promote_types(q.dtype, torch.float32)
     at = torch.arange(k.shape[2], device=k.device)
-    later = moments[..., None] - at  # (N, M, T): how many queries ago each was
-    weights = [decay ** later.clamp(min=0).float() * (later >= 0) for decay in Retention.FADING]  # (N, M, T) each
+    later = moments[0, :, None] - at  # (M, T): how many queries ago each was
     seen, coming = [], []
-    for row in range(len(k)):  # (T, T) of each head take much memory
-        logits = (q[row] * scale @ k[row, :, None].mT).masked_fill(at > at[:, None], -torch.inf)  # (Hkv, G, T, T)
-        attention = logits.softmax(-1).sum(1)  # (Hkv, T, T)
-        seen.append(torch.stack([weight[row].to(k.dtype) @ attention for weight in weights], -1))  # (Hkv, M, T, 2)
-        largest = attention.flip(1).cummax(1).values.flip(1)  # (Hkv, T, T), by this query or a later one
-        coming.append(largest[:, moments[row] + 1] * (later[row] >= 0))  # (Hkv, M, T)
-    share = torch.stack(coming)  # (N, Hkv, M, T)
-    return Seen(q, k, v, moments, torch.stack(seen), share / share.sum(-1, keepdim=True))
+    for one, keys in zip(q[0].to(wide), k[0].to(wide)):  # (T, T) of all heads would take much memory
+        logits = (one * scale @ keys.T).masked_fill(at > at[:, None], -torch.inf)  # (G, T, T)
+        attention = logits.softmax(-1).sum(0)  # (T, T)
+        weights = [decay ** later.clamp(min=0).to(wide) * (later >= 0) for decay in Retention.FADING]  # (M, T) each
+        seen.append(torch.stack([weight @ attention for weight in weights], -1))  # (M, T, 2)
+        largest = attention.flip(0).cummax(0).values.flip(0)  # (T, T), by this query or a later one
+        coming.append(largest[moments[0] + 1] * (later >= 0))  # (M, T)
+    share = torch.stack(coming)[None]  # (1, Hkv, M, T)
+    return Seen(q, k, v, moments, torch.stack(seen)[None], share / share.sum(-1, keepdim=True))
 
 
 def train_rho(
@@ -97,61 +100,41 @@ def train_rho(
     windows (N, T), validation (V, T) int64. Returns each layer's cross-entropy on the validation windows, before and after, and
     the least there can be, the entropy of what they aim at. Raises LessError if a loss is not finite. Unfinished work is saved.
     """
-    saved, first = work.load("rho") if work.has("rho") else None, 0
-    layers: Any = None
-    rhos: Any = torch.nn.ModuleList(kernels.layers[index].rho for index in less_layers(model))  # type: ignore[misc]
-    if saved is not None and "figures" in saved:
-        rhos.load_state_dict(saved["rho"])
-        return saved["figures"]
-    rhos.requires_grad_()
-    rate = recipe.rate(recipe.rho_rate, kernels.sizes["head_dim"])
-    descent = Descent(rhos, rate, recipe.rho_steps, None, None)
-    if saved is not None:
-        first = saved["step"]
-        descent.load_state_dict(saved["descent"])
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed), device="cpu")  # (N,)
-    size = min(recipe.together_windows, len(windows))
-    of_round, number = -(-size * recipe.together_uses // recipe.batch), None  # steps
-    with tqdm(total=recipe.rho_steps, initial=first, desc="what is worth keeping", unit="step") as progress:
-        for step in range(first, recipe.rho_steps):
-            if number != step // of_round:
-                number, layers = step // of_round, None  # its memory is needed
-                ids = windows[order[torch.arange(number * size, (number + 1) * size, device="cpu") % len(windows)]]
-                layers = _watch_all(model, ids, recipe, recipe.seed + number)
-                draw = torch.Generator().manual_seed(recipe.seed + number)
-                turns = torch.cat([torch.randperm(size, generator=draw, device="cpu") for _ in range(recipe.together_uses)])
-            within = step % of_round * recipe.batch
-            descent.adam.zero_grad()
-            losses = []
-            for layer, rho in zip(layers, rhos):
-                loss = layer.rows(turns[within : within + recipe.batch]).cross_entropy(rho)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(rho.parameters(), 1.0)  # each layer for itself
-                losses.append(loss.detach())
-            if not torch.stack(losses).isfinite().all():
-                raise LessError(f"the training of rho diverged at step {step}: lower its rate")
-            descent.take()
-            progress.update()
-            progress.set_postfix_str(f"cross-entropy {torch.stack(losses).mean():.3f}")
-            if (step + 1) % CHECKPOINT == 0:
-                work.save("rho", {"step": step + 1, "descent": descent.state_dict()})
-    rhos.requires_grad_(False)
-    held_out = _watch_all(model, validation, recipe, recipe.seed)
+    rhos: Any = [kernels.layers[index].rho for index in less_layers(model)]
+    turns = rounds(len(windows), recipe)
+    descent = Descent(rhos, recipe.scaled(RHO_RATE, kernels.sizes["head_dim"]), len(turns), clip=1.0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(held_out[0].k)
-    with torch.no_grad():
-        figures = {
-            "before": [layer.cross_entropy(start).item() for layer in held_out],
-            "after": [layer.cross_entropy(rho).item() for layer, rho in zip(held_out, rhos)],
-            "least": [-(layer.share.xlogy(layer.share)).sum(-1).mean().item() for layer in held_out],
-        }
-    work.save("rho", {"figures": figures, "rho": rhos.state_dict()})
-    return figures
+        start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(rhos[0].r3)
+
+    def read(rows: torch.Tensor) -> list[Seen]:
+        each = tqdm(zip(windows[rows].split(1), rows.tolist()), total=len(rows), desc="reading", unit="window", leave=False)
+        parts = [watch(model, ids, recipe.seed + row) for ids, row in each]
+        return [Seen.join([part.pop(0) for part in parts]) for _ in rhos]
+
+    def loss(layers: list[Seen], rows: torch.Tensor, step: int) -> float:
+        return step_of_rho(layers, rows, rhos)
+
+    descend("rho", descent, turns, read, loss, recipe.seed, work)
+    return judge(model, validation, start, rhos, recipe)
 
 
-def _watch_all(model, ids, recipe, seed) -> Sequence[Seen]:
-    """Every layer reading texts ids (N, T), a batch at a time."""
-    parts = [watch(model, batch, seed + index) for index, batch in enumerate(ids.split(recipe.batch))]
-    return [
-        Seen(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in of_layer)))) for of_layer in zip(*parts)
-    ]
+@torch.no_grad()
+def judge(model, validation, start, rhos, recipe) -> dict[str, Any]:
+    """Each layer's cross-entropy on windows (V, T) with rho as it starts, as it is, and the least."""
+    found = []  # windows x layers x (before, after, least)
+    for number, ids in enumerate(tqdm(validation.split(1), desc="judging rho", unit="window", leave=False)):
+        for layer, rho in zip(watch(model, ids, recipe.seed + number), rhos):
+            least = -layer.share.xlogy(layer.share).sum(-1).mean()
+            found.append([layer.cross_entropy(start).item(), layer.cross_entropy(rho).item(), least.item()])
+    means = torch.tensor(found, dtype=torch.float64, device="cpu").unflatten(0, (len(validation), -1)).mean(0).T  # (3, layers)
+    return dict(zip(("before", "after", "least"), means.tolist()))
+
+
+def step_of_rho(layers: Sequence[Seen], rows: torch.Tensor, rhos: Sequence[Rho]) -> float:
+    """Leaves the gradients of every layer's cross-entropy on some rows; returns their mean."""
+    losses = []
+    for layer, rho in zip(layers, rhos):
+        loss = layer.rows(rows).cross_entropy(rho)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()

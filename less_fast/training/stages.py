@@ -1,9 +1,10 @@
 """Training of kernels for a model, in stages that survive a kill:
 
-0. rho, what is worth keeping, if asked for (retention.py);
-1. each layer alone, as in the paper (layers.py), or all at once, for large models (together.py);
-2. all layers together, under several budgets in turn (joint.py);
-3. what each head costs (head_costs.py), from which budget tables are made, and all layers together once more, under these tables.
+0. what the time and the memory allow (plan.py);
+1. rho, what is worth keeping, if asked for (retention.py);
+2. each layer towards its own target (layers.py);
+3. all layers together, under several budgets in turn (joint.py);
+4. what each head costs (head_costs.py), from which budget tables are made, and all layers together once more, under these tables.
 """
 
 import hashlib
@@ -32,14 +33,13 @@ from ..layer.parallel import dense
 from ..layer.policies import Policy
 from ..setting import POLICIES, Setting
 from .checks import check_streamed, check_windows, number
-from .costs import Costs, estimate
 from .head_costs import check_policy, grid, measure
 from .joint import distill
 from .layers import train_layers
-from .recipe import CURVE_WINDOWS, JOINT_VALIDATION, Recipe
+from .plan import JOINT_JUDGES, Plan, plan
+from .recipe import Recipe
 from .retention import train_rho
-from .together import train_together
-from .work import Work, process, processes, wait_for_all
+from .work import Work
 
 
 @torch.inference_mode(False)  # with gradients, in whatever mode the caller is
@@ -50,83 +50,77 @@ def train(
     policy: Policy,
     recipe: Recipe = Recipe(),
     folder: str | os.PathLike | None = None,
-    disk: float = 20e9,
-    curves: bool = False,
     start: LessKernels | None = None,
-    tell: Callable[[Costs], object] | None = None,
-) -> LessKernels | None:
+    hours: float | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> LessKernels:
     """Kernels for `model`, trained for streaming with `policy` on token windows.
 
-    windows (N, T), validation (V, T) int64: validation chooses the best epoch of each layer, and judges the joint stage.
+    windows (N, T), validation (V, T) int64: validation judges each stage.
     folder: where unfinished work is kept; called again with the same arguments, training goes on there and ends in the same
-    weights. None: nowhere. disk: bytes that recordings may take; as many layers are recorded at a time as fit, at least one.
-    curves: measure at the end what each head costs at each budget, for budget tables.
-    start: kernels to go on with, of the recipe's family, rank and hidden width, and with their curves; None: new ones.
-    tell: told what the training will take, from a probe, before it begins; not where it goes on, or several processes share it.
-    Under torchrun the processes share out recording and layers, and process 0 does the rest; the others return None.
-    Raises LessError, before anything is written, if the model, windows or policy cannot be trained on or with; later if a layer's
-    attention is not finite, training diverges, or the folder holds other work. OSError if the disk is full.
+    weights. None: nowhere. start: kernels to go on with, of the recipe's family, rank and hidden width, and with their curves.
+    hours: that it may take, by a probe: then it takes as many of the windows, and of the recipe's joint steps and windows for
+    curves, as fit. None: all. tell: told, line by line, what is being measured and what will be done.
+    Raises LessError, before anything is trained, if the model, windows or policy cannot be trained on or with, or the time is too
+    little; later if a layer's attention is not finite, training diverges, or the folder holds other work. OSError if the disk is
+    full.
     """
     check_model(model)
     model.eval()
-    settings = _settings(model, windows, validation, policy, recipe, disk, curves)
-    if folder is None and processes() > 1:
-        raise LessError("several processes train together in one folder: give a `folder` that all of them see")
-    about = {
-        "identity": identity(model),
-        "policy": repr(policy),
-        "window": windows.shape[1],
-        "sequences": len(windows),
-        "recipe": asdict(recipe) | {"joint_budgets": [*recipe.joint_budgets]},
-    }
+    settings = _settings(model, windows, validation, policy, recipe, hours)
+    about = {"identity": identity(model), "policy": repr(policy), "window": windows.shape[1]}
     text = hashlib.sha256(torch.cat([windows.cpu(), validation.cpu()]).numpy().tobytes()).hexdigest()
-    order = about | {"text": text, "curves": curves, "dtype": str(model.dtype), "start": start and digest(start.state_dict())}
+    order = about | {"recipe": asdict(recipe), "text": text, "windows": len(windows), "hours": hours, "dtype": str(model.dtype)}
     kernels = _begin(model, recipe, policy, about, start)
     kernels.to(model.device, torch.promote_types(model.dtype, torch.float32))
     settings = [replace(setting, kernels=kernels) for setting in settings]
+    rules = [rule for rule in _rules(policy, recipe) if recipe.curves and type(rule).__name__ not in kernels.curves]
+    rules = [rule for rule in rules if not rule.pooled]  # their heads have no budgets of their own
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        work, started = Work(Path(place), order), time.perf_counter()
-        rules = [rule for rule in _rules(policy, recipe) if curves and type(rule).__name__ not in kernels.curves]
+        work, started = Work(Path(place), order | {"start": start and digest(start.state_dict())}), time.perf_counter()
         if work.resumed:
             check_saved(place, work.order, model)
-        elif tell is not None and processes() == 1:
-            tell(estimate(model, windows, len(validation), kernels, settings, policy, recipe, disk, rules))
-        if recipe.rho_steps:
-            if process() > 0:
-                wait_for_all()  # then what process 0 has saved is read: a learned policy records by it
-            about["rho"] = figures = train_rho(model, windows, validation, kernels, recipe, work)
+        budgets_of_curves = [len(grid(rule, windows.shape[1])) - 1 for rule in rules]
+        several = model, windows, len(validation), settings, budgets_of_curves, recipe, hours, tell
+        planned = Plan(**work.once("plan", lambda: asdict(plan(*several))))
+        tell(str(planned))
+        recipe = replace(recipe, round=planned.round, joint_steps=planned.joint_steps, curves=planned.curves)
+        windows, validation = windows[: planned.windows], validation[: planned.validation]
+        about |= {"sequences": len(windows), "recipe": asdict(recipe) | {"budgets": [*recipe.budgets]}}
+        if recipe.rho and recipe.uses:
+            about["rho"] = figures = work.once(
+                "rho", lambda: train_rho(model, windows, validation, kernels, recipe, work), kernels
+            )
             before, after = (sum(figures[when]) / len(figures[when]) for when in ("before", "after"))
             if not after < before:
                 raise LessError(
-                    f"rho learned nothing: its cross-entropy was {before:.3f} and is {after:.3f}; lower rho_rate (--rho-rate)"
+                    f"rho learned nothing: its cross-entropy was {before:.3f} and is {after:.3f}; lower the rate of the recipe"
                 )
-            if process() == 0:
-                wait_for_all()
-        if recipe.epochs:
-            about["validation"] = train_layers(kernels, model, windows[: recipe.windows], validation, policy, recipe, work, disk)
-        if process() != 0:
-            return None
-        if recipe.together_steps:
-            budgets = [setting.policy.budget for setting in settings]
-            about["together"] = {"budgets": budgets} | train_together(model, windows, validation, settings, recipe, work)
-        few = validation[:JOINT_VALIDATION]
+        if recipe.uses:
+            about["layers"] = work.once(
+                "layers", lambda: train_layers(model, windows, validation, settings, recipe, work), kernels
+            )
+        few = validation[:JOINT_JUDGES]
         if recipe.joint_steps:
-            steps = recipe.joint_steps
-            about["joint"] = distill("joint", model, windows, few, settings, settings, steps, recipe, work)
+            about["joint"] = work.once(
+                "joint", lambda: distill("joint", model, windows, few, settings, settings, recipe, work), kernels
+            )
         for rule in rules:
-            kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[:CURVE_WINDOWS], rule, recipe, work)
-        uniform = [setting for setting in settings if curves and kernels.budgets_for(setting.policy)]
-        if uniform and recipe.table_steps:
+            kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[: recipe.curves], rule, work)
+        uniform = [setting for setting in settings if recipe.curves and kernels.budgets_for(setting.policy)]
+        if uniform and recipe.joint_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
-            turns, steps = [*chain(*zip(tables, uniform))], recipe.table_steps
-            about["tables"] = distill("tables", model, windows, few, turns, tables, steps, recipe, work)
+            turns = [*chain(*zip(tables, uniform))]
+            about["tables"] = work.once(
+                "tables", lambda: distill("tables", model, windows, few, turns, tables, recipe, work), kernels
+            )
         about["seconds_since_resumed" if work.resumed else "seconds"] = round(time.perf_counter() - started)
         return kernels.float().requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _settings(model, windows, validation, policy, recipe, disk, curves):
-    """The settings of the joint stage, without kernels. LessError for what cannot be trained on or with."""
+def _settings(model, windows, validation, policy, recipe, hours):
+    """The settings that steps take in turns, without kernels. LessError for what cannot be trained on or with."""
     if not isinstance(recipe, Recipe):
         raise LessError(f"a recipe is a Recipe, RECIPES['exponential'] for example, not {recipe!r}")
     if any(weight.is_inference() for weight in model.parameters()):
@@ -139,40 +133,32 @@ def _settings(model, windows, validation, policy, recipe, disk, curves):
     check_streamed(policy)
     if policy.budget > T - 2:
         raise LessError(f"nothing is evicted within {T} tokens under {policy}: use longer windows or a smaller budget")
-    number("disk, in bytes,", disk, 1, 1e18)
-    if curves:
-        check_policy(policy)
-        grid(policy, T)
+    if hours is not None:
+        number("hours", hours, 0, 1e6)
+    for rule in _rules(policy, recipe) if recipe.curves else ():
+        if not rule.pooled:
+            check_policy(rule)
+            grid(rule, T)
     setting = Setting(sizes(model), tuple(less_layers(model)), policy)
-    settings = [replace(setting, policy=rule) for rule in joint_rules(policy, recipe, T)]
+    settings = [replace(setting, policy=rule) for rule in rules_in_turns(policy, recipe, T)]
     predictions(model, windows[:1, :2], lambda _, *qkv: dense(*qkv))  # refuses models whose layers attend in another way
     return settings
 
 
-def joint_rules(policy: Policy, recipe: Recipe, length: int) -> list[Policy]:
-    """The policies under which all layers learn together from windows of so many tokens, each with one of the recipe's budgets.
+def rules_in_turns(policy: Policy, recipe: Recipe, length: int) -> list[Policy]:
+    """The policies that steps on windows of so many tokens take in turns, each with one of the recipe's budgets.
 
     LessError if a budget is too small for its policy, or none evicts anything.
     """
-    several = recipe.together_steps or recipe.joint_steps or recipe.table_steps
-    multiples = recipe.joint_budgets if several else ()
-    budgets = [budget for multiple in multiples if (budget := max(1, int(policy.budget * multiple))) <= length - 2]
-    if multiples and not budgets:
-        raise LessError(f"nothing is evicted within {length} tokens with the joint_budgets {multiples}: use smaller ones")
+    budgets = [budget for multiple in recipe.budgets if (budget := max(1, int(policy.budget * multiple))) <= length - 2]
+    if not budgets:
+        raise LessError(f"nothing is evicted within {length} tokens with the budgets {recipe.budgets}: use smaller ones")
     return [rule.with_budget(budget) for budget in budgets for rule in _rules(policy, recipe)]
-
-
-def need_rho(policy: Policy, known: bool) -> None:
-    """LessError if the policy is a learned one, and the kernels neither know rho nor learn it."""
-    if policy.needs == "rho" and not known:
-        raise LessError(
-            "the policy Retention needs rho: give the recipe rho_steps (--rho-steps), or go on with kernels that have it"
-        )
 
 
 def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
     """What is trained for: the policy, and with rho the learned one of the same budget beside it."""
-    if policy.needs == "rho" or not recipe.rho_steps:
+    if policy.needs == "rho" or not recipe.rho:
         return [policy]
     return [policy, POLICIES["retention"].with_budget(policy.budget)]
 
@@ -180,21 +166,19 @@ def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
 def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
     wanted: dict[str, Any] = sizes(model) | dict(rank=_ranks(model, recipe), hidden=recipe.hidden, family=recipe.family)
-    hidden = recipe.rho_hidden if recipe.rho_steps else start and start.sizes.get("rho")
+    theirs = start and start.sizes.get("rho")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights whenever it is begun
         torch.manual_seed(recipe.seed)
-        kernels = LessKernels(**wanted, about=about, rho=hidden)
+        kernels = LessKernels(**wanted, about=about, rho=recipe.rho or theirs)
     if start is not None:
-        if recipe.epochs:
-            raise LessError("epochs train each layer anew: to go on with kernels give the recipe epochs=0 (leave --epochs out)")
-        if not wanted.items() <= start.sizes.items():
-            theirs = {name: start.sizes[name] for name in wanted}
-            raise LessError(f"the kernels to go on with are {theirs}, and the recipe trains {wanted}: give it theirs")
-        known = {name: weight for name, weight in start.state_dict().items() if not (recipe.rho_steps and ".rho." in name)}
-        kernels.load_state_dict(kernels.state_dict() | known)  # rho_steps train rho anew
+        if not wanted.items() <= start.sizes.items() or theirs not in (None, recipe.rho or theirs):
+            wanted, found = ({name: of.get(name) for name in (*wanted, "rho")} for of in (kernels.sizes, start.sizes))
+            raise LessError(f"the kernels to go on with are {found}, and the recipe trains {wanted}: give it theirs")
+        kernels.load_state_dict(kernels.state_dict() | start.state_dict())
         about["start"] = start.about
         kernels.curves.update(start.curves)
-    need_rho(policy, "rho" in kernels.sizes)
+    if policy.needs == "rho" and "rho" not in kernels.sizes:
+        raise LessError("the policy Retention needs rho: give the recipe a width of it, or go on with kernels that have it")
     return kernels
 
 
@@ -204,11 +188,9 @@ def _ranks(model, recipe):
     return recipe.rank if len(served) == layers else [recipe.rank * (index in served) for index in range(layers)]
 
 
-def _curves(kernels, model, windows, policy, recipe, work):
+def _curves(kernels, model, windows, policy, work):
     """What each head costs, window by window."""
-    kind = type(policy).__name__.lower()
+    kind, found = type(policy).__name__.lower(), []
     for index, window in enumerate(tqdm(windows.split(1), desc=f"curves, {kind}", unit="window")):
-        if not work.has(f"curves-{kind}-{index}"):
-            by = "gradient" if recipe.together_steps else "kl"
-            work.save(f"curves-{kind}-{index}", asdict(measure(model, window, policy, kernels, by=by)))
-    return average([Curves(**work.load(f"curves-{kind}-{index}")) for index in range(len(windows))])
+        found.append(work.once(f"curves-{kind}-{index}", lambda window=window: asdict(measure(model, window, policy, kernels))))
+    return average([Curves(**one) for one in found])

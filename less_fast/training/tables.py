@@ -1,18 +1,24 @@
-"""Better budget tables, by trial: tokens move between heads as long as that helps the model."""
+"""Budget tables: curves of what each KV head costs, stored with the kernels whose caches will use them, and tables refined by
+trial, where tokens move between heads as long as that helps the model."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..budgets import Table
-from ..hf.architecture import check_model
+from ..budgets import Curves, Table, table
+from ..hf.architecture import check_model, less_layers, sizes
 from ..hf.identity import check_kernels
+from ..kernels import LessKernels
 from ..layer.checks import LessError
+from ..layer.policies import Policy
 from ..setting import Setting
 from .checks import check_setting, check_windows
-from .head_costs import check_policy, takes
+from .head_costs import check_policy, grid, measure, takes
 from .joint import mean_divergence
 
 LARGEST = 3  # heads, the largest, between which tokens move
@@ -55,3 +61,39 @@ def refine(model: PreTrainedModel, windows: torch.Tensor, setting: Setting) -> t
                 break
         else:
             return table, best
+
+
+def allocate(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    policy: Policy,
+    kernels: LessKernels,
+    out: str | os.PathLike,
+    refined: Sequence[Policy] = (),
+) -> Curves:
+    """The curves under the policy, stored with the kernels in the folder `out`.
+
+    windows (W, T) int64; refined: policies whose tables, of LESS and of its Baseline+, are refined by trial: then curves that are
+    there are used again. What is done is stored after each part. Raises LessError if they do not reach a budget to refine.
+    """
+    name = type(policy).__name__
+    known = kernels.curves.get(name) if refined else None
+    reach = known.budgets if known else grid(policy, windows.shape[1])
+    if beyond := [rule.budget for rule in refined if not reach[0] <= rule.budget <= reach[-1]]:
+        raise LessError(
+            f"curves reach from {reach[0]} to {reach[-1]} tokens, so there is no table of {beyond[0]} to refine: take another"
+        )
+    if known is None:
+        kernels.curves[name] = measure(model, windows, policy, kernels)
+        kernels.save_pretrained(out)
+    curves = kernels.curves[name]
+    for rule in tqdm(refined, desc="refining", unit="budget", disable=not refined):
+        less = Setting.of(sizes(model), less_layers(model), rule, kernels, "uniform")
+        plus = replace(less.without_state(), policy=less.baseline_plus(model.dtype))
+        for kind, setting in (("less", less), ("bare", plus)):
+            total = setting.policy.budget * curves.heads
+            if budgets := table(curves, total, kind == "less"):
+                better, _ = refine(model, windows, replace(setting, budgets=budgets))
+                curves.refined.setdefault(kind, {})[str(total)] = better
+        kernels.save_pretrained(out)
+    return curves

@@ -1,24 +1,24 @@
-"""The folder of an unfinished training, and the processes of torchrun that share it."""
+"""The folder of an unfinished training."""
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from ..files import aside, write_text
 from ..layer.checks import LessError
 
-FORMAT = 2  # of the files; a change of what they hold takes the next number
+FORMAT = 3  # of the files; a change of what they hold takes the next number
 
 
 class Work:
     """What is done of a training, each file complete, and the order that it carries out, as it was begun.
 
-    Raises LessError if the folder holds the work on another order, or the other processes do not see it. The "identity" of the
-    model is left to `check_saved`: sums in another order round to other numbers.
+    Raises LessError if the folder holds the work on another order. The "identity" of the model is left to `check_saved`: sums in
+    another order round to other numbers.
     """
 
     def __init__(self, folder: Path, order: dict[str, Any]):
@@ -27,11 +27,8 @@ class Work:
         self.order, self.resumed = json.loads(json.dumps({"format": FORMAT} | order)), file.exists()
         if self.resumed:
             self.order = self._begun(file)
-        elif process() == 0:
+        else:
             write_text(file, json.dumps(self.order, indent=2) + "\n")
-        wait_for_all()
-        if file not in folder.iterdir():
-            raise LessError(f"process {process()} does not see {folder}: give a folder that all processes see")
 
     def _begun(self, file: Path) -> dict[str, Any]:
         """The order in the file. LessError if it is another one, or none."""
@@ -69,16 +66,12 @@ class Work:
         with aside(self.folder / name) as temporary:
             torch.save(value, temporary)
 
-
-def process() -> int:
-    """Which of the processes of torchrun this is; 0 without torchrun."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def wait_for_all() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
+    def once(self, name: str, run: Callable[[], dict[str, Any]], module: torch.nn.Module | None = None) -> dict[str, Any]:
+        """What `run` finds, now or before, and the weights that the module has then."""
+        if not self.has(name):
+            found = run()
+            self.save(name, {"found": found, "weights": module and module.state_dict()})
+        saved = self.load(name)
+        if module is not None:
+            module.load_state_dict(saved["weights"])
+        return saved["found"]
