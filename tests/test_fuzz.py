@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from less_fast.hf.architecture import sizes
 from less_fast.hub import CARD, CONFIG, WEIGHTS
 from less_fast.layer.features import FAMILIES
 from less_fast.setting import POLICIES
+from less_fast.training import RECIPES
 
 HUGE = 10**30
 NUMBERS = [0, 1, 2, 3, -1, 10**6, 2**31 - 1, 2**63, HUGE, 0.5, 1.0, 2.5, -0.5, 1e300, float("nan"), float("inf"), True, False]
@@ -212,17 +214,23 @@ WORDS += ["1000000000000", "99999999999999999999", "-99999999999999999999", "1e1
 ON_MODEL = {"--model": "model", "--policy": "h2o", "--dtype": "float32"}
 ON_DEVICE = ON_MODEL | {"--device": "cpu", "--seed": 0}
 ON_TEXT = ON_DEVICE | {"--text": "story.txt", "--length": 32}
-OF_KERNELS = {"--family": "exponential", "--rank": 2, "--hidden": 3}
 COMMANDS = {
     "compare": ON_TEXT | {"--kernels": "kernels", "--budgets": 8, "--windows": 2},
     "generate --max-new-tokens 3": ON_DEVICE | {"prompt": "x =", "--kernels": "kernels", "--budget": 8, "--temperature": 0.7},
     "bench --no-compile --rounds 1": ON_MODEL
     | {"--device": "cpu", "--kernels": "kernels", "--budget": 8, "--batch": 1, "--length": 32},
     "plan": ON_MODEL | {"--family": "exponential", "--budget": 8, "--batch": 1, "--length": 32, "--memory": 1},
-    "train --sequences 2 --validation 1 --epochs 1 --joint-steps 1 --table-steps 1": ON_TEXT
-    | OF_KERNELS
-    | {"--out": "out", "--budget": 8, "--batch": 1, "--disk": 1},
-    "allocate": ON_TEXT | {"--out": "out", "--kernels": "kernels", "--by": "kl", "--windows": 1, "--refine": 8},
+    "train": ON_MODEL
+    | {
+        "--text": "story.txt",
+        "--length": 32,
+        "--seed": 0,
+        "--family": "exponential",
+        "--out": "out",
+        "--budget": 8,
+        "--hours": 1,
+    },
+    "allocate": ON_TEXT | {"--out": "out", "--kernels": "kernels", "--windows": 1, "--refine": 8},
     "import-official": {"folder": "official", "--out": "out"},
 }
 
@@ -242,7 +250,9 @@ def home(tmp_path_factory):
     (home / "binary").write_bytes(bytes(range(256)))
     (home / "empty").touch()
     (home / "folder").mkdir()
-    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+    small = {family: replace(recipe, rank=2, hidden=3, uses=1, joint_steps=1, curves=1) for family, recipe in RECIPES.items()}
+    offline = patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with offline, patch("less_fast.cli.making.MOST", 3), patch.dict(RECIPES, small):
         yield home
 
 

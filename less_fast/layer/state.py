@@ -239,7 +239,7 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
     if any(rule.needs == "rho" for rule in policies) and getattr(kernels, "rho", None) is None:
         raise LessError(
             "the policy Retention asks rho of the kernels, and there is none: take kernels that were trained with it (`less-kv "
-            "train --rho-steps`), or another policy, SnapKV for example"
+            "train`), or another policy, SnapKV for example"
         )
     return policies
 
