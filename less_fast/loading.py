@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from .demo import MODEL, corpus
-from .gguf import unpacked
+from .gguf import CARRIED, unpacked
 from .hf.architecture import check_model, decoder_of, sizes
 from .hf.identity import check_kernels
 from .hf.shipped import kernels_for
@@ -26,6 +26,7 @@ from .layer.features import FAMILIES, Control, Features
 from .text import dataset_texts, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
 
 SHAPES: dict[str, PretrainedConfig] = {"llama-2-7b": LlamaConfig(max_position_embeddings=4096)}
 """Well-known shapes by name: costs do not depend on the values of the weights."""
@@ -46,6 +47,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def dtype_named(name: str, model: str) -> torch.dtype:
+    """The dtype of that name for a model's weights and its cache; auto: float32, or what the model is unpacked in."""
+    if name == AUTO:
+        return CARRIED[model].dtype if model in CARRIED else torch.float32
+    if name not in DTYPES:
+        raise LessError(f"no dtype {name!r} for a model: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def load_config(model: str) -> PretrainedConfig:
     """The config of a named shape, a local folder, a repository of the hub, or of the embedded model if the name is empty."""
     if model in SHAPES:
@@ -58,17 +68,16 @@ def load_config(model: str) -> PretrainedConfig:
 
 
 def load_model(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model for inference and its tokenizer, from a local folder, a GGUF file, the hub, or a name in gguf.PACKAGES; the
-    embedded one if the name is empty.
+    """A model for inference and its tokenizer, from a local folder, a GGUF file, the hub, or a name in gguf.CARRIED; the
+    embedded one if the name is empty. dtype: see `dtype_named`.
 
     Raises LessError, with the reason, if there is none, its weights are not all there or not finite, LESS cannot serve it, or
     there is no such device or dtype.
     """
-    where, place = unpacked(model) or str(MODEL), find_device(device)
-    if dtype not in DTYPES:
-        raise LessError(f"no dtype {dtype!r} for a model: choose one of {', '.join(DTYPES)}")
+    kind, place = dtype_named(dtype, model), find_device(device)
+    where = unpacked(model) or str(MODEL)
     try:
-        network, report = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
+        network, report = AutoModelForCausalLM.from_pretrained(where, dtype=kind, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # whatever transformers says of a file that is broken
         raise LessError(f"no usable model at {where}: {first_line(error)}") from error
@@ -85,7 +94,7 @@ def load_shape(model: str, device: str, dtype: str) -> PreTrainedModel:
     if model not in SHAPES:
         return load_model(model, device, dtype)[0]
     with find_device(device):
-        network = AutoModelForCausalLM.from_config(SHAPES[model], dtype=DTYPES[dtype])
+        network = AutoModelForCausalLM.from_config(SHAPES[model], dtype=dtype_named(dtype, model))
     return network.eval().requires_grad_(False)
 
 

@@ -41,6 +41,7 @@ def one_file(tmp_path, monkeypatch):
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(gguf, name, Auto(getattr(gguf, name).from_pretrained))
+    monkeypatch.setattr(gguf, "_tensors", lambda file: [torch.zeros(500, 1000)])
     return file, read, missing
 
 
@@ -77,9 +78,9 @@ def test_after_an_error_there_is_no_folder(cache, one_file, monkeypatch):
 
 
 def test_a_folder_that_another_process_made_meanwhile_stays(cache, one_file):
-    gguf._unpack(one_file[0], cache / "small")
+    gguf._unpack([one_file[0]], cache / "small", torch.float32)
     made = (cache / "small").stat().st_ino
-    gguf._unpack(one_file[0], cache / "small")
+    gguf._unpack([one_file[0]], cache / "small", torch.float32)
     assert (cache / "small").stat().st_ino == made
     assert [path.name for path in cache.iterdir()] == ["small"]
 
@@ -111,7 +112,49 @@ def test_a_file_that_lacks_weights_is_refused_and_nothing_is_kept(cache, one_fil
     for _ in range(2):
         with pytest.raises(LessError, match=r"lacks 2 of the weights \(model.layers.2.mlp.*join them first"):
             gguf.unpacked(str(file))
+    assert not [*cache.rglob("*")]
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    """A model of twelve parts in packages, in bfloat16."""
+    packages = [f"small-part{i}" for i in range(1, 13)]
+    for i, package in enumerate(packages):
+        folder = tmp_path / "packages" / package.replace("-", "_") / "data"
+        folder.mkdir(parents=True)
+        (folder / f"part{i:02}.bin").write_bytes(bytes([i]))
+
+    def find(name):
+        where, found = tmp_path / "packages" / name, ModuleType(name)
+        found.submodule_search_locations = [str(where)]
+        return None if name.startswith("small_") and not where.exists() else found
+
+    monkeypatch.setattr(gguf, "find_spec", find)
+    monkeypatch.setitem(gguf.CARRIED, "small", gguf.Carried(tuple(packages), torch.bfloat16))
+    return tmp_path / "packages"
+
+
+def test_a_model_in_parts_is_joined_in_their_order_and_loads_in_its_own_dtype(cache, one_file, in_parts, capsys):
+    _, read, _ = one_file
+    model, _ = load_model("small", dtype="auto")
+    assert read == [bytes(range(12))] * 2
+    assert model.dtype == torch.bfloat16
+    assert load_model("small", dtype="float32")[0].dtype == torch.float32
+    assert len(read) == 2
+    (folder,) = cache.iterdir()
+    assert folder.name.startswith("small-")
+    assert not [*folder.glob("*.gguf")]
+    assert f"unpacking {folder.name} once: 1 MB in {folder}" in capsys.readouterr().err  # half a million numbers
+    assert load_model("", dtype="auto")[0].dtype == torch.float32
+
+
+def test_a_part_that_is_missing_is_said_with_the_command_that_brings_them_all(cache, one_file, in_parts):
+    (in_parts / "small_part7" / "data" / "part06.bin").unlink()
+    for _ in range(2):
+        with pytest.raises(LessError, match=r"small comes with the package small-part7, .*--no-deps small-part\{1\.\.12\}"):
+            load_model("small")
     assert not cache.exists()
+    assert not one_file[1]
 
 
 def test_what_is_missing_is_said(cache, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def train(
     length: LengthOption = 1024,
     start: Annotated[str, typer.Option(help="Folder or hub name of kernels to go on with.")] = "",
     seed: SeedOption = 0,
-    dtype: DtypeOption = Dtype("float32"),
+    dtype: DtypeOption = Dtype("auto"),
     overwrite: OverwriteOption = False,
 ) -> None:
     """Trains kernels for a model, on a GPU if there is one. It measures the model and the machine, says what it will do, and does
@@ -119,7 +119,7 @@ def allocate(
         str, typer.Option(help="Budgets whose tables are refined by trial, separated by commas; curves there are used again.")
     ] = "",
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype("float32"),
+    dtype: DtypeOption = Dtype("auto"),
     seed: SeedOption = 0,
 ) -> None:
     """Measures what each KV head costs at each budget under a policy, with kernels and without, and stores it with the kernels.

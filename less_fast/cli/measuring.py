@@ -14,7 +14,7 @@ from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
 from ..layer.features import RHO_HIDDEN
-from ..loading import DTYPES, check_length, load_config, load_kernels, load_model, load_shape, load_texts
+from ..loading import check_length, dtype_named, load_config, load_kernels, load_model, load_shape, load_texts
 from ..measuring import bench as benchmark
 from ..measuring import compare as comparison
 from ..measuring import plan as planning
@@ -44,7 +44,7 @@ def compare(
     windows: Annotated[int, typer.Option(help="Windows that are measured.")] = 64,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("float32"),
+    dtype: options.DtypeOption = options.Dtype("auto"),
     seed: options.SeedOption = 0,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -114,7 +114,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache: 8 tokens, or a prompt.")] = 4,
     compile: Annotated[bool, typer.Option(help="Measure compiled code, too: a minute more.")] = True,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("float32"),
+    dtype: options.DtypeOption = options.Dtype("auto"),
     as_json: options.JsonOption = False,
 ) -> None:
     """Speed and memory of full caches, the bare policy and LESS, in turns, on random tokens: decoding, prefill."""
@@ -168,7 +168,7 @@ def plan(
     """What a model costs with the full cache and with LESS, by counting, without running or loading it."""
     if not math.isfinite(memory):
         raise LessError(f"--memory is a number of gigabytes, not {memory}")
-    rule, recipe, kind = policy_named(policy.value, budget, length), RECIPES[family.value], DTYPES[dtype.value]
+    rule, recipe, kind = policy_named(policy.value, budget, length), RECIPES[family.value], dtype_named(dtype.value, model)
     most = int(memory * 1e9) or None
     costs = planning.plan(load_config(model), rule, recipe.rank, recipe.hidden, batch, length, kind, most, family.value)
     title = f"{model or 'embedded'} in {dtype.value}, {length:,} tokens, batch {batch}, {rule}"

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ..gguf import CARRIED
 from ..layer.features import MOST
-from ..loading import DTYPES, SHAPES
+from ..loading import AUTO, DTYPES, SHAPES
 from ..setting import POLICIES
 from ..training import RECIPES
 
@@ -17,9 +18,9 @@ BEST = "best"
 PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)  # type: ignore[misc]
 PolicyOrBest = Enum("PolicyOrBest", {name: name for name in (BEST, *POLICIES)}, type=str)  # type: ignore[misc]
 FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)  # type: ignore[misc]
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
+Dtype = Enum("Dtype", {name: name for name in (AUTO, *DTYPES)}, type=str)  # type: ignore[misc]
 
-WHICH_MODEL = "Folder, GGUF file or hub name of a model, or smollm2"
+WHICH_MODEL = f"Folder, GGUF file or hub name of a model, or {' or '.join(CARRIED)}"
 ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
 WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "

@@ -37,7 +37,7 @@ def generate(
     compile: options.CompileOption = False,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("float32"),
+    dtype: options.DtypeOption = options.Dtype("auto"),
     seed: options.SeedOption = 0,
 ) -> None:
     """Streams text in constant memory, then says what the cache holds.
@@ -79,7 +79,7 @@ def chat(
     compile: options.CompileOption = False,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("float32"),
+    dtype: options.DtypeOption = options.Dtype("auto"),
     seed: options.SeedOption = 0,
 ) -> None:
     """Talks in constant memory: each line is a turn, of which only what is new goes through the model.
