@@ -1,4 +1,4 @@
-"""The paper's tables on a real model: perplexity, classification, summaries and retrieval, through every cache.
+"""The paper's tables on a real model: perplexity, classification, summaries, answers and retrieval, through every cache.
 
 In three parts, so that the model can be measured where there are no data sets, no network, and little time:
 
@@ -33,12 +33,13 @@ from less_fast.measuring.reading import Reader
 from less_fast.setting import policy_named
 from less_fast.text import dataset_columns, windows
 
+from . import answers as answering
 from . import script
 from .__main__ import texts_of
 from .script import mean
 
 EIGHTHS = 8  # parts of a window whose loss is written down
-NEW = 64  # tokens of a summary
+NEW, ANSWERS_AT_ONCE = 64, 8  # tokens of a summary; questions that are answered together
 ROWS = 1000  # of a data set, among which summaries are drawn
 NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
 NUMBERS = 64  # that are to be found, of each kind
@@ -66,6 +67,11 @@ def prepare(chosen) -> None:
         rows = random.Random(chosen.seed).sample(rows, min(chosen.texts, len(rows)))
         prompts = [prompt(tokenizer, article, chosen.length - NEW) for article, _ in rows]
         inputs.setdefault("summaries", {})[name] = {"prompts": prompts, "references": [summary for _, summary in rows]}
+    for name, where in chosen.answers:
+        rows = answering.rows_of(Path(where))
+        rows = random.Random(chosen.seed).sample(rows, min(chosen.questions, len(rows)))
+        questions, told = zip(*(answering.asked(name, row) for row in rows))
+        inputs.setdefault("answers", {})[name] = {"prompts": answering.prompts(tokenizer, questions), "told": told}
     if "text" in inputs:
         inputs["retrieval"] = retrieval(tokenizer, next(reversed(inputs["text"].values()))["ids"], chosen.length, chosen.seed)
     write(chosen.inputs, inputs)
@@ -145,10 +151,22 @@ def summaries(reader: Reader, contender: Contender, texts: dict) -> dict[str, li
     return {name: list(islice(written, len(text["prompts"]))) for name, text in texts.items()}
 
 
+def answers(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
+    """What is answered to each question, by data set, greedily."""
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        found[name] = []
+        for start in range(0, len(text["prompts"]), ANSWERS_AT_ONCE):
+            some = text["prompts"][start : start + ANSWERS_AT_ONCE]
+            found[name] += reader.generate(some, answering.NEW[name], do_sample=False, disable_compile=True)
+    return found
+
+
 PARTS: dict[str, tuple[str, Callable, int | None]] = {
     "perplexity": ("text", perplexity, 1),
     "tasks": ("tasks", scores, None),
     "summaries": ("summaries", summaries, None),
+    "answers": ("answers", answers, None),
     "retrieval streaming": ("retrieval", scores, 1),
     "long": ("long", perplexity, 1),
 }
@@ -199,6 +217,10 @@ def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, tor
 
         found = {name: rouge(inputs[what][name]["references"], texts) for name, texts in values.items()}  # (texts, kinds)
         return {f"{name}, {kind}": own[:, index] for name, own in found.items() for index, kind in enumerate(KINDS)}
+    if what == "answers":
+        both = {name: zip(texts, inputs[what][name]["told"], strict=True) for name, texts in values.items()}
+        rights = {name: [answering.right(name, *pair) for pair in pairs] for name, pairs in both.items()}
+        return {name: torch.tensor(own, dtype=torch.float64) for name, own in rights.items()}
     if what == "retrieval":
         right, names = torch.tensor([greedy for _, greedy in values], dtype=torch.float64), inputs[what]["names"]  # (pairs,)
         return {name: right[[other == name for other in names]] for name in dict.fromkeys(names)}
@@ -287,7 +309,7 @@ def options(arguments):
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("prepare", help="texts, questions and prompts, as tokens, into one file")
     verb.add_argument("inputs", type=Path)
-    for option in ("--text", "--long", "--summaries"):
+    for option in ("--text", "--long", "--summaries", "--answers"):
         verb.add_argument(option, type=named, action="append", default=[], metavar="NAME=WHERE")
     verb.add_argument("--tasks", default="", help="of lm-evaluation-harness, separated by commas")
     for option, number in dict(
