@@ -165,6 +165,7 @@ def answers(reader: Reader, contender: Contender, texts: dict) -> dict[str, list
 PARTS: dict[str, tuple[str, Callable, int | None]] = {
     "perplexity": ("text", perplexity, 1),
     "tasks": ("tasks", scores, None),
+    "tasks streaming": ("tasks", scores, 1),
     "summaries": ("summaries", summaries, None),
     "answers": ("answers", answers, None),
     "retrieval streaming": ("retrieval", scores, 1),

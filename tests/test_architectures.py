@@ -10,7 +10,7 @@ from caches import FASTGEN, KINDS, feed, generate, left_padded
 from models import make_encoder_decoder, make_kernels, make_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from less_fast import H2O, TOVA, LessCache, LessError
+from less_fast import H2O, TOVA, LessCache, LessError, Logits
 from less_fast.hf import seam
 from less_fast.hf.architecture import OUTPUTS, attention_modules, less_layers, output_weight, sizes
 from less_fast.training import RECIPES, train
@@ -207,7 +207,7 @@ class Twice:
 
     def update(self, key, value, layer_idx):
         key, value = self.cache.update(key, value, layer_idx)
-        key.less_layer.read(torch.randn(1, 4, key.shape[2], 8, dtype=key.dtype), key, value, None, None)
+        key.less_layer.read(torch.randn(1, 4, key.shape[2], 8, dtype=key.dtype), key, value, None, Logits())
         return key, value
 
 

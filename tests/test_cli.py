@@ -726,13 +726,6 @@ def test_dtypes_that_no_model_has_here_are_refused(dtype):
         load_model("", dtype=dtype)
 
 
-def test_a_picture_that_would_replace_a_folder_is_refused_before_anything_is_measured(command, tmp_path, monkeypatch):
-    (tmp_path / "x.png").mkdir()
-    monkeypatch.setattr("less_fast.cli.measuring.load_texts", lambda *_: pytest.fail("it went on"))
-    code, _, err = command("compare", "--plot", tmp_path / "x.png")
-    assert (code, "a picture is a .png file" in err) == (2, True)
-
-
 def test_tables_are_refined_only_where_their_curves_reach(command, story, tmp_path):
     shutil.copytree(KERNELS, tmp_path / "kernels")
     before = (tmp_path / "kernels" / "config.json").read_bytes()

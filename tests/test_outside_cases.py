@@ -28,7 +28,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessError, LessKernels, Logits, Window, extend
+from less_fast import H2O, FastGen, LayerKernels, LayerState, LessCache, LessError, LessKernels, Window, extend
 from less_fast.demo import MODEL
 from less_fast.files import load_state, read, save_state
 from less_fast.hf.architecture import less_layers
@@ -289,14 +289,17 @@ def test_a_layers_state_goes_on_in_any_autograd_mode(tmp_path, policy, operation
     def tokens_of(seed):
         generator = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
-        return q, k, v, None, Logits(), torch.randint(0, 3, (2, 7), generator=generator)
+        return q, k, v, torch.randint(0, 3, (2, 7), generator=generator)
+
+    def go_on(state, q, k, v, kinds):
+        return extend(state, q, k, v, kinds=kinds)
 
     def run(begin, between, after):
         with MODES[begin]():
             torch.manual_seed(0)
             kernels = None if policy == Window(999) else LayerKernels(4, 2, 8, 3, 5).requires_grad_(False)
             state = LayerState.allocate(policy, 2, 4, 2, 8, kernels)
-            extend(state, *tokens_of(0))
+            go_on(state, *tokens_of(0))
         with MODES[between]():
             if operation == "reset":
                 state.reset()
@@ -306,9 +309,9 @@ def test_a_layers_state_goes_on_in_any_autograd_mode(tmp_path, policy, operation
                 save_state(state, tmp_path / "layer")
                 load_state(state, tmp_path / "layer")
         with MODES[after]():
-            out = [extend(state, *tokens_of(1))]
-            one = [None if x is None else x[:, :, :1] if x.ndim == 4 else x[:, :1] for x in tokens_of(2)]
-            return torch.cat([*out, extend(state, *one)], 2).clone()
+            out = [go_on(state, *tokens_of(1))]
+            one = [x[:, :, :1] if x.ndim == 4 else x[:, :1] for x in tokens_of(2)]
+            return torch.cat([*out, go_on(state, *one)], 2).clone()
 
     wanted = run("no_grad", "no_grad", "no_grad")
     for modes in product(MODES, repeat=3):

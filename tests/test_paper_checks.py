@@ -17,9 +17,10 @@ from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
-from less_fast import H2O, LessCache, LessError, LessKernels, Window
+from less_fast import H2O, LessCache, LessError, LessKernels
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS
 from less_fast.layer.slots import Slots
+from less_fast.layer.state import LayerState
 from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.measuring.reading import Reader
@@ -226,9 +227,10 @@ def test_swapped_tables_change_the_verdict_on_tables_of_other_texts(here, monkey
     assert trained.tables_of_other_texts(here).verdict == IN_PART
 
 
-def test_a_budget_that_is_ignored_changes_the_verdict_on_memory(here, healthy, monkeypatch):
+def test_a_state_that_grows_changes_the_verdict_on_memory(here, healthy, monkeypatch):
     assert healthy("memory").verdict == HOLDS
-    monkeypatch.setattr(Subject, "policies", lambda subject: [Window(999)])
+    memory = LayerState.memory
+    monkeypatch.setattr(LayerState, "memory", lambda state: memory(state) | {"entries": int(state.n.sum())})
     assert exact.memory(here).verdict != HOLDS
 
 
@@ -409,7 +411,6 @@ def test_the_harness_asks_for_the_best_cache_by_itself():
         ("device=tpu", "no device 'tpu' here"),
         ("dtype=float8", "no dtype 'float8' for a model"),
         ("pretrained=/no/such/folder", "no config of a model at /no/such/folder"),
-        ("policy=full", "policy=full evicts nothing: for the full cache say cache=full"),
     ],
 )
 def test_the_harness_is_told_what_cannot_be(arguments, message):

@@ -27,7 +27,7 @@ def prompt(part: Part, tokens: Tokens, n: torch.Tensor, logits: Logits, first: b
         held = zip(slots.held(), (k, v, position, score))
         k, v, position, score = (torch.cat([x.to(new.dtype), new], 2) for x, new in held)
     # k, v, position and score (N, H, E, ...) are of the kept tokens, and then of the new ones.
-    if first and logits.plain and tokens.real is None:
+    if first and logits.plain and (tokens.real is None or bool(tokens.real.all())):
         out = _attend_to_all(policy, tokens.q, k, v, score, logits.scale, slots.wide)
     else:
         out = _attend(part, tokens, k, v, position, score, logits, first)

@@ -162,6 +162,15 @@ class Slots:
         self.position.copy_(position).masked_fill_(~stays, -1)
         self.free.copy_(layout.first + kept.sum(2))
 
+    def of_head(self, row: int, head: int) -> dict[str, torch.Tensor]:
+        """k and v (E, D), position (E,) and score (E, ...) of one head of a row, in the order of their positions: copies."""
+        first, size = int(self.layout.first[head]), int(self.layout.budget[head]) + 1
+        kept = {name: getattr(self, name)[row, first : first + size] for name in ("k", "v", "position", "score")}
+        if self.int8:
+            kept |= {name: unpacked(kept[name], torch.float64) for name in "kv"}  # which holds each product exactly
+        order = kept["position"].argsort(stable=True)[(kept["position"] < 0).sum() :]
+        return {name: x[order] for name, x in kept.items()}
+
     def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
         """Keys or values (N, T, D) take the place of all that are held."""
         held.copy_(packed(new) if self.int8 else new)

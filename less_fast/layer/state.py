@@ -184,10 +184,7 @@ class LayerState:
         """What one KV head of a row keeps, E tokens in the order of their positions: position (E,), k and v (E, D), score
         (E, ...), and its low-rank state, H (R, D) and z (R,): copies, for tests and curiosity."""
         _, part, h = self._heads()[kv_head]
-        k, v, position, score = (x[row, h] for x in part.slots.held())
-        order = position.argsort(stable=True)[(position < 0).sum() :]
-        kept = dict(position=position, k=k, v=v, score=score)
-        return {name: x[order] for name, x in kept.items()} | {"H": part.H[row, h].clone(), "z": part.z[row, h].clone()}
+        return part.slots.of_head(row, h) | {"H": part.H[row, h].clone(), "z": part.z[row, h].clone()}
 
     def _heads(self) -> list[tuple[int, Part, int]]:
         """Each KV head, the part it is in, and its place there."""
