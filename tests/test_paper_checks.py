@@ -25,7 +25,7 @@ from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.measuring.reading import Reader
 from less_fast.text import windows
-from paper_checks import exact, harness, real_model, streams, summarization, trained
+from paper_checks import answers, exact, harness, real_model, streams, summarization, trained
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -572,6 +572,8 @@ def tables(few_tasks, tmp_path):
     inputs, measured, out = (tmp_path / f"{name}.json" for name in ("inputs", "measured", "out"))
     prepare = ["prepare", inputs, "--text", f"text={tmp_path}/text.txt", "--long", f"text={tmp_path}/text.txt"]
     prepare += ["--tasks", yaml_task(tmp_path, "multiple_choice"), "--summaries", f"news={tmp_path}/news,,test,document,summary"]
+    (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) for _ in range(3)))
+    prepare += ["--answers", f"gsm8k={tmp_path}/sums.jsonl"]
     prepare += ["--windows", 2, "--length", 128, "--long-windows", 2, "--long-length", 160, "--questions", 2, "--texts", 2]
     parts = {"prepare": prepare, "measure": ["measure", inputs, measured], "report": ["report", inputs, measured, out]}
     return lambda part, *more: (real_model.main(list(map(str, [*parts[part], *more]))), measured, out)
@@ -580,6 +582,7 @@ def tables(few_tasks, tmp_path):
 def test_the_tables_of_a_real_model_come_in_three_parts_and_measuring_goes_on_where_it_stopped(tables, monkeypatch, capsys):
     monkeypatch.setattr(real_model, "NUMBERS", 1)
     monkeypatch.setattr(real_model, "NEW", 8)
+    monkeypatch.setitem(answers.NEW, "gsm8k", 8)
     assert tables("prepare")[0] == 0
     with monkeypatch.context() as patch:  # what the machine with the GPU lacks
         for library in ("lm_eval", "rouge_score", "datasets"):

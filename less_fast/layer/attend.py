@@ -27,8 +27,8 @@ def weigh(
     """dots (N, H, G, m, S): scale q.k, in whose memory the logits are written; hidden (N, H, m, S) bool: what queries do not see;
     real (N, m) bool: False for queries that see nothing, None if there are none; sinks (H, G).
 
-    Returns p (N, H, G, m, S), the softmax over the visible tokens and the sink, 0 for queries that see nothing; and the
-    log-sum-exp of their logits (N, H, G, m, 1).
+    Returns p (N, H, G, m, S), the softmax over the visible tokens and the sink, 0 for queries that see nothing; and their logits,
+    the sink's behind the others.
     """
     logits = dots if softcap is None else torch.tanh(dots / softcap) * softcap
     logits = logits.masked_fill_(hidden[:, :, None], torch.finfo(logits.dtype).min)
@@ -36,16 +36,17 @@ def weigh(
         sink = sinks.to(logits.dtype)[:, :, None, None].expand(*logits.shape[:4], 1)
         logits = torch.cat([logits, sink], -1)  # (N, H, G, m, S + 1)
     p = logits.softmax(-1)[..., : dots.shape[-1]]
-    return p if real is None else p * real[:, None, None, :, None], logits.logsumexp(-1, keepdim=True)
+    return p if real is None else p * real[:, None, None, :, None], logits
 
 
-def with_low_rank(out: torch.Tensor, lse: torch.Tensor, phi: torch.Tensor, H: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The attention out (N, H, G, m, D) over tokens of that log-sum-exp (N, H, G, m, 1), and over the virtual token.
+def with_low_rank(out: torch.Tensor, logits: torch.Tensor, phi: torch.Tensor, H: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The attention out (N, H, G, m, D) over tokens of these logits, and over the virtual token.
 
     phi (N, H G, m, R) of the queries, H (N, H, R, D), z (N, H, R). If phi.z is not positive there is no virtual token.
     """
     N, heads, R, D = H.shape
     phi, H, z = phi.to(H.dtype).reshape(N * heads, -1, R), H.view(N * heads, R, D), z.view(N * heads, R, 1)
+    lse = logits.logsumexp(-1, keepdim=True)  # (N, H, G, m, 1)
     mass = torch.bmm(phi, z).view(lse.shape)  # (N, H, G, m, 1)
     share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention
     joined = torch.lerp(out, torch.bmm(phi, H).view(out.shape) / mass, share)
