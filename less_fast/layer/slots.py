@@ -65,6 +65,7 @@ class Slots:
     def __init__(self, layout, k, v, position, score, free, wide: torch.dtype):
         self.layout, self.k, self.v, self.position, self.score, self.free = layout, k, v, position, score, free
         self.wide, self.int8 = wide, k.dtype == torch.int8  # wide: what is computed in, float32 or float64
+        self.row = torch.arange(len(k), device=k.device)[:, None]  # (N, 1)
 
     @classmethod
     def empty(
@@ -96,10 +97,9 @@ class Slots:
     def put(self, tokens: Tokens, born: torch.Tensor | int) -> None:
         """One token of each row goes into the free slots. born: its scores (N, H, 1, ...), or one number for all."""
         at = self.free  # (N, H)
-        rows = at[..., None].expand(-1, -1, self.k.shape[2])  # (N, H, D)
         k, v = (packed(tokens.k), packed(tokens.v)) if self.int8 else (tokens.k, tokens.v)
-        self.k.scatter_(1, rows, k[:, :, 0])
-        self.v.scatter_(1, rows, v[:, :, 0])
+        self.k.index_put_((self.row, at), k[:, :, 0])  # compiled code does this in place, which it does not do with scatter_
+        self.v.index_put_((self.row, at), v[:, :, 0])
         self.position.scatter_(1, at, tokens.position.expand(at.shape))
         if self.score.ndim > 2:
             at = at[..., None].expand(-1, -1, self.score.shape[2])  # (N, H, C)

@@ -4,8 +4,7 @@ While tokens arrive only `decode.py`, `prompt.py` and `context.py` change what i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,11 +40,8 @@ class Part:
 
     def hold(self, tensors: dict[str, torch.Tensor]) -> "Part":
         """The same heads with other tensors."""
-        part = copy(self)
-        part.slots, part.H, part.z = copy(self.slots), tensors["H"], tensors["z"]
-        for name in Slots.NAMES:
-            setattr(part.slots, name, tensors[name])
-        return part
+        slots = Slots(self.slots.layout, *(tensors[name] for name in Slots.NAMES), self.slots.wide)
+        return replace(self, slots=slots, H=tensors["H"], z=tensors["z"])
 
 
 class LayerState:
