@@ -223,13 +223,30 @@ def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case
         assert torch.equal(tensor, copy), name
 
 
+@pytest.mark.parametrize(
+    ("budgets", "parts"),
+    [
+        ([5] * 40, [40]),
+        ([4, 16, 4] * 3, [6, 3]),
+        ([500] + [30] * 31, [31, 1]),
+        ([4, 5, 6, 7, 8] * 2, [8, 2]),
+        ([4, 9] * 4 + [8], [5, 4]),
+    ],
+)
+def test_of_many_heads_those_of_like_budgets_lie_together(budgets, parts):
+    rules = [less_fast.H2O(1, 1).with_budget(budget) for budget in budgets]
+    state = less_fast.LayerState.allocate(rules, 1, len(budgets), len(budgets), 4)
+    assert [len(part.policies) for part in state.parts] == parts
+    assert state.policies() == rules
+
+
 def test_heads_that_differ_in_their_budgets_lie_together_if_they_are_few():
     budgets = [4, 16, 4]
     state = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets], 2, 6, 3, 8)
     (part,) = state.parts
     assert part.slots.k.shape == (2, sum(budgets) + 3, 8)
     many = less_fast.LayerState.allocate([less_fast.H2O(1, 1).with_budget(budget) for budget in budgets * 3], 2, 9, 9, 8)
-    assert [part.slots.k.shape for part in many.parts] == [(2, 6 * 5 + 2 * 17, 8), (2, 17, 8)]
+    assert [part.slots.k.shape for part in many.parts] == [(2, 6 * 5, 8), (2, 3 * 17, 8)]
     assert many.policies() == [less_fast.H2O(1, 1).with_budget(budget) for budget in budgets * 3]
 
 

@@ -62,7 +62,7 @@ class Slots:
 
     NAMES = ("k", "v", "position", "score", "free")
 
-    def __init__(self, layout, k, v, position, score, free, wide: torch.dtype):
+    def __init__(self, layout: Layout, wide: torch.dtype, k, v, position, score, free):
         self.layout, self.k, self.v, self.position, self.score, self.free = layout, k, v, position, score, free
         self.wide, self.int8 = wide, k.dtype == torch.int8  # wide: what is computed in, float32 or float64
         self.row = torch.arange(len(k), device=k.device)[:, None]  # (N, 1)
@@ -77,7 +77,7 @@ class Slots:
         k, v = (torch.zeros(*shape, numbers, dtype=stored, device=device) for _ in "kv")
         position = torch.full(shape, -1, dtype=torch.int32, device=device)
         score = torch.zeros(*shape, *score_shape, dtype=score_dtype or wide, device=device)
-        return cls(layout, k, v, position, score, layout.first.repeat(rows, 1), wide)
+        return cls(layout, wide, k, v, position, score, layout.first.repeat(rows, 1))
 
     def positions(self) -> torch.Tensor:
         """(N, H, S), -1 for what a head lacks."""

@@ -40,7 +40,7 @@ class Part:
 
     def hold(self, tensors: dict[str, torch.Tensor]) -> "Part":
         """The same heads with other tensors."""
-        slots = Slots(self.slots.layout, *(tensors[name] for name in Slots.NAMES), self.slots.wide)
+        slots = Slots(self.slots.layout, self.slots.wide, *(tensors[name] for name in Slots.NAMES))
         return replace(self, slots=slots, H=tensors["H"], z=tensors["z"])
 
 
@@ -197,16 +197,23 @@ class LayerState:
 
 
 def _that_go_together(policies: Sequence[Policy]) -> Iterator[list[int]]:
-    """Which KV heads make a part: those of one kind of policy, few of them if their budgets differ, and then alike ones."""
+    """Which KV heads make a part: those of one kind of policy if they are few; of many those of one budget, and beside them few
+    others with at most twice as much."""
     alike: dict = {}
     for g, policy in enumerate(policies):
         alike.setdefault(kind_of(policy), []).append(g)
     for heads in alike.values():
-        many = len({policies[g].budget for g in heads}) > 1 and len(heads) > HEADS_TOGETHER
-        if many:
-            heads.sort(key=lambda g: policies[g].budget)
-        at_once = HEADS_TOGETHER if many else len(heads)
-        yield from (heads[start : start + at_once] for start in range(0, len(heads), at_once))
+        if len(heads) <= HEADS_TOGETHER:
+            yield heads
+            continue
+        part: list[int] = []
+        for g in sorted(heads, key=lambda g: policies[g].budget):
+            budgets = [policies[h].budget for h in (*part, g)]
+            if len(set(budgets)) > 1 and (len(budgets) > HEADS_TOGETHER or budgets[-1] > 2 * budgets[0]):
+                yield part
+                part = []
+            part.append(g)
+        yield part
 
 
 def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: Features | None) -> list[Policy]:
