@@ -279,7 +279,7 @@ def tensors_of(thing):
     if isinstance(thing, list | tuple):
         return [tensor for part in thing for tensor in tensors_of(part)]
     if hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
-        apart = ("kv_heads", "query_heads", "policy", "layout")
+        apart = ("kv_heads", "query_heads", "policy", "layout", "row")
         return [tensor for name, part in vars(thing).items() if name not in apart for tensor in tensors_of(part)]
     return []
 
