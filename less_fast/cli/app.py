@@ -73,9 +73,14 @@ def report(record, as_json, table, *notes):
     print(*notes, sep="\n")
 
 
+def spelled(dtype) -> str:
+    """torch.float32 as users write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def about(model, dtype):
     """What every record says."""
-    return {"model": model or "embedded", "dtype": dtype.value, "versions": versions()}
+    return {"model": model or "embedded", "dtype": spelled(dtype), "versions": versions()}
 
 
 def main() -> None:

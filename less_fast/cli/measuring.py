@@ -22,7 +22,7 @@ from ..setting import best_policy, policy_named
 from ..text import windows as cut_windows
 from ..training import RECIPES
 from . import options
-from .app import about, app, errors, evicting, report
+from .app import about, app, errors, evicting, report, spelled
 
 
 @app.command()
@@ -89,7 +89,7 @@ def compare(
         "chunking": "streaming (one token at a time)",
         "device": device,
         "seed": seed,
-        **about(model, dtype),
+        **about(model, network.dtype),
     }
     title = f"{model or 'embedded'} model, {windows} windows of {length} tokens{', int8' if int8 else ''}"
     gaps = ", ".join(dict.fromkeys(row.gap_of for row in rows if row.gap_of))
@@ -99,7 +99,7 @@ def compare(
         comparison.table(rows, f"{title}, {source}"),
         f"gap recovered: of the perplexity that {gaps or 'the bare policy'}, bare and uniform, loses to the full cache",
         "equal memory: of the loss that Baseline+ (the bare policy with as many bytes) still has; by head: budgets from a table",
-        f"perplexity: {record['chunking']}; tokens/s: decoding in {dtype.value} on {device}, caches in turns",
+        f"perplexity: {record['chunking']}; tokens/s: decoding in {spelled(network.dtype)} on {device}, caches in turns",
     )
 
 
@@ -146,9 +146,9 @@ def bench(
         "length": length,
         "device": hardware,
         "threads": torch.get_num_threads(),
-        **about(model, dtype),
+        **about(model, network.dtype),
     }
-    title = f"{model or 'embedded'} model, {length} tokens, {rule}, {dtype.value}"
+    title = f"{model or 'embedded'} model, {length} tokens, {rule}, {spelled(network.dtype)}"
     note = f"medians, on {hardware}, {record['threads']} threads; speed: against the first line of each part"
     report(record, as_json, benchmark.table(rows, title), note)
 
@@ -171,7 +171,7 @@ def plan(
     rule, recipe, kind = policy_named(policy.value, budget, length), RECIPES[family.value], dtype_named(dtype.value, model)
     most = int(memory * 1e9) or None
     costs = planning.plan(load_config(model), rule, recipe.rank, recipe.hidden, batch, length, kind, most, family.value)
-    title = f"{model or 'embedded'} in {dtype.value}, {length:,} tokens, batch {batch}, {rule}"
+    title = f"{model or 'embedded'} in {spelled(kind)}, {length:,} tokens, batch {batch}, {rule}"
     report(
         {"model": model or "embedded", "policy": repr(rule), "batch": batch, "length": length, **asdict(costs)},
         as_json,
