@@ -21,7 +21,7 @@ ADD = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add", "tes
         ("    return a - b\n", False),
         ("```python\ndef add(a, b:\n```", False),
         ("    while True: pass\n", False),
-        ("    return len(bytearray(2**32)) and a + b\n", False),  # more than MEMORY
+        ("    return len(bytearray(2**31)) and a + b\n", False),  # more than MEMORY
         ("    raise SystemExit(0)\n", False),  # before the tests have passed
         ("    print('x'); return a + b\n", True),
         ("", False),

@@ -1,0 +1,63 @@
+"""Texts to train kernels of a model that chats: code, prose, and its own answers."""
+
+import random
+
+import pytest
+
+from less_fast import LessError
+from less_fast.loading import load_model
+from paper_checks import texts
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MODULE = 'def add(a, b=1, *rest):\n    """The sum."""\n    return a + b\n\n\ndef silent():\n    pass\n'
+
+
+def test_tasks_are_the_functions_that_say_what_they_do():
+    assert [*texts.tasks(MODULE)] == ["Write a Python function `add(a, b=1, *rest)`.\n\nThe sum."]
+
+
+def test_questions_are_a_third_each_of_code_tasks_and_prose():
+    found = texts.questions([MODULE], ["It was night.\nNobody spoke.\n"], 6, random.Random(0))
+    assert [("```python" in question, question.startswith("Write a Python function")) for question in found[:3]] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    assert "Nobody spoke." in found[2]
+
+
+def test_pieces_are_whole_texts_until_there_are_enough_letters():
+    assert len(texts.pieces(["abc" * 50, "def" * 50], 200, random.Random(0))) == 200
+    with pytest.raises(LessError, match="the texts have 3 letters, and 200 are wanted"):
+        texts.pieces(["abc"], 200, random.Random(0))
+
+
+def test_the_three_files_are_written_and_chats_stand_under_the_template(tmp_path, monkeypatch, capsys):
+    model, tokenizer = load_model("")
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(texts, "load_model", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr(texts, "AT_ONCE", 2)
+    asked, generate = [], model.generate
+
+    def generate_and_note(**inputs):
+        asked.extend(tokenizer.batch_decode(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", generate_and_note)
+    (tmp_path / "prose.txt").write_text("It was night.\nNobody spoke.\n" * 400)
+    arguments = ["--model", "any", "--out", str(tmp_path / "out"), "--windows", "1", "--questions", "3", "--new", "4"]
+    assert texts.main([*arguments, "--prose", str(tmp_path / "prose.txt")]) == 0
+    assert {file.name: len(file.read_text()) > 1000 for file in (tmp_path / "out").iterdir()} == dict.fromkeys(
+        ("code.txt", "prose.txt", "chats.txt"), True
+    )
+    chats = (tmp_path / "out" / "chats.txt").read_text()
+    assert chats.count("<user>") == chats.count("</><assistant>") == 3
+    assert [text.endswith("</><assistant>") for text in asked] == [True] * 3
+    assert "3 of 3 questions are answered" in capsys.readouterr().err
+    assert texts.main(arguments) == 2
+    tokenizer.chat_template = None
+    assert texts.main([*arguments, "--prose", str(tmp_path / "prose.txt")]) == 2
+    assert "has no chat template" in capsys.readouterr().err
