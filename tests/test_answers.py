@@ -21,7 +21,7 @@ ADD = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add", "tes
         ("    return a - b\n", False),
         ("```python\ndef add(a, b:\n```", False),
         ("    while True: pass\n", False),
-        ("    return len(bytearray(2**31)) and a + b\n", False),  # more than MEMORY
+        ("    return len(bytearray(2**29)) and a + b\n", False),  # more than MEMORY
         ("    raise SystemExit(0)\n", False),  # before the tests have passed
         ("    print('x'); return a + b\n", True),
         ("", False),
@@ -29,6 +29,7 @@ ADD = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add", "tes
 )
 def test_a_program_is_right_if_its_tests_pass_within_time_and_memory(answer, right, monkeypatch):
     monkeypatch.setattr(answers, "TIME", 2)
+    monkeypatch.setattr(answers, "MEMORY", 2**28)
     assert answers.right("humaneval", answer, ADD) is right
 
 
