@@ -38,6 +38,7 @@ class Layout:
         self.head = torch.arange(self.H, device=device).repeat_interleave(size, output_size=self.T)  # (T,)
         self.place = torch.arange(self.T, device=device) - self.first[self.head]  # (T,) counted from the head's first
         each = torch.arange(self.S, device=device)  # (S,)
+        self.padded = self.head * self.S + self.place  # (T,) where each is among H S
         self.lacking = each >= size[:, None]  # (H, S) bool: slots that the head does not have
         self.slot = ((self.first[:, None] + each) % self.T).flatten()  # (H S,) which each is; what a head lacks is another head's
 
@@ -50,7 +51,7 @@ class Layout:
     def in_a_row(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, H, S, ...) -> (N, T, ...)."""
         x = x.flatten(1, 2)
-        return x if self.even else x.index_select(1, self.head * self.S + self.place)
+        return x if self.even else x.index_select(1, self.padded)
 
 
 class Slots:

@@ -115,10 +115,9 @@ def watch_each(model: PreTrainedModel, windows: torch.Tensor, seeds: Sequence[in
 def eviction_times_of(layers: dict[int, Watched], policy: Policy, kernels: LessKernels | None) -> dict[int, torch.Tensor]:
     """e (N, Hkv, T) of each layer, all layers at once: they are rows of one batch or, if the policy is learned, heads of one
     layer, because each layer has a rho of its own."""
-    first = next(iter(layers.values()))
-    along = 1 if policy.needs == "rho" else 0
-    rhos = None
-    if policy.needs == "rho":
+    first, learned, rhos = next(iter(layers.values())), policy.needs == "rho", None
+    along = int(learned)
+    if learned:
         rhos = NoState(len(layers) * first.q.shape[1], len(layers) * first.k.shape[1], first.q.shape[3])
         rhos.rho = Rho.join([kernels.layers[index].rho for index in layers])  # type: ignore[misc]
     found = []
@@ -126,5 +125,5 @@ def eviction_times_of(layers: dict[int, Watched], policy: Policy, kernels: LessK
         some = [layer.rows(rows) for layer in layers.values()]
         q, k, v = (torch.cat([getattr(layer, name) for layer in some], along) for name in "qkv")
         times = eviction_times(q, k, v, policy, first.scale, kernels=rhos)
-        found.append(times.split(first.k.shape[1] if policy.needs == "rho" else len(rows), along))
+        found.append(times.split(first.k.shape[1] if learned else len(rows), along))
     return {index: torch.cat(parts) for index, parts in zip(layers, zip(*found))}
