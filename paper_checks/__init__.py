@@ -1,1 +1,1 @@
-"""The paper's claims, measured again: `python -m paper_checks` runs one script for each."""
+"""The paper's claims, measured again: `python -m paper_checks` runs a check of each."""

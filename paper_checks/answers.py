@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 
 from less_fast import LessError
 
+from . import script
+
 TIME, MEMORY = 10, 2**30  # seconds and bytes of a program
 NEW = {"humaneval": 384, "gsm8k": 320}  # tokens of an answer, at most
 PROGRAM = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
@@ -45,9 +47,7 @@ def asked(name: str, row: dict) -> tuple[str, dict]:
 
 def prompts(tokenizer, questions: list[str]) -> list[list[int]]:
     """Tokens of each question under the model's chat template."""
-    from .summarization import answer_to  # it needs rouge_score, which not all parts of real_model do
-
-    return [tokenizer(answer_to(tokenizer, question), add_special_tokens=False)["input_ids"] for question in questions]
+    return [tokenizer(script.answer_to(tokenizer, question), add_special_tokens=False)["input_ids"] for question in questions]
 
 
 def right(name: str, answer: str, told: dict) -> bool:

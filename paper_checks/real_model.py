@@ -82,8 +82,6 @@ def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
 
     rows: windows of a text, of which the haystacks and the keys are.
     """
-    from .summarization import answer_to
-
     rng, texts = random.Random(seed), tokenizer.batch_decode(rows)
     words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", " ".join(texts))))
     asked, names, pairs = [], [], []
@@ -100,7 +98,7 @@ def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
             question, begun = "\n".join([*told, f"\nWhat is the code of the {key}?"]), f"The code of the {key} is"
             asked.append((f"one of {count} codes", question, begun, codes[key]))
     for name, question, begun, answer in asked:
-        context = answer_to(tokenizer, question) + begun
+        context = script.answer_to(tokenizer, question) + begun
         ids, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, f"{context} {answer}"))
         names.append(name)
         pairs.append((tuple(ids), tuple(whole[len(ids) :])))
@@ -187,6 +185,8 @@ def measure(chosen) -> None:
     parts = chosen.parts.split(",") if chosen.parts else [part for part in PARTS if PARTS[part][0] in inputs]
     if absent := [part for part in parts if PARTS.get(part, [part])[0] not in inputs]:
         raise LessError(f"nothing in {chosen.inputs} is for the part {absent[0]!r}: choose some of {', '.join(PARTS)}")
+    asked = chosen.caches.split(",") if chosen.caches else []
+    script.known("cache", asked, ("full", "bare", "baseline+", "less"))
     for part in parts:
         what, measured, chunk = PARTS[part]
         rules = [policy_named(name, kept, length) for kept in chosen.budgets.split(",") for name in chosen.policies.split(",")]
@@ -195,8 +195,8 @@ def measure(chosen) -> None:
                 label = {"part": part, "dtype": chosen.dtype, "rule": None if contender.cache == "full" else repr(rule)}
                 label |= {"cache": contender.cache, "budgets": contender.budgets}
                 label |= {"context": None if contender.cache == "full" else chosen.context}
-                known = any(label.items() <= record.items() for record in done["results"])
-                if known or (chosen.caches and contender.cache not in chosen.caches.split(",")):
+                there = any(label.items() <= record.items() for record in done["results"])
+                if there or (asked and contender.cache not in asked):
                     continue
                 start = time.perf_counter()
                 reader = Reader(model, tokenizer, contender.make, chunk, chosen.batch, length)

@@ -49,6 +49,13 @@ def hardware(device: str = "cpu") -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} cores, {platform.machine()}"
 
 
+def answer_to(tokenizer, request: str) -> str:
+    """A text that an answer to the request goes on with: by the chat template of the tokenizer if it has one."""
+    if not tokenizer.chat_template:
+        return f"{request}\n\n"
+    return tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True)
+
+
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table."""
     headings = list(headings)

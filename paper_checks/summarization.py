@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from less_fast.measuring.compare import contenders, share_recovered
 from less_fast.measuring.reading import Reader
 
+from . import script
 from .check import Finding, Subject, claim, verdict
 
 KINDS = ("rouge1", "rouge2", "rougeL")
@@ -35,19 +36,12 @@ def prompt(tokenizer, article: str, room: int) -> list[int]:
     def framed(text):
         if not tokenizer.chat_template:
             return tokenizer(PROMPT.format(text))["input_ids"]
-        return tokenizer(answer_to(tokenizer, REQUEST.format(text)), add_special_tokens=False)["input_ids"]
+        return tokenizer(script.answer_to(tokenizer, REQUEST.format(text)), add_special_tokens=False)["input_ids"]
 
     ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"][: room - len(framed(""))]
     while len(asked := framed(tokenizer.decode(ids))) > room and ids:  # what is cut may take more tokens than it was
         ids = ids[: room - len(asked)]
     return asked
-
-
-def answer_to(tokenizer, request: str) -> str:
-    """A text that an answer to the request goes on with: by the chat template of the tokenizer if it has one."""
-    if not tokenizer.chat_template:
-        return f"{request}\n\n"
-    return tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True)
 
 
 def rouge(references: list[str], texts: list[str]) -> torch.Tensor:

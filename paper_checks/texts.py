@@ -80,13 +80,13 @@ def chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: lis
     found: list[str] = []
     tokenizer.padding_side = "left"
     for start in range(0, len(asked), AT_ONCE):
-        turns = [[{"role": "user", "content": question}] for question in asked[start : start + AT_ONCE]]
-        written = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        some = asked[start : start + AT_ONCE]
+        written = [script.answer_to(tokenizer, question) for question in some]
         inputs = tokenizer(written, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
         out = model.generate(**inputs, max_new_tokens=new, do_sample=True, temperature=0.7, top_p=0.95)
         answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for turn, answer in zip(turns, answers):
-            whole = [*turn, {"role": "assistant", "content": answer}]
+        for question, answer in zip(some, answers):
+            whole = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             found.append(tokenizer.apply_chat_template(whole, tokenize=False))
         print(f"{len(found)} of {len(asked)} questions are answered", file=sys.stderr)
     return "".join(found)

@@ -485,6 +485,10 @@ def test_train_goes_on_with_kernels_that_are_there_and_their_sizes(command, stor
     for name in ("q0", "rho.r0"):
         one, other = (kernels.layers[0].get_parameter(name) for kernels in (start, learned))
         assert 0 < (one - other).abs().max() < 1
+    code, printed, _ = command("train", *small[:-2], "--start", PAPER_KERNELS, "--overwrite")  # which have no rho
+    assert code == 0
+    learned = LessKernels.from_pretrained(out)
+    assert (learned.sizes["family"], "rho" in learned.sizes) == ("paper", True)
     code, printed, _ = command("compare", "--kernels", out, "--text", story, *SMALLEST, "--policy", "retention")
     assert code == 0
     assert [row["cache"] for row in json.loads(printed)["rows"]][:4] == ["full", "bare", "baseline+", "less"]
@@ -584,7 +588,7 @@ def spoiled(tmp_path):
         (["train", "--budget", "1023"], "evicts nothing"),
         (["allocate", "--kernels", str(KERNELS), "--text", "a.txt", "--dataset", "b"], "--text and --dataset are two sources"),
         (["allocate", "--kernels", str(KERNELS), "--refine", "2000"], "evicts nothing from windows of 1024"),
-        (["train", "--policy", "fastgen"], "evicts one token at a time, and fastgen does not: train with h2o"),
+        (["train", "--policy", "fastgen"], "evicts one token at a time, and FastGen"),
         (["allocate", "--kernels", str(KERNELS), "--dataset", "a,b,c,d,e"], "a data set is NAME"),
         (["train", "--hours", "inf"], "--hours must be a number from 0 to"),
         (["allocate", "--kernels", "nobody/nothing"], "nobody/nothing is no folder, so say with --out where"),

@@ -615,6 +615,7 @@ def test_tables_refuse_what_cannot_be(tables, tmp_path, capsys):
     assert "inputs.json" in capsys.readouterr().err
     (tmp_path / "inputs.json").write_text('{"about": {"length": 128}}')
     assert tables("measure", "--parts", "perplexities")[0] == 2
+    assert tables("measure", "--caches", "lesss")[0] == 2
     assert "is for the part 'perplexities': choose some of perplexity" in capsys.readouterr().err
     assert tables("measure", "--kernels", "none")[0] == 2
     assert "say which with --kernels" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from ..setting import POLICIES
 from ..text import windows as cut_windows
 from ..training import recipe_of, tables
 from ..training import train as train_kernels
-from ..training.checks import number
+from ..training.checks import check_streamed, number
 from ..training.head_costs import check_policy
+from ..training.plan import JUDGES
 from ..training.stages import rules_in_turns
 from .app import app, check_free, evicting
 from .options import (
@@ -36,7 +37,7 @@ from .options import (
     TextOption,
 )
 
-MOST, JUDGES = 256, 16  # windows of a training, and for one that judges
+MOST = 256  # windows of a training
 
 
 @app.command()
@@ -68,8 +69,7 @@ def train(
     known = family or FamilyName("exponential")
     name = policy.value if policy else "h2o" if known.value == "paper" else "retention"
     rule = evicting(name, budget, length)
-    if not rule.one_leaves:
-        raise LessError(f"training needs a policy that evicts one token at a time, and {name} does not: train with h2o")
+    check_streamed(rule)
     recipe = recipe_of(known.value, seed=seed, rho=RHO_HIDDEN if rule.needs == "rho" else None)
     rules_in_turns(rule, recipe, length)
     texts, source = load_texts(text, "", "train")
@@ -78,15 +78,19 @@ def train(
     make_folder(out)  # what cannot be written should be known before the training
     begin = load_kernels(network, start) if start else None
     if begin is not None:
-        theirs = {name: begin.sizes.get(name) for name in ("rank", "hidden", "rho")}
+        theirs = {name: begin.sizes[name] for name in ("rank", "hidden", "rho") if name in begin.sizes}
+        if isinstance(theirs["rank"], list):  # 0 for layers that LESS does not serve
+            theirs["rank"] = max(theirs["rank"])
         recipe = recipe_of(family.value if family else begin.sizes["family"], seed=seed, **{"rho": recipe.rho} | theirs)
     windows = cut_windows(tokenizer, texts, length, seed=seed)[: MOST + MOST // JUDGES]
-    if len(windows) < 2:
-        raise LessError(f"the text has a single window of {length} tokens, and another one judges: give more text")
     judges = max(1, len(windows) // (JUDGES + 1))
-    training, held_out = windows[judges:], windows[:judges]
-    if not text:  # the standard library's, which has a split for validation
-        held_out = cut_windows(tokenizer, load_texts([], "", "validation")[0], length, judges, seed)
+    if text and len(windows) < 2:
+        raise LessError(f"the text has a single window of {length} tokens, and another one judges: give more text")
+    if text:
+        training, held_out = windows[judges:], windows[:judges]
+    else:  # the standard library's, which has a split for validation
+        of_validation = load_texts([], "", "validation")[0]
+        training, held_out = windows[:MOST], cut_windows(tokenizer, of_validation, length, judges, seed)
     work = out / ".training"
     learned = train_kernels(network, training, held_out, rule, recipe, work, begin, hours, lambda line: print(line, flush=True))
     learned.about |= {"model": model or "embedded", "text": source, "versions": versions()}

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ..gguf import CARRIED
-from ..layer.features import MOST
 from ..loading import AUTO, DTYPES, SHAPES
 from ..setting import POLICIES
 from ..training import RECIPES
@@ -45,10 +44,6 @@ Int8Option = Annotated[bool, typer.Option("--int8", help="Keys and values in eig
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16, float16.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
-HiddenOption = Annotated[
-    int | None, typer.Option("--hidden", min=0, max=MOST, help="Hidden width of the kernels; 32 (paper: 512) by default.")
-]
-RankOption = Annotated[int, typer.Option("--rank", min=1, max=MOST, help="Features of the low-rank state.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]

@@ -52,7 +52,7 @@ def rounds(count: int, recipe: Recipe) -> list[Turn]:
     for number, windows in enumerate(_shuffled(count, recipe.seed).tensor_split(-(-count // (recipe.round or count)))):
         draw = torch.Generator().manual_seed(recipe.seed + number)
         rows = [torch.randperm(len(windows), generator=draw, device="cpu") for _ in range(recipe.uses)]
-        turns += [(windows, part) for part in torch.cat(rows).split(recipe.batch)] if rows else []
+        turns += [(windows, part) for part in torch.cat(rows).split(recipe.batch)]
     return turns
 
 

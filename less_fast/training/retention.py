@@ -111,10 +111,7 @@ def train_rho(
         parts = [watch(model, ids, recipe.seed + row) for ids, row in each]
         return [Seen.join([part.pop(0) for part in parts]) for _ in rhos]
 
-    def loss(layers: list[Seen], rows: torch.Tensor, step: int) -> float:
-        return step_of_rho(layers, rows, rhos)
-
-    descend("rho", descent, turns, read, loss, recipe.seed, work)
+    descend("rho", descent, turns, read, lambda layers, rows, _: step_of_rho(layers, rows, rhos), recipe.seed, work)
     return judge(model, validation, start, rhos, recipe)
 
 
