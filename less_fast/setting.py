@@ -134,8 +134,8 @@ class Setting:
             setting = cls(sizes, tuple(less_layers), policy, kernels, table, chunk, context, int8)
         if context is not None:
             kept = policy.budget if setting.budgets is None else max(chain(*setting.budgets))
-            if kept is None or kept > integer("context", context, 2):
-                raise LessError(f"{kept or 'all'} tokens are kept, and a context of {context} has fewer positions: keep fewer")
+            if kept > integer("context", context, 2):
+                raise LessError(f"{kept} tokens are kept, and a context of {context} has fewer positions: keep fewer")
         if not isinstance(int8, bool):
             raise LessError(f"int8 is True or False, not {int8!r}")
         if sizes is not None:
@@ -184,7 +184,7 @@ class Setting:
         return held
 
     def without_state(self) -> "Setting":
-        """The same for the bare policy, where what is evicted is forgotten: no kernels, or rho alone if the policy is learned."""
+        """The same for the bare policy, where what is evicted is forgotten: no kernels, or rho alone if the policy needs it."""
         return replace(self, kernels=self.kernels.without_state() if self.kernels and self.policy.needs == "rho" else None)
 
     def baseline_plus(self, dtype: torch.dtype) -> Policy:
@@ -193,7 +193,7 @@ class Setting:
         The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4
         tokens.
         """
-        budget = integer("the budget that Baseline+ begins with", self.policy.budget)
+        budget = self.policy.budget
         wanted, bare = self.memory(dtype), replace(self.without_state(), budgets=None)
         while bare.memory(dtype) < wanted:
             budget += 1

@@ -77,7 +77,7 @@ class AnyHistory(RuleBasedStateMachine):
     )
     def an_empty_state(self, layer, k3, seed, rows, attention, int8, drawn):
         policy = drawn.draw(st.sampled_from([SOME_POLICY, *(policies(name, largest=3) for name in ONE_AT_A_TIME)]))
-        table = drawn.draw(policy_tables(layer.kv_heads, policy))  # heads of one policy and several budgets are ragged
+        table = drawn.draw(policy_tables(layer.kv_heads, policy))  # heads of one policy and several budgets lie in one row
         head_dim = 4 + 4 * (layer.head_dim > 4) if int8 else layer.head_dim + 1
         layer = replace(layer, head_dim=head_dim)  # the last coordinate can shift all logits at once
         self.case, self.kernels = Case(layer, (), table, k3, None, seed, *attention, int8), None

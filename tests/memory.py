@@ -2,7 +2,7 @@
 
 
 def numbers_held(budgets, ranks, score_sizes, head_dim):
-    """Each argument but the last has one number for each KV head; a head has one slot more than its budget, which is scratch."""
+    """Each argument but the last has one number for each KV head; a head has one slot more than its budget, which is free."""
     slots = [budget + 1 for budget in budgets]
     return {
         "entries": sum(slots) * 2 * head_dim,

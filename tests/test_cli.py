@@ -236,7 +236,7 @@ def test_slots_in_eight_bits_are_measured_and_generated_with(command, story):
         assert plus["bytes"] - plus["bytes"] // (plus["budget"] + 1) < less["bytes"] <= plus["bytes"]  # a slot fewer is less
         return less["bytes"]
 
-    saved = 16 * (16 + 1) * 2 * (4 * 64 - 68)  # in 16 heads, each with a scratch slot
+    saved = 16 * (16 + 1) * 2 * (4 * 64 - 68)  # in 16 heads, each with a free slot
     for held in (generated, compared):
         assert held() - held("--int8") == saved
 

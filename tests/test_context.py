@@ -278,3 +278,14 @@ def test_layers_without_positions_have_no_frequencies_and_the_others_the_models_
     found = rotaries(tiny("smollm3"))
     assert [len(rotary.frequencies) for rotary in found] == [4, 4, 4, 0]
     assert found[0].frequencies == tuple(tiny("smollm3").model.rotary_emb.inv_freq.double().tolist())
+
+
+def test_a_state_that_moved_under_inference_mode_is_reset_outside_of_it():
+    state = LayerState.allocate(H2O(2, 2), 1, 1, 1, 4, movable=True)
+    with torch.inference_mode():
+        for _ in range(3):
+            q, k, v = torch.randn(3, 1, 1, 4, 4)
+            less_fast.extend(state, *Context(8, Rotary((1.0,))).enter(state, q, k), v)
+    assert state.moved.tolist() == [4]
+    state.reset()
+    assert not state.moved.any()

@@ -177,7 +177,7 @@ def test_a_budget_table_gives_each_head_and_ranks_give_each_layer_its_own_and_me
     assert [[len(head.position) for head in layer] for layer in heads] == budgets
     assert [[len(head.z) for head in layer] for layer in heads] == [[rank] * 2 for rank in ranks]
     bytes_held = cache.memory()
-    slots = sum(budget + 1 for row in budgets for budget in row)  # one of each head is scratch
+    slots = sum(budget + 1 for row in budgets for budget in row)  # one of each head is free
     assert bytes_held["entries"] == 2 * 8 * slots * 2 * 8  # rows, bytes, slots, keys and values, head_dim
     assert bytes_held["low_rank"] == 2 * 8 * 2 * sum(ranks) * (8 + 1)  # rows, bytes, KV heads, features, head_dim + 1
 

@@ -360,6 +360,28 @@ def test_a_policy_of_ones_own_may_ask_for_kinds_and_let_several_tokens_go_at_onc
 
 
 @dataclass(frozen=True)
+class OfKinds(less_fast.Policy):
+    """Keeps the tokens of the highest kinds, which come as integers."""
+
+    budget: int
+    needs = "kinds"
+
+    def born(self, tokens, kernels):
+        return tokens.kinds[:, None]  # (N, 1, m)
+
+    def rank(self, position, score, n):
+        return score
+
+
+@pytest.mark.parametrize("chunks", [[8], [1] * 8, [3, 1, 4]])
+def test_scores_of_another_dtype_are_born_in_every_chunking(chunks):
+    state, kinds = less_fast.LayerState.allocate(OfKinds(3), 1, 1, 1, 2), torch.tensor([[0, 2, 1, 0, 2, 1, 2, 0]])
+    for now in slices(chunks):
+        less_fast.extend(state, *torch.ones(3, 1, 1, now.stop - now.start, 2), kinds=kinds[:, now])
+    assert state.head(0, 0)["position"].tolist() == [1, 4, 6]
+
+
+@dataclass(frozen=True)
 class CountsItsRanks(less_ref.Policy):
     """Keeps the newest, and notes in the score how often it ranked a token."""
 

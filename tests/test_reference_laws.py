@@ -443,8 +443,8 @@ def test_a_full_state_holds_budgets_ranks_and_scores_and_nothing_else(case):
     _, state = less_ref.extend(state, q, k, v, case.reference, case.kernels)
     ranks = [case.kernels.rank if case.kernels else 0] * case.layer.kv_heads
     score_sizes = [math.prod(policy.score_shape) for policy in case.reference]
-    without_scratch = [policy.budget - 1 for policy in case.reference]
-    numbers = numbers_held(without_scratch, ranks, score_sizes, case.layer.head_dim)
+    without_the_free_one = [policy.budget - 1 for policy in case.reference]
+    numbers = numbers_held(without_the_free_one, ranks, score_sizes, case.layer.head_dim)
     assert numbers["entries"] == sum(head.k.size + head.v.size for head in state.heads)
     assert numbers["low_rank"] == sum(head.H.size + head.z.size for head in state.heads)
     assert numbers["bookkeeping"] == sum(head.position.size + head.score.size for head in state.heads)

@@ -119,7 +119,7 @@ def every_row_begins_anew_when_one_moves(patch):
     make_room = Context.make_room
 
     def make_room_and_forget(context, state, new):
-        before = state.moved
+        before = state.moved.clone()
         room = make_room(context, state, new)
         if (state.moved != before).any():
             for part in state.parts:

@@ -247,7 +247,7 @@ class LessCache(WatchedCache):
         twin = type(self)(layers=[])
         shared = [self.config, self.setting, *(layer.kernels for layer in self.less_layers)]
         states = [layer.state for layer in self.less_layers if layer.state]
-        shared += [part.kernels for state in states for part in state.parts]
+        shared += [one for state in states for part in state.parts for one in (part.kernels, part.slots.layout)]
         memo |= {id(part): part for part in shared} | {id(self): twin}
         with torch.inference_mode(False):
             for layer in self.layers:  # what a pass with gradients left in layers of transformers' own has a graph behind it

@@ -57,14 +57,14 @@ class Context:
         """
         if state.moved is None:
             raise LessError("this state cannot move what it holds: allocate it with movable=True")
-        by, before = self.length // 2, state.moved
+        by, before = self.length // 2, state.moved.clone()
         full = state.n - before + new > self.length  # (N,)
         if full.any():
             if (new[full] > by).any():
                 raise LessError(
                     f"{new.max()} tokens at once find no room in a context of {self.length}: give at most {by} at a time"
                 )
-            state.moved = before + by * full
+            state.moved += by * full
             for part in state.parts:
                 slots = part.slots
                 was, now = ((slots.position - moved[:, None]).clamp(min=0) for moved in (before, state.moved))  # (N, T)

@@ -18,8 +18,8 @@ MOST = 2**16  # layers, heads, features, numbers in a head: more is a mistake, o
 
 
 class Features(nn.Module):
-    """What every family says: phi and psi of one layer, with `rank` features for each KV head. rho: for policies that are
-    learned; None without."""
+    """What every family says: phi and psi of one layer, with `rank` features for each KV head. rho: for policies that
+    need it (Retention); None without."""
 
     LEAST_RANK = 1
 

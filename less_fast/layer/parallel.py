@@ -44,7 +44,10 @@ def eviction_times(
         extend(state, *token, logits=Logits(scale), kinds=None if kinds is None else kinds.index_select(1, at))
         for heads, position in state.positions():
             slots = position.long().masked_fill(position < 0, T)  # (N, h, S)
-            last_held[:, heads] = last_held[:, heads].scatter(2, slots, at.expand(slots.shape))
+            if isinstance(heads, slice):  # all of them: nothing is copied
+                last_held.scatter_(2, slots, at.expand(slots.shape))
+            else:
+                last_held[:, heads] = last_held[:, heads].scatter(2, slots, at.expand(slots.shape))
         at.add_(1)
 
     if can_replay(state, T):

@@ -46,7 +46,7 @@ class Policy:
     score_shape: ClassVar[tuple[int, ...]] = ()
     """The shape of one slot's score; (C,) makes the scores (N, H, S, C)."""
     one_leaves: ClassVar[bool] = True
-    """A token that comes alone makes at most one entry leave, so that shapes are fixed and steps can be compiled. False: what
+    """A token that comes alone makes at most one token leave, so that shapes are fixed and steps can be compiled. False: what
     ranks -inf goes even if there is room, so several may go at once."""
     if TYPE_CHECKING:  # a field or a property of each policy
 
@@ -369,7 +369,7 @@ def best_first(rank, position):
 
 def ordered_sum(x):
     """The sum over dimension 2, added in the same order in every slot: torch's own order differs between the last slots and the
-    others, and would decide ties by the slots of the entries."""
+    others, and would decide ties by the slots of the tokens."""
     own = False  # whether x lies in memory of this function
     while x.shape[2] > 1:
         half = x.shape[2] // 2

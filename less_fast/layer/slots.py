@@ -1,4 +1,4 @@
-"""Slots: where the KV heads of a layer keep tokens. The one file that knows of unequal budgets and of eight bits.
+"""Slots: where the KV heads of a layer keep tokens. The one file that knows how unequal budgets and eight bits are stored.
 
 A head has a slot for each token of its budget and one more, which the next token takes. All heads' slots lie in one row, one
 head's behind the other's: T in all. So no head pays for another's budget. What works head by head sees them as (N, H, S), S
@@ -6,6 +6,7 @@ slots each, the most that a head has. A head with fewer shows empty ones there, 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,12 @@ class Layout:
         """x (N, H, S, ...) -> (N, T, ...)."""
         x = x.flatten(1, 2)
         return x if self.even else x.index_select(1, self.padded)
+
+
+@lru_cache
+def layout_of(sizes: tuple[int, ...], device: torch.device) -> Layout:
+    """The same for all layers and caches with these sizes: it never changes."""
+    return Layout(sizes, device)
 
 
 class Slots:
@@ -104,7 +111,7 @@ class Slots:
         self.position.scatter_(1, at, tokens.position.expand(at.shape))
         if self.score.ndim > 2:
             at = at[..., None].expand(-1, -1, self.score.shape[2])  # (N, H, C)
-        self.score.scatter_(1, at, born[:, :, 0] if torch.is_tensor(born) else born)
+        self.score.scatter_(1, at, born[:, :, 0].to(self.score.dtype) if torch.is_tensor(born) else born)
 
     def dot(self, q: torch.Tensor) -> torch.Tensor:
         """q (N, H, G, 1, D), wide -> q.k of each slot (N, H, G, 1, S)."""

@@ -1,6 +1,6 @@
 """LayerState: everything that one attention layer remembers, in tensors whose shapes never change.
 
-While tokens arrive only `decode.py`, `prompt.py` and `context.py` change what is in them.
+While tokens arrive only `step.py`, `decode.py`, `prompt.py` and `context.py` change what is in them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from .checks import LessError, integer
 from .features import Features
 from .policies import Policy, kind_of, together
-from .slots import Layout, Slots
+from .slots import Slots, layout_of
 
 HEADS_TOGETHER = 8  # a query is multiplied with the slots of all heads of a part: with more heads it costs what it saves
 
@@ -97,7 +97,7 @@ class LayerState:
 
         def part(heads: list[int]) -> Part:
             own = [policies[g] for g in heads]
-            one, layout = together(own, device), Layout([rule.budget + 1 for rule in own], device)
+            one, layout = together(own, device), layout_of(tuple(rule.budget + 1 for rule in own), torch.device(device))
             index, every = torch.tensor(heads, device=device), len(heads) == kv_heads
             return Part(
                 policies=tuple(own),
@@ -125,6 +125,7 @@ class LayerState:
         parts = [part.hold({name: tensors[f"{i}.{name}"] for name in part.tensors()}) for i, part in enumerate(self.parts)]
         return LayerState(parts, tensors["n"], self.query_heads, self.kv_heads, tensors.get("moved"))
 
+    @torch.inference_mode(False)
     def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
         """Holds these tensors from now on, on its own device."""
         self.__dict__.update(vars(self.hold({name: x.to(self.device) for name, x in tensors.items()})))
@@ -133,7 +134,8 @@ class LayerState:
         return {name: change(x) for name, x in self.tensors().items()}
 
     def memory(self) -> dict[str, int]:
-        """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch."""
+        """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch. Which slots are whose
+        is known once for all layers and caches, and not counted."""
         parts = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
         held = {"entries": 0, "low_rank": 0, "bookkeeping": 0}
         for name, tensor in self.tensors().items():

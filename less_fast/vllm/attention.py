@@ -90,13 +90,8 @@ class LessAttention(nn.Module):
         """Dense attention over all tokens, which are remembered: see identity.py."""
         self.probed = q.clone(), k.clone(), v.clone()
         state = LayerState.allocate(Window(len(q)), 1, self.query_heads, self.kv_heads, self.head_dim, None, q.dtype, q.device)
-        y = self._dense(state, q, k, v)
-        out.copy_(y)
-
-    def _dense(self, state, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        y = extend(state, q, k, v, None, self.paged.logits)
-        return y[0].transpose(0, 1)  # (T, Hq, D)
+        out.copy_(extend(state, q, k, v, None, self.paged.logits)[0].transpose(0, 1))
 
     def _measure(self, q, k, v, out):
         """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most is a prompt

@@ -88,9 +88,8 @@ class PagedLayer:
         q, k, v = (x[:, :, None] for x in (q, k, v))  # (d, H, 1, D)
         if span is None or not self.side_by_side:
             state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
-            taken = [part.slots.free.clone() for part in state.parts]  # (d, H) where the token goes
             out = self._extend(state, (q, k, v), None if real is None else real[:, None])
-            self._write_step(state, rows, taken)
+            self._write_step(state, rows)
             return out[:, :, 0]
         state = self._state({name: page[slice(*span)] for name, page in self.pages.items()})
         size, valid = span[1] - span[0], None
@@ -145,12 +144,12 @@ class PagedLayer:
         missing = {name: x for name, x in self.template.tensors().items() if name not in tensors}  # which hold nothing
         return self.template.hold(tensors | {name: x.new_empty(rows, *x.shape[1:]) for name, x in missing.items()})
 
-    def _write_step(self, state, rows, taken):
-        """Into the pages what one token has changed: of keys and values the slots taken, (d, H)."""
-        own = torch.arange(len(rows), device=rows.device)
-        for index, (part, slot) in enumerate(zip(state.parts, taken)):
+    def _write_step(self, state, rows):
+        """Into the pages what one token has changed: of keys and values the slots that were free before."""
+        for index, slots in enumerate(part.slots for part in state.parts):
+            taken = self.pages[f"{index}.free"].index_select(0, rows)  # (d, H)
             for name in ("k", "v"):
-                self.pages[f"{index}.{name}"][rows[:, None], slot] = getattr(part.slots, name)[own[:, None], slot]  # (d, H, D)
+                self.pages[f"{index}.{name}"][rows[:, None], taken] = getattr(slots, name)[slots.row, taken]  # (d, H, D)
         for name, tensor in state.tensors().items():
             if name in self.pages and not name.endswith((".k", ".v")):
                 self.pages[name].index_copy_(0, rows, tensor)
