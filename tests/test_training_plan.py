@@ -12,7 +12,7 @@ from short_training import POLICY, RECIPE, quick_training, setting_of
 
 from less_fast import LessError
 from less_fast.training import layers, plan, retention, sensitivity
-from less_fast.training.plan import Costs, bytes_of_joint, bytes_of_window, free_memory, share_out
+from less_fast.training.plan import Costs, bytes_of_joint, bytes_of_reading, bytes_of_window, free_memory, share_out
 
 WHOLE = replace(RECIPE, rho=3, uses=6, joint_steps=75, curves=8)
 CPU = torch.device("cpu")
@@ -82,8 +82,8 @@ def test_a_round_holds_as_much_for_each_window_as_is_said(dtype):
 
 
 def test_rounds_are_as_large_as_the_free_memory_allows(monkeypatch):
-    each = bytes_of_window(make_model().float(), 30, RECIPE)
-    for free, size in ((20.5 * each, 10), (8.5 * each, 4), (0, 1), (None, 10)):
+    each, reading = bytes_of_window(make_model().float(), 30, RECIPE), bytes_of_reading(make_model().float(), tokens(1, 30))
+    for free, size in ((2 * reading + 20.5 * each, 10), (2 * reading + 8.5 * each, 4), (0, 1), (None, 10)):
         monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
         assert quick_training(recipe=replace(RECIPE, uses=1, joint_steps=0)).about["recipe"]["round"] == size
 

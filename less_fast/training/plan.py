@@ -26,7 +26,7 @@ from .layers import step_of_layers
 from .recipe import FITS, Recipe
 from .sensitivity import SAMPLES, eviction_times_of, watch
 
-HELD = 0.5  # of the memory that is free, the most that a round or a joint step may hold
+HELD = 0.5  # of the memory that is free beside the model, the most that a training may hold
 ROUND = 32  # windows of a round where no system tells how much memory is free
 SPENT = 0.9  # of the time: a probe is no promise
 CURVES, JOINT = 0.1, 0.5  # of that, the most that curves and the stages of all layers may take
@@ -87,7 +87,10 @@ def plan(
     LessError if that is too little time, with the least.
     """
     each, free = bytes_of_window(model, windows.shape[1], recipe), free_memory(model.device)
-    most = recipe.round or (ROUND if free is None else max(1, int(HELD * free / each)))
+    most = recipe.round or ROUND
+    if recipe.round is None and free is not None:
+        room = HELD * free - (bytes_of_reading(model, windows[:1]) if FITS[recipe.family].by_gradient else 0)
+        most = max(1, int(room / each))
     if hours is None:
         whole = len(windows), validation, min(most, len(windows)), min(most, len(windows)) * each
         return Plan(*whole, recipe.joint_steps, recipe.curves, {})
@@ -206,9 +209,20 @@ def bytes_of_window(model: PreTrainedModel, T: int, recipe: Recipe) -> int:
     return tokens * max(layers * numbers, rho * bool(recipe.rho))
 
 
+def bytes_of_reading(model: PreTrainedModel, window: torch.Tensor) -> int:
+    """What reading a window (1, T) holds on the way, gradients of its predictions too."""
+    predictions = 4 * model.get_output_embeddings().weight.shape[0] * window.shape[1]
+    return bytes_of_graph(model, window, lambda ids: watch(model, ids, 0)) + 3 * predictions
+
+
 def bytes_of_joint(model: PreTrainedModel, window: torch.Tensor, setting: Setting) -> int:
-    """What the backward pass of a joint step on a window (1, T) holds, from what it does on a few and on twice as few tokens:
-    parts are linear in tokens, the others square."""
+    """What the backward pass of a joint step on a window (1, T) holds."""
+    return bytes_of_graph(model, window, lambda ids: divergence(model, ids, setting))
+
+
+def bytes_of_graph(model: PreTrainedModel, window: torch.Tensor, run: Callable[[torch.Tensor], object]) -> int:
+    """What the backward pass of a run on a window (1, T) holds, from what it does on a few and on twice as few tokens: parts are
+    linear in tokens, the others square."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def held(tokens: int) -> int:
@@ -220,7 +234,7 @@ def bytes_of_joint(model: PreTrainedModel, window: torch.Tensor, setting: Settin
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            alive = divergence(model, window[:, :tokens], setting)  # as long as it is, no storage is used twice
+            alive = run(window[:, :tokens])  # as long as it is, no storage is used twice
         del alive
         return sum(kept.values())
 
