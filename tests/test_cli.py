@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from less_fast import LessCache, LessError, LessKernels, Retention, cli, loading
 from less_fast.chat import Conversation
+from less_fast.cli import talking as talking_commands
 from less_fast.demo import KERNELS, MODEL, PAPER_KERNELS, corpus
 from less_fast.hf.architecture import sizes
 from less_fast.hf.identity import identity
@@ -751,3 +753,25 @@ def test_kernels_of_another_model_are_refused(command, tmp_path):
     code, _, err = command("compare", "--kernels", tmp_path)
     assert (code, "layers is 2 in the kernels and 4 in the model" in err) == (2, True)
     assert KERNELS.is_dir()
+
+
+def test_serve_starts_the_command_that_it_prints(command, monkeypatch):
+    started = []
+    monkeypatch.setattr(talking_commands, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(talking_commands.os, "execve", lambda *process: started.append(process))
+    code, _, err = command("serve", MODEL, "--budget", 51, "--port", 9000, "--dtype", "float32")
+    (program, arguments, environment), printed = started[0], shlex.split(err)
+    assert (code, program, arguments[3:]) == (0, sys.executable, printed[1:])
+    assert printed[:3] == ["vllm", "serve", str(MODEL)]
+    assert printed[-4:] == ["--port", "9000", "--dtype", "float32"]
+    said = dict(zip(printed[3:7:2], map(json.loads, printed[4:8:2])))
+    less = {"less": {"budget": 51}}
+    assert said == {"--hf-overrides": {"architectures": ["LessLlamaForCausalLM"]}, "--additional-config": less}
+    assert environment.items() > dict(os.environ).items() or "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in os.environ
+
+
+def test_serve_says_what_is_missing(command, monkeypatch):
+    monkeypatch.setattr(talking_commands, "find_spec", lambda name: None)
+    assert command("serve", MODEL)[2].startswith("less-kv: vLLM is not installed here")
+    monkeypatch.setattr(talking_commands, "find_spec", lambda name: name == "vllm")
+    assert "no config of a model at /nowhere" in command("serve", "/nowhere")[2]

@@ -9,18 +9,20 @@ import random
 from importlib.metadata import version
 
 import torch
+from models import make_kernels
 from transformers import AutoModelForCausalLM
-from vllm_engines import Reference, close, difference, engine, generate, make_folder
+from vllm_engines import CHUNK, Reference, close, difference, engine, generate, make_folder
 
 from less_fast import LessKernels
 from less_fast.demo import KERNELS, MODEL
+from less_fast.hf.identity import identity
 
 SLIDING = dict(sliding_window=32, num_hidden_layers=4)
 LAYERS = ["sliding_attention", "full_attention"] * 2
 SINKS = dict(num_local_experts=4, num_experts_per_tok=2)
 LAMBDA, SNAPKV = {"policy": "lambda", "sinks": 4, "recent": 28}, {"policy": "snapkv", "budget": 32, "window": 8, "reach": 2}
 CASES = {
-    "llama": ("LlamaConfig", {}, {"policy": "tova", "budget": 32, "chunk": 1}),
+    "llama": ("LlamaConfig", {}, {"policy": "tova", "budget": 32, "chunk": 64, "context": 128}),
     "mistral": ("MistralConfig", dict(sliding_window=None), {"policy": "h2o", "budget": 32, "chunk": 16}),
     "qwen2": ("Qwen2Config", {}, LAMBDA),
     "qwen3": ("Qwen3Config", {}, SNAPKV),
@@ -55,7 +57,7 @@ def test_a_decoder_gives_the_text_of_a_less_cache(name, dtype, tmp_path, closing
         pytest.skip("this vLLM's own layers with sliding windows take sinks in bfloat16 alone on a CPU")
     config, changes, less = CASES[name]
     if dtype == torch.bfloat16:  # where a rounding would decide what is evicted, if scores did
-        less = LAMBDA | {"chunk": less.get("chunk")}
+        less = LAMBDA | {"chunk": less.get("chunk", CHUNK)}
     architecture = make_folder(tmp_path, config, changes)
     reference = Reference(tmp_path, less, dtype=dtype)
     lengths = [60 - 7 * (i % 5) for i in range(len(PROMPTS))]
@@ -76,6 +78,22 @@ def test_kernels_of_another_model_of_the_same_shape_are_refused_when_the_engine_
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="kernels are for another model of the same shape"):
         engine(tmp_path, "LlamaForCausalLM", less, skip_tokenizer_init=True)
+
+
+def test_a_mixed_model_is_served_with_kernels_of_its_own_and_what_they_know_is_kept(tmp_path, closing):
+    architecture = make_folder(tmp_path / "model", "Gemma3TextConfig", SLIDING | dict(layer_types=LAYERS))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    kernels = make_kernels(model, family="exponential", rho=4).float()
+    kernels.about = {"identity": identity(model)}
+    kernels.save_pretrained(tmp_path / "kernels")
+    less = {"policy": "retention", "budget": 24, "chunk": 32, "context": 96}
+    reference = Reference(tmp_path / "model", less, kernels)
+    llm = engine(
+        tmp_path / "model", architecture, less | {"kernels": str(tmp_path / "kernels")}, skip_tokenizer_init=True, max_num_seqs=5
+    )
+    closing(llm)
+    answers = generate(llm, PROMPTS, [60] * len(PROMPTS))
+    assert difference(reference, PROMPTS, answers, TOLERANCE[torch.float32]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])

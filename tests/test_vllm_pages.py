@@ -3,17 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from both_paths import assert_same_state, empty, extend_reference, logits_of, widened
+from both_paths import assert_same_state, empty, extend_reference, heads_of, logits_of, widened
 from closeness import assert_close
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import ANY_ATTENTION, ANY_SLOTS, ONE_AT_A_TIME, Layer, cases, fast_kernels, policies, reference_kernels
 
+import less_ref
 from less_fast import H2O, Lambda, SnapKV
+from less_fast.layer.context import Context, Rotary
 from less_fast.vllm.pages import PagedLayer, laid_out, span_of
 
 FIXED = policies(*ONE_AT_A_TIME)
-PAGES = 7
+PAGES, PIECE = 7, 7
+CONTEXTS = st.sampled_from([None, 2 * PIECE, 2 * PIECE + 3])
 
 
 def pages_of(paged, gap):
@@ -24,39 +27,55 @@ def pages_of(paged, gap):
     return {name: tensor for (name, _, _), tensor in zip(parts, tensors)}
 
 
-def paged_layer(case, chunk, gap):
+def paged_layer(case, context, gap):
     layer, rule = case.layer, case.fast[0] if len(set(case.fast)) == 1 else case.fast
     kernels = fast_kernels(case.kernels, layer, rho=case.rho)
     heads = layer.query_heads, layer.kv_heads, layer.head_dim
-    paged = PagedLayer(rule, kernels, heads, torch.float64, chunk, logits_of(case), case.int8)
+    paged = PagedLayer(rule, kernels, heads, torch.float64, logits_of(case), case.int8, context is not None)
     paged.bind(pages_of(paged, gap))
+    frequencies = tuple(100.0 ** (-pair) for pair in range(layer.head_dim // 2))
+    paged.context = context and Context(context, Rotary(frequencies))
     return paged
 
 
 class Alone:
     """A request by itself, in the reference."""
 
-    def __init__(self, case):
-        self.case, self.state = case, empty(case)
+    def __init__(self, case, context, state=None):
+        self.case, self.state, self.step = case, state or empty(case), None
+        if context is not None:
+            rotary = less_ref.Rotary(np.array(context.rotary.frequencies))
+            self.step = less_ref.Context(context.length, rotary, case.int8).extend
 
-    def enter(self, q, k, v, chunk):
-        """q (Hq, m, D), k, v (Hkv, m, D) -> (Hq, m, D); pieces end at multiples of `chunk` tokens of the whole text."""
-        outs, m = [], q.shape[1]
-        for end in sorted({*(i for i in range(1, m) if chunk and (self.state.n + i) % chunk == 0), m}):
-            now = slice(sum(len(out) for out in outs), end)
-            policies = self.case.reference_of(())
-            row = widened(x[:, now] for x in (q, k, v))
-            out, self.state = extend_reference(self.case, self.state, row, policies)
-            outs.append(out)
-        return torch.from_numpy(np.concatenate(outs)).transpose(0, 1)
+    def enter(self, q, k, v):
+        """q (Hq, m, D), k, v (Hkv, m, D) -> (Hq, m, D)."""
+        case, row, policies = self.case, widened((q, k, v)), self.case.reference_of(())
+        if self.step is None:
+            out, self.state = extend_reference(case, self.state, row, policies)
+        else:
+            out, self.state = self.step(self.state, *row, policies, case.kernels, case.scale, case.attention)
+        return torch.from_numpy(out).transpose(0, 1)
+
+    def assert_same(self, state):
+        """The state of one row is this one."""
+        if self.step is None:
+            return assert_same_state(state, 0, self.state)
+        assert (state.n[0], state.moved[0]) == (self.state.n, self.state.moved)
+        for got, wanted in zip(heads_of(state, 0, with_kinds=False), self.state.heads, strict=True):
+            order = np.argsort(wanted.position)
+            assert np.array_equal(got.position, wanted.position[order])
+            for name in ("k", "v", "score"):
+                assert_close(getattr(got, name), getattr(wanted, name)[order].reshape(getattr(got, name).shape))
+            assert_close(got.H, wanted.H)
 
 
 @pytest.mark.parametrize("gap", [False, True], ids=["side by side", "with gaps"])
-@given(cases(policy=FIXED, attention=ANY_ATTENTION, int8=ANY_SLOTS), st.sampled_from([None, 1, 3]), st.data())
+@given(cases(policy=FIXED, attention=ANY_ATTENTION, int8=ANY_SLOTS), CONTEXTS, st.data())
 @settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
-def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap, case, chunk, data):
-    """Prompts come in pieces, tokens of several requests at once, requests leave; rows are anywhere, and others hold anything."""
-    layer, paged = case.layer, paged_layer(case, chunk, gap)
+def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap, case, length, data):
+    """Prompts come in pieces, tokens of several requests at once, requests leave, go on in another row or in two; rows are
+    anywhere, and others hold anything."""
+    layer, paged = case.layer, paged_layer(case, length, gap)
     alone: dict[int, Alone] = {}
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -68,17 +87,23 @@ def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap
         free = [row for row in range(PAGES) if row not in alone]
         if free and data.draw(st.booleans()):
             rows = data.draw(st.permutations(free))[: data.draw(st.integers(1, len(free)))]
-            alone |= {row: Alone(case) for row in rows}
+            alone |= {row: Alone(case, paged.context) for row in rows}
             computed = 0
             for _ in range(data.draw(st.integers(1, 3))):  # the last piece of some may be shorter, and then it was their last
-                lengths = data.draw(st.lists(st.integers(1, 7), min_size=len(rows), max_size=len(rows)))
+                lengths = data.draw(st.lists(st.integers(1, PIECE), min_size=len(rows), max_size=len(rows)))
                 m = max(lengths)
                 q, k, v = draw_tokens(len(rows), m)
                 valid = torch.arange(m) < torch.tensor(lengths)[:, None]  # (N, m)
                 out = paged.prompts(q, k, v, torch.tensor(rows), None if valid.all() else valid, computed)
                 for i, (row, length) in enumerate(zip(rows, lengths)):
-                    assert_close(out[i, :, :length], alone[row].enter(*(x[i, :, :length] for x in (q, k, v)), chunk))
+                    assert_close(out[i, :, :length], alone[row].enter(*(x[i, :, :length] for x in (q, k, v))))
                 rows, computed = [row for row, length in zip(rows, lengths) if length == m], computed + m
+        if alone and len(alone) < PAGES and data.draw(st.booleans()):
+            source, target = data.draw(st.sampled_from(sorted(alone))), data.draw(st.sampled_from([*{*range(PAGES)} - {*alone}]))
+            paged.copy(torch.tensor([source]), torch.tensor([target]))
+            alone[target] = Alone(case, paged.context, alone[source].state)
+            if data.draw(st.booleans()):
+                del alone[source]
         if alone:
             rows = data.draw(st.lists(st.sampled_from(sorted(alone)), min_size=1, unique=True))
             span = span_of(sorted(rows)) if data.draw(st.booleans()) else None
@@ -88,14 +113,17 @@ def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap
             paged.reset(torch.tensor(nobody[:pads], dtype=torch.int64))
             q, k, v = draw_tokens(len(rows) + pads)
             real = torch.arange(len(rows) + pads) < len(rows) if pads else None
+            if paged.context is not None:
+                full = torch.tensor(rows)[paged.full(torch.tensor(rows))]
+                if len(full):
+                    paged.make_room(full)
             out = paged.decode(q, k, v, torch.tensor(rows + nobody[:1] * pads), real, span)
             for i, row in enumerate(rows):
-                assert_close(out[i], alone[row].enter(*(x[i, :, None] for x in (q, k, v)), chunk)[:, 0])
+                assert_close(out[i], alone[row].enter(*(x[i, :, None] for x in (q, k, v)))[:, 0])
             for row in data.draw(st.lists(st.sampled_from(rows), unique=True)):
                 del alone[row]
     for row, request in alone.items():
-        own = paged._state({name: page[row : row + 1] for name, page in paged.pages.items()})
-        assert_same_state(own, 0, request.state)
+        request.assert_same(paged._state({name: page[row : row + 1] for name, page in paged.pages.items()}))
 
 
 @pytest.mark.parametrize("fill", [torch.nan, 1.0])  # what is broken leaves no trace anyway

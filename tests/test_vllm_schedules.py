@@ -1,5 +1,6 @@
-"""Whatever requests come, whenever they come, go or are aborted: each gets the text and log-probabilities of its own LessCache.
-One engine serves all of it, with kernels and budgets by head: prompts enter whole, or vLLM cuts them at multiples of a chunk."""
+"""Whatever requests come, whenever they come, go or are aborted: each gets the text and log-probabilities of its own LessCache,
+also those that begin as others did. One engine serves all of it, with kernels and budgets by head, within a context or without.
+"""
 
 import itertools
 import os
@@ -22,11 +23,14 @@ SCHEDULES = int(os.environ.get("VLLM_SCHEDULES", "20"))
 BUDGETS = [[8, 30], [19, 19], [25, 13]]
 LESS = {"policy": "h2o", "budget": 19, "budgets": BUDGETS}
 ENGINES = {
-    "whole prompts": ({}, {}),
-    "prompts in pieces": ({"chunk": 24}, dict(enable_chunked_prefill=True, max_num_batched_tokens=40)),
+    "as it is": ({"chunk": 24}, dict(max_num_batched_tokens=40)),
+    "within a context": ({"chunk": 24, "context": 64}, dict(max_num_batched_tokens=64)),
+    "no prefixes, within a context": ({"chunk": 17, "context": 41}, dict(enable_prefix_caching=False)),
 }
 SAME = 2e-5  # float32: five times the largest difference of log-probabilities of 300 schedules; margins of ties as well
-PROMPTS = [random.Random(seed).choices(range(1, 97), k=1 + seed * seed % 90) for seed in range(40)]
+ALONE = [random.Random(seed).choices(range(1, 97), k=1 + seed * seed % 90) for seed in range(30)]
+ALIKE = [ALONE[8][:24] + prompt for prompt in ALONE[9:14]] + [ALONE[11] + prompt for prompt in ALONE[14:19]]
+PROMPTS = ALONE + ALIKE  # around multiples of the chunk, and beyond the contexts
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,8 @@ def both(folders, request):
     """An engine, and what it must say."""
     more, changes = ENGINES[request.param]
     kernels, less = LessKernels.from_pretrained(folders[1]), LESS | more | {"kernels": str(folders[1])}
-    llm = engine(folders[0], less=less, max_model_len=512, max_num_seqs=6, skip_tokenizer_init=True, **changes)
+    changes |= dict(max_model_len=512, max_num_seqs=6, skip_tokenizer_init=True, disable_log_stats=False)
+    llm = engine(folders[0], less=less, **changes)
     yield llm, Reference(folders[0], LESS | more, kernels)
     close(llm)
 
@@ -63,6 +68,24 @@ def reference(both):
 def test_prompts_of_all_lengths_get_the_text_of_a_less_cache(llm, reference):
     answers = generate(llm, PROMPTS, [5 + 7 * i % 30 for i in range(len(PROMPTS))])
     assert difference(reference, PROMPTS, answers, SAME) < SAME
+
+
+def hits(llm):
+    """Tokens of prompts that were not computed again, by vLLM's own count."""
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits")
+
+
+def test_a_prompt_goes_on_from_one_that_began_alike_but_never_from_what_was_generated(both):
+    llm, reference = both
+    prompt, chunk = random.Random(99).choices(range(1, 97), k=60), reference.asked["chunk"]
+    said, _ = generate(llm, [prompt], [70])[0]
+    longer = [prompt[:30] + [7] * 50, prompt + said + [5]]
+    assert difference(reference, [prompt], generate(llm, [prompt], [70]), SAME) < SAME
+    before = hits(llm)
+    for text in longer:
+        assert difference(reference, [text], generate(llm, [text], [30]), SAME) < SAME
+    cached = llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    assert hits(llm) - before == cached * (30 // chunk + 60 // chunk) * chunk
 
 
 def test_the_kernels_matter(folders, reference):

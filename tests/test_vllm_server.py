@@ -52,8 +52,7 @@ def start(*more):
         "--max-num-seqs",
         "32",
     ]
-    command += ["--no-enable-chunked-prefill", "--no-enable-prefix-caching", "--enforce-eager"]
-    command += ["--hf-overrides", json.dumps(overrides), "--additional-config", json.dumps(config), *more]
+    command += ["--enforce-eager", "--hf-overrides", json.dumps(overrides), "--additional-config", json.dumps(config), *more]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     server, address = subprocess.Popen(command, env=environment), f"http://127.0.0.1:{port}"
     for _ in range(600):

@@ -19,8 +19,9 @@ ENVIRONMENT = dict(
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
 )
+CHUNK = 256  # of the plugin's own
 PLAIN = dict(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8)
-LESS = PLAIN | dict(enable_prefix_caching=False, enable_chunked_prefill=False, distributed_executor_backend="uni")
+LESS = PLAIN | dict(distributed_executor_backend="uni")
 WIDE = dict(
     hidden_size=128, head_dim=32, intermediate_size=96, max_position_embeddings=1024, tie_word_embeddings=False
 )  # vLLM knows no narrower heads
@@ -76,17 +77,19 @@ class Reference:
 
     def __init__(self, folder, less, kernels=None, dtype=torch.float32):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        fields = {name: value for name, value in less.items() if name not in ("policy", "kernels", "budgets", "chunk")}
+        others = ("policy", "kernels", "budgets", "chunk", "context", "int8")
+        fields = {name: value for name, value in less.items() if name not in others}
         policy = policy_named(less["policy"], fields["budget"]) if set(fields) == {"budget"} else None
         policy = policy or type(POLICIES[less["policy"]])(**fields)
-        self.asked = policy, kernels, less.get("budgets"), less.get("chunk")
+        self.asked = dict(policy=policy, kernels=kernels, budgets=less.get("budgets"), chunk=less.get("chunk", CHUNK))
+        self.asked |= dict(context=less.get("context"), int8=less.get("int8", False))
         self.said = {}
 
     @torch.no_grad()
     def generate(self, prompt, length):
         """The tokens, their log-probabilities, and by how much each was likelier than the next best."""
         if len(self.said.get(tuple(prompt), [()])[0]) < length:
-            cache, ids, steps = LessCache.for_model(self.model, *self.asked), torch.tensor([prompt]), []
+            cache, ids, steps = LessCache.for_model(self.model, **self.asked), torch.tensor([prompt]), []
             for _ in range(length):
                 best = self.model(ids, past_key_values=cache).logits[0, -1].float().log_softmax(-1).topk(2)
                 steps.append((int(best.indices[0]), float(best.values[0]), float(best.values[0] - best.values[1])))
@@ -109,13 +112,18 @@ def difference(reference, prompts, answers, tie):
     return largest
 
 
-def refusal(**changes):
-    """What vLLM says when an engine is asked for."""
+def engine_config(**changes):
+    """How vLLM would run an engine that is asked for."""
     os.environ |= ENVIRONMENT
     from vllm.engine.arg_utils import EngineArgs
 
+    return EngineArgs(**arguments(**changes)).create_engine_config()
+
+
+def refusal(**changes):
+    """What vLLM says when an engine is asked for."""
     try:
-        EngineArgs(**arguments(**changes)).create_engine_config()
+        engine_config(**changes)
     except (LessError, ValueError, OSError) as error:
         return str(error)
     return None

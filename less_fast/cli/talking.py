@@ -1,21 +1,26 @@
-"""generate and chat: texts in constant memory."""
+"""generate, chat and serve: texts in constant memory."""
 
+import json
 import math
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Annotated, TextIO
 
 import torch
 import typer
 
 from ..chat import Conversation
+from ..gguf import unpacked
 from ..hf import LessCache
 from ..hf.positions import can_move, trained_length
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
-from ..loading import check_length, first_line, load_kernels, load_model
+from ..loading import check_length, first_line, load_config, load_kernels, load_model
 from ..measuring.caches import describe, describe_briefly
 from ..setting import best_policy, policy_named, tokens_of
 from ..text import Printer, beginning
@@ -96,6 +101,28 @@ def chat(
         with _settings_of_the_model(), _cut_off_by_ctrl_c() as criterion:
             conversation.answer(line, streamer=Printer(tokenizer), stopping_criteria=[criterion], **how)
         errors.print(describe_briefly(cache), style="dim", highlight=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    words: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"{options.WHICH_MODEL}.")],
+    budget: options.TokensOption = "64",
+) -> None:
+    """Starts vLLM's server with LESS, and prints the command that does. Whatever else is said is for vllm serve."""
+    if find_spec("vllm") is None:
+        raise LessError('vLLM is not installed here: in a clone of LESS, pip install ".[vllm]" (paper_checks/VLLM.md)')
+    where, tokens = unpacked(model), tokens_of(budget)
+    architectures = load_config(model).architectures
+    if not architectures:
+        raise LessError(f"the config of {model} names no architecture, which vLLM needs")
+    arguments = [where, "--hf-overrides", json.dumps({"architectures": [f"Less{architectures[0]}"]})]
+    arguments += ["--additional-config", json.dumps({"less": {"budget": tokens}})]
+    arguments += ["--served-model-name", model] * (where != model)
+    arguments += words.args
+    errors.print(f"vllm serve {shlex.join(arguments)}", soft_wrap=True, markup=False, highlight=False)
+    longer = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # LESS itself refuses texts that are too long for it
+    os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments], longer | dict(os.environ))
 
 
 def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):

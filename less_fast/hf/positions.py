@@ -1,7 +1,9 @@
 """How a model turns queries and keys by their positions, asked of the model itself: for streams beyond its context."""
 
 import inspect
+from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,15 +35,19 @@ def rotaries(model: PreTrainedModel) -> list[Rotary]:
     positions, later = torch.arange(NEAR + FAR, device="cpu") * max(1, last // 64), last // 2
     here, there = observed(model, positions), observed(model, positions + later)
     buffers = [buffer for place, buffer in decoder.named_buffers() if place.endswith("inv_freq") and buffer.ndim == 1]
-    known = dict.fromkeys(tuple(buffer.double().tolist()) for buffer in buffers)
-    candidates = [Rotary(()), *(Rotary(*both) for both in product(known, (False, True)))]
-    found = []
-    for one, other in zip(here, there):
-        fitting = (rotary for rotary in candidates if _fits(rotary, one.qkv, other.qkv, torch.tensor([[later]], device="cpu")))
-        if (rotary := next(fitting, None)) is None:
-            raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
-        found.append(rotary)
-    return found
+    return fitting(buffers, [one.qkv for one in here], [one.qkv for one in there], later, name)
+
+
+def fitting(known: Iterable[torch.Tensor], here: Sequence, there: Sequence, later: int, name: str) -> list[Rotary]:
+    """For each layer the rotary positions by which its q (1, Hq, T, D), k, v (1, Hkv, T, D) of a text here become those of the
+    text `later` positions away. known: frequencies (F,) that may be the model's. LessError, with its name, if there are none."""
+    frequencies = dict.fromkeys(tuple(one.double().tolist()) for one in known)
+    candidates = [Rotary(()), *(Rotary(*both) for both in product(frequencies, (False, True)))]
+    by = torch.tensor([[later]], device="cpu")
+    found = [next((rotary for rotary in candidates if _fits(rotary, *both, by)), None) for both in zip(here, there)]
+    if None in found:
+        raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
+    return cast(list[Rotary], found)
 
 
 def trained_length(model: PreTrainedModel, kernels: LessKernels | None = None) -> int | None:

@@ -4,6 +4,7 @@ A departure from the paper, whose streams are no longer than the context of the 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -22,14 +23,21 @@ class Rotary:
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """x (..., D) as if it stood `by` positions later, integers that broadcast to (...)."""
         F, wide = len(self.frequencies), torch.promote_types(x.dtype, torch.float32)
-        exact = "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
-        angle = by.to(exact)[..., None] * torch.tensor(self.frequencies, dtype=torch.float64, device=exact)  # (..., F)
+        exact = torch.device("cpu") if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
+        angle = by.to(exact)[..., None] * _on(exact, self.frequencies)  # (..., F)
         cos, sin = (wave.to(x.device, wide) for wave in (angle.cos(), angle.sin()))
         one, other = (slice(0, 2 * F, 2), slice(1, 2 * F, 2)) if self.interleaved else (slice(F), slice(F, 2 * F))
         turned, x, y = x.clone(), x[..., one].to(wide), x[..., other].to(wide)  # x and y (..., F)
         turned[..., one] = (x * cos - y * sin).to(turned.dtype)
         turned[..., other] = (y * cos + x * sin).to(turned.dtype)
         return turned
+
+
+@cache
+@torch.inference_mode(False)
+def _on(device: torch.device, frequencies: tuple[float, ...]) -> torch.Tensor:
+    """(F,) float64, made once: a CUDA graph may not copy them from the host."""
+    return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)

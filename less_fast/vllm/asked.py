@@ -1,20 +1,23 @@
-"""What `--additional-config '{"less": {...}}'` asks for, as a Setting; and what an engine would compute wrong, refused when it
-starts."""
+"""What `--additional-config '{"less": {...}}'` asks for, as a Setting; the engine's defaults, made what LESS needs; and what an
+engine was asked for and would compute wrong, refused when it starts."""
 
 import dataclasses
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from ..hf.architecture import sizes_of
 from ..hf.shipped import folders
 from ..kernels import LessKernels
-from ..layer.checks import LessError
+from ..layer.checks import LessError, integer
 from ..layer.policies import Policy
 from ..setting import POLICIES, Setting, best_policy, policy_named, tokens_of
 from . import PREFIX
 
-WORDS = {"policy", "budget", "kernels", "budgets", "chunk", "int8"}
+logger = init_logger(__name__)
+WORDS = {"policy", "budget", "kernels", "budgets", "chunk", "context", "int8"}
+CHUNK, LEAST = 256, 16  # tokens of a prompt that enter together, unless the setting says otherwise, and the fewest
 SCHEDULER = f"{__package__}.scheduler.scheduler"
 EXAMPLE = '--additional-config \'{"less": {"budget": 64}}\''
 
@@ -24,13 +27,30 @@ class LessConfig:
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """LessError for what cannot run right. The scheduler becomes one that preempts nothing, and graphs are split at LESS's
-        attention."""
+        """LessError for what cannot run right. Prompts come in pieces, whose ends may be cached; the scheduler becomes LESS's;
+        and graphs are split at LESS's attention."""
         setting = setting_of(vllm_config)
         check(vllm_config, setting)
-        compilation, vllm_config.scheduler_config.scheduler_cls = vllm_config.compilation_config, SCHEDULER
+        compilation, scheduler, cache = vllm_config.compilation_config, vllm_config.scheduler_config, vllm_config.cache_config
         if compilation.splitting_ops is None:
             compilation.splitting_ops = [*compilation._attention_ops, "vllm::less_attention"]
+        scheduler.scheduler_cls, scheduler.enable_chunked_prefill = SCHEDULER, True
+        least = setting.chunk + scheduler.max_num_seqs
+        if scheduler.max_num_batched_tokens < least:
+            logger.info("LESS: a step takes %d tokens: a piece of a prompt, and one of each other request", least)
+            scheduler.max_num_batched_tokens = least
+        if cache.enable_prefix_caching and len(setting.less_layers) < sizes_of(_text_config(vllm_config))["layers"]:
+            logger.info("LESS: prompts that begin alike are read each for itself, as the model has other layers too")
+            cache.enable_prefix_caching = False
+        if cache.enable_prefix_caching:
+            cache.mamba_cache_mode, cache.block_size, cache.mamba_block_size = "align", setting.chunk, setting.chunk
+            cache.user_specified_block_size = True
+            if hasattr(cache, "prefix_cache_retention_interval"):
+                cache.prefix_cache_retention_interval = None  # the state behind every piece
+        kernels = "none" if setting.kernels is None else "of this model"
+        logger.info("LESS: %s, kernels %s, prompts in pieces of %d tokens", setting.policy, kernels, setting.chunk)
+        if setting.context is not None:
+            logger.info("LESS: texts stay within %d positions, however long they are", setting.context)
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
@@ -53,7 +73,7 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     words = (vllm_config.additional_config or {}).get("less")
     if not isinstance(words, dict) or not {"policy", "budget"} & set(words):
         raise LessError(f"this architecture needs to know how LESS compresses: add {EXAMPLE}")
-    config = vllm_config.model_config.hf_text_config
+    config = _text_config(vllm_config)
     kernels = kernels_at(words.get("kernels", None if "policy" in words else "best"), config)
     policy = _policy(words) if "policy" in words else best_policy(kernels, tokens_of(words["budget"]))
     own = {field.name for field in dataclasses.fields(policy)} if "policy" in words else set()  # type: ignore[arg-type]
@@ -63,10 +83,24 @@ def setting_of(vllm_config: VllmConfig) -> Setting:
     sizes = sizes_of(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * sizes["layers"]
     served = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-    if kernels is not None and len(served) < sizes["layers"]:
-        raise LessError('behind vLLM kernels do not serve mixed models yet: say "kernels": "none", for the bare policy')
-    int8 = words.get("int8", False)
-    return Setting.of(sizes, served, policy, kernels, words.get("budgets"), words.get("chunk"), int8=int8)
+    window, longest = kernels and kernels.window, vllm_config.model_config.max_model_len
+    context = words.get("context", window if window is not None and longest > window else None)
+    if context is not None:
+        integer("context", context, 2 * LEAST)
+    chunk = words.get("chunk", CHUNK if context is None else min(CHUNK, context // 2))
+    setting = Setting.of(sizes, served, policy, kernels, words.get("budgets"), chunk, context, words.get("int8", False))
+    if setting.chunk is None or setting.chunk < LEAST:
+        raise LessError(f"behind vLLM prompts come in pieces of {LEAST} tokens or more: leave chunk out of the setting")
+    if context is not None and setting.chunk > context // 2:
+        most = context // 2
+        raise LessError(
+            f"a piece of {setting.chunk} tokens finds no room in a context of {context}: say a chunk of {most} at most"
+        )
+    return setting
+
+
+def _text_config(vllm_config: VllmConfig) -> Any:
+    return vllm_config.model_config.hf_text_config
 
 
 def _policy(words: dict[str, Any]) -> Policy:
@@ -133,31 +167,22 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
     )
     window = setting.kernels and setting.kernels.window
     refuse(
-        window is not None and model.max_model_len > window,
-        f"the kernels were trained on texts of {window} tokens and break in longer ones, which come up to "
-        f'{model.max_model_len}: add --max-model-len {window}, or say "kernels": "none", for the bare policy',
+        window is not None and min(model.max_model_len, setting.context or model.max_model_len) > window,
+        f"the kernels were trained on texts of {window} tokens and break in longer ones: add --max-model-len {window}, or leave "
+        f'context out of the setting, or say "kernels": "none", for the bare policy',
+    )
+    known = getattr(model.hf_text_config, "max_position_embeddings", None)
+    refuse(
+        known is not None and min(model.max_model_len, setting.context or model.max_model_len) > known,
+        f'the model was trained for {known} positions: say "context": {known} in the setting, or a shorter --max-model-len',
     )
     refuse(
         vllm_config.speculative_config is not None,
         "speculation takes tokens back, and what LESS has folded does not return: leave --speculative-config out",
     )
     refuse(
-        scheduler.enable_chunked_prefill and setting.chunk is None,
-        "vLLM would cut prompts anywhere, and LESS defines what a cut computes: add --no-enable-chunked-prefill, "
-        'or "chunk" to the setting',
-    )
-    refuse(
-        scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < (setting.chunk or 0) + scheduler.max_num_seqs,
-        f"a step has no room for {setting.chunk} tokens of a prompt beside {scheduler.max_num_seqs} others: add "
-        f"--max-num-batched-tokens {(setting.chunk or 0) + scheduler.max_num_seqs}",
-    )
-    refuse(
-        cache.enable_prefix_caching,
-        "cached texts would be cut anywhere, and go on from what was generated as from a prompt: add --no-enable-prefix-caching",
-    )
-    refuse(
-        getattr(scheduler, "long_prefill_token_threshold", 0),
-        "long prompts would be cut, and LESS defines what a cut computes: leave --long-prefill-token-threshold out",
+        scheduler.long_prefill_token_threshold,
+        "long prompts come in pieces of the setting's chunk: leave --long-prefill-token-threshold out",
     )
     refuse(
         scheduler.policy != "fcfs",

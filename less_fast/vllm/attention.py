@@ -35,10 +35,10 @@ class LessAttention(nn.Module):
         self.most = config.scheduler_config.max_num_seqs  # requests at once
         self.query_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_size
         heads, dtype = (self.query_heads, self.kv_heads, self.head_dim), config.model_config.dtype
-        logits = Logits(impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None))
+        logits = logits_of(impl)
         world_size = config.parallel_config.tensor_parallel_size
         shards = [setting.shard(self.index, rank, world_size) for rank in range(world_size)]
-        layers = [PagedLayer(*shard, heads, dtype, setting.chunk, logits, setting.int8) for shard in shards]
+        layers = [PagedLayer(*shard, heads, dtype, logits, setting.int8, setting.context is not None) for shard in shards]
         self.sizes = [layer.page_bytes for layer in layers]  # for each process
         self.paged = layers[get_tensor_model_parallel_rank()]
         self.probed: tuple[torch.Tensor, ...] | None = None
@@ -89,20 +89,30 @@ class LessAttention(nn.Module):
     def _probe(self, q, k, v, out):
         """Dense attention over all tokens, which are remembered: see identity.py."""
         self.probed = q.clone(), k.clone(), v.clone()
-        state = LayerState.allocate(Window(len(q)), 1, self.query_heads, self.kv_heads, self.head_dim, None, q.dtype, q.device)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        out.copy_(extend(state, q, k, v, None, self.paged.logits)[0].transpose(0, 1))
+        out.copy_(dense(q, k, v, self.paged.logits))
 
     def _measure(self, q, k, v, out):
-        """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most is a prompt
+        """vLLM measures memory by a pass over as many tokens as there can be, which belong to nobody. What takes most is a piece
         of them all, and a copy of all requests' states; one layer stands for all, because each frees it before the next."""
         out.copy_(q)
         if not self.first or self.paged.pages:  # where there are pages, memory has been measured
             return
         states = self.paged.allocate(self.most, q.device)
-        prompt = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        out.copy_(self.paged.pieces(self.paged.allocate(1, q.device), *prompt)[0].transpose(0, 1))
+        prompt = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H, T, D)
+        out.copy_(extend(self.paged.allocate(1, q.device), *prompt, None, self.paged.logits)[0].transpose(0, 1))
         del states
+
+
+def logits_of(impl: Any) -> Logits:
+    """How an implementation of vLLM's attention makes logits."""
+    return Logits(impl.scale, getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None))
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits) -> torch.Tensor:
+    """What the tokens of one text attend to if nothing is evicted: q (T, Hq, D), k, v (T, Hkv, D) -> (T, Hq, D)."""
+    state = LayerState.allocate(Window(len(q)), 1, q.shape[1], k.shape[1], q.shape[2], None, q.dtype, q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
+    return extend(state, q, k, v, None, logits)[0].transpose(0, 1)
 
 
 def _check(attention: Attention, impl: Any) -> None:

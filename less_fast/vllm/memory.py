@@ -1,7 +1,8 @@
-"""LESS's pages among vLLM's caches: to vLLM a request's state is that of a recurrent (Mamba) layer, one page for its life."""
+"""LESS's pages among vLLM's caches: to vLLM a request's state is that of a recurrent (Mamba) layer. A request has one page for
+its life or, where prefixes are cached, a new one for each piece of its text, so that the ones before may be cached."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ class LessMemory(nn.Module, MambaBase):
         self.parts: list[tuple[LessAttention, Part]] = sorted(parts, key=lambda item: -item[1][2].itemsize)  # so all are aligned
         size = max(sum(layer.sizes[rank] for layer in layers) for rank in range(config.parallel_config.tensor_parallel_size))
         self.page_bytes = -(-size // ALIGNED) * ALIGNED  # every process has to ask vLLM for the same pages
-        self._tensors: Any = ()
         self.when_bound: Callable[[], None] = lambda: None
         config.compilation_config.static_forward_context[name] = self
 
@@ -56,23 +56,24 @@ class LessMemory(nn.Module, MambaBase):
         return MambaSpec(
             shapes=self.get_state_shape(),
             dtypes=self.get_state_dtype(),
-            block_size=vllm_config.model_config.max_model_len,
+            block_size=cache.mamba_block_size if cache.mamba_cache_mode == "align" else vllm_config.model_config.max_model_len,
             page_size_padded=None if self.alone else -(-self.page_bytes // theirs) * theirs,  # vLLM's own pages divide it
             mamba_type=self.mamba_type,
-            mamba_cache_mode=vllm_config.cache_config.mamba_cache_mode,
+            mamba_cache_mode=cache.mamba_cache_mode,
         )
 
     @property
     def kv_cache(self) -> tuple[torch.Tensor, ...]:
-        """The pages (pages, page_bytes) uint8; vLLM sets it."""
-        return self._tensors
+        """vLLM sets it, to the pages (pages, page_bytes) uint8, and finds nothing in it: it would copy pages by their bytes, and
+        these are laid out anew. So step.py copies them."""
+        return ()
 
     @kv_cache.setter
     def kv_cache(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tuple(tensors)
-        if not self._tensors:
+        if not tensors:
             return
-        (pages,) = self._tensors
+        (pages,) = tensors
+        self.device = pages.device
         tensors = laid_out([part for _, part in self.parts], pages, self.alone and pages.is_contiguous())
         held: dict[LessAttention, dict[str, torch.Tensor]] = {}
         for (layer, (name, _, _)), tensor in zip(self.parts, tensors):
@@ -80,6 +81,11 @@ class LessMemory(nn.Module, MambaBase):
         for layer, named in held.items():
             layer.paged.bind(named)
         self.when_bound()
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """The requests of these pages go on in others (int64)."""
+        for layer in self.layers[0]:
+            layer.paged.copy(sources, targets)
 
     def reset(self, rows: torch.Tensor) -> None:
         """Requests begin in these pages (int64)."""

@@ -1,5 +1,7 @@
 """vLLM's decoders with LESS's attention: "LessLlamaForCausalLM" is vLLM's LlamaForCausalLM, and so on for every name there is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..layer.checks import LessError
 from . import PREFIX
 from .asked import check, setting_of
 from .attention import LessAttention
-from .identity import check_identity
+from .identity import check_identity, set_contexts
 from .memory import LessMemory
 
 
@@ -22,11 +24,18 @@ class LessModel(nn.Module):
     hold a constant amount already."""
 
     has_inner_state = True
+    supports_mamba_prefix_caching = True
+
+    @classmethod
+    def get_mamba_state_copy_funcs(cls, kinds: Any) -> dict[Any, tuple]:
+        """vLLM asks by which functions pages are copied, and finds no pages to copy: see LessMemory.kv_cache."""
+        return {kind: (None,) for kind in kinds}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **others: Any):
         setting = setting_of(vllm_config)
         check(vllm_config, setting)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **others)
+        with _positions_to(vllm_config.model_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **others)
         layers, alone = [], True
         for name, module in list(self.named_modules()):
             if not isinstance(module, AttentionLayerBase):
@@ -51,8 +60,27 @@ class LessModel(nn.Module):
             for layer in memory.layers[0]:
                 layer.memory = (memory,)
                 layer.first = layer is layers[0]
-        if setting.kernels is not None:
-            layers[-1].memory[0].when_bound = lambda: check_identity(self, layers, setting, vllm_config)
+        self.less_asked = layers, setting, vllm_config
+        layers[-1].memory[0].when_bound = self.less_when_bound
+
+    def less_when_bound(self) -> None:
+        """The model has its weights, and LESS its pages."""
+        check_identity(self, *self.less_asked)
+        set_contexts(self, *self.less_asked)
+
+
+@contextmanager
+def _positions_to(model_config: Any) -> Iterator[None]:
+    """The model's tables of positions reach to the end of the longest text, which may lie beyond those it was trained for."""
+    config, longest = model_config.hf_text_config, model_config.max_model_len
+    known = getattr(config, "max_position_embeddings", None)
+    try:
+        if known is not None and known < longest:
+            config.max_position_embeddings = longest
+        yield
+    finally:
+        if known is not None:
+            config.max_position_embeddings = known
 
 
 @cache

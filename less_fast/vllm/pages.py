@@ -10,11 +10,11 @@ from math import prod
 import torch
 
 from ..layer.attend import Logits
+from ..layer.context import Context
 from ..layer.features import Features
 from ..layer.policies import Policy
 from ..layer.state import LayerState
 from ..layer.step import extend
-from ..layer.stream import stream
 
 ROOM = 1.25  # as much may be computed, as pads, of what is there: beyond it rows are copied, and prompts enter apart
 Part = tuple[str, tuple[int, ...], torch.dtype]  # a tensor of a state: its name, the shape of one row, its dtype
@@ -24,8 +24,11 @@ class PagedLayer:
     """What one layer remembers of all requests; `bind` gives it its pages.
 
     rule, features: the policy, or one for each KV head, and the kernels or None. heads: query heads, KV heads and head_dim.
-    chunk, int8, logits: as `LessCache.for_model` and `extend` take them.
+    movable: texts stay within `context`, which is set before the first token comes. int8, logits: as `LessCache.for_model` and
+    `extend` take them.
     """
+
+    context: Context | None = None
 
     def __init__(
         self,
@@ -33,12 +36,12 @@ class PagedLayer:
         features: Features | None,
         heads: tuple[int, int, int],
         dtype: torch.dtype,
-        chunk: int | None = None,
         logits: Logits = Logits(),
         int8: bool = False,
+        movable: bool = False,
     ):
         self.rule, self.features, self.heads, self.dtype = rule, features, heads, dtype
-        self.chunk, self.logits, self.int8 = chunk, logits, int8
+        self.logits, self.int8, self.movable = logits, int8, movable
         tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors().items()]
         self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy H and z hold nothing
         self.pages: dict[str, torch.Tensor] = {}
@@ -50,7 +53,7 @@ class PagedLayer:
 
     def allocate(self, rows: int, device: torch.device | str) -> LayerState:
         """An empty state outside the pages."""
-        return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device, int8=self.int8)
+        return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device, self.movable, self.int8)
 
     def bind(self, pages: dict[str, torch.Tensor]) -> None:
         """pages: for each name in `parts` a tensor (rows, *shape). The kernels go to their device."""
@@ -70,6 +73,22 @@ class PagedLayer:
         for name, page in self.pages.items():
             page.index_copy_(0, rows, empty[name].expand(len(rows), *page.shape[1:]))
 
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """The requests of these rows go on in others (int64)."""
+        for page in self.pages.values():
+            page.index_copy_(0, targets, page.index_select(0, sources))
+
+    def full(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of these rows (d,) have no room for one more token within the context: (d,) bool."""
+        seen, moved = (self.pages[name].index_select(0, rows) for name in ("n", "moved"))
+        return seen - moved + 1 > self.context.length
+
+    def make_room(self, rows: torch.Tensor) -> None:
+        """The rows (int64), which are full, move back."""
+        state = self._read(rows)
+        self.context.make_room(state, torch.ones_like(state.n))
+        self._write(state, rows)
+
     def decode(
         self,
         q: torch.Tensor,
@@ -81,13 +100,13 @@ class PagedLayer:
     ) -> torch.Tensor:
         """One token of each of d requests enters; returns what it attends to (d, Hq, D).
 
-        q (d, Hq, D), k, v (d, Hkv, D); rows (d,) int64: no two the same, but for those of pads; real (d,) bool: False for pads,
-        which change nothing; None if there are none. span: the first row and the one behind the last, if rows are sorted and lie
-        side by side, with few between them.
+        q (d, Hq, D), k, v (d, Hkv, D); rows (d,) int64: no two the same, but for those of pads, and none of them full; real (d,)
+        bool: False for pads, which change nothing; None if there are none. span: the first row and the one behind the last, if
+        rows are sorted and lie side by side, with few between them.
         """
         q, k, v = (x[:, :, None] for x in (q, k, v))  # (d, H, 1, D)
         if span is None or not self.side_by_side:
-            state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
+            state = self._read(rows)
             out = self._extend(state, (q, k, v), None if real is None else real[:, None])
             self._write_step(state, rows)
             return out[:, :, 0]
@@ -109,34 +128,32 @@ class PagedLayer:
         valid: torch.Tensor | None = None,
         computed: int = 0,
     ) -> torch.Tensor:
-        """m tokens of each of N requests enter, `computed` tokens of which are there already; returns (N, Hq, m, D).
+        """A piece of m tokens of each of N prompts enters, `computed` tokens of which are there already; returns (N, Hq, m, D).
 
         q (N, Hq, m, D), k, v (N, Hkv, m, D); rows (N,) int64; valid (N, m) bool: False for pads behind a shorter prompt.
         """
-        if computed:
-            state = self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
-        else:
-            state = self.allocate(len(rows), q.device)
-        out = self.pieces(state, q, k, v, valid, computed)
+        state = self._read(rows) if computed else self.allocate(len(rows), q.device)
+        if self.context is not None and computed + q.shape[2] > self.context.length:
+            new = torch.full_like(state.n, q.shape[2]) if valid is None else valid.sum(1)  # (N,)
+            self.context.make_room(state, new)
+        out = self._extend(state, (q, k, v), valid)
+        self._write(state, rows)
+        return out
+
+    def _extend(self, state, qkv, valid):
+        q, k, v = qkv
+        if self.context is not None:
+            q, k = (self.context.place(state, x) for x in (q, k))
+        return extend(state, q, k, v, valid, self.logits)
+
+    def _read(self, rows):
+        """A copy of the rows."""
+        return self._state({name: page.index_select(0, rows) for name, page in self.pages.items()})
+
+    def _write(self, state, rows):
         for name, tensor in state.tensors().items():
             if name in self.pages:
                 self.pages[name].index_copy_(0, rows, tensor)
-        return out
-
-    def pieces(self, state: LayerState, q, k, v, valid=None, computed: int = 0) -> torch.Tensor:
-        """The same for a state outside the pages: pieces end at multiples of `chunk` tokens of the whole text."""
-        m = q.shape[2]
-        if self.chunk == 1 and m > 1:
-            return stream(state, q, k, v, valid, self.logits)
-        ends = [*range(self.chunk - computed % self.chunk, m, self.chunk), m] if self.chunk else [m]
-        outs = []
-        for start, end in zip([0, *ends], ends):
-            new = [x[:, :, start:end] for x in (q, k, v)]
-            outs.append(self._extend(state, new, None if valid is None else valid[:, start:end]))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)  # (N, Hq, m, D)
-
-    def _extend(self, state, qkv, valid):
-        return extend(state, *qkv, valid, self.logits)
 
     def _state(self, tensors: dict[str, torch.Tensor]) -> LayerState:
         """A LayerState of these tensors themselves."""

@@ -1,8 +1,10 @@
-"""A scheduler of vLLM's that preempts nothing: a preempted request would come back with what it has generated as part of its
-prompt, in one piece, which is another computation and another text. For the same reason prompts are cut at multiples of the
-setting's chunk alone.
+"""A scheduler of vLLM's that keeps every text what it is.
 
-No more requests run than have room for the longest text, so vLLM has no reason to preempt. What would nevertheless is refused.
+- It preempts nothing: a preempted request would come back with what it has generated as part of its prompt, which is another
+  computation. No more requests run than have room for the longest text, so vLLM has no reason to. What would is refused.
+- A prompt enters in pieces that end at multiples of the setting's chunk, one in each step.
+- States are kept for other requests that begin with the same tokens at the end of these pieces alone: what was generated entered
+  token by token, and leaves another state than the same text as a prompt.
 """
 
 from typing import Any
@@ -12,18 +14,21 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..layer.checks import LessError
+from .asked import setting_of
 
 logger = init_logger(__name__)
 
 
-class _PreemptsNothing:
+class _KeepsTexts:
     running: list
     max_num_running_reqs: int
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, **others: Any):
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **others)  # type: ignore[call-arg]
-        self.chunk = vllm_config.additional_config["less"].get("chunk")
-        self.need_mamba_block_aligned_split = self.chunk is not None  # vLLM asks `_mamba_block_aligned_split` then
+        self.chunk = setting_of(vllm_config).chunk
+        self.need_mamba_block_aligned_split = True  # vLLM asks `_mamba_block_aligned_split` then
+        coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
+        self._cache_blocks, coordinator.cache_blocks = coordinator.cache_blocks, self._cache_prompt
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         pages = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs)
         room = (kv_cache_config.num_blocks - 1) // pages  # vLLM keeps one page for itself
@@ -35,11 +40,20 @@ class _PreemptsNothing:
             logger.info("LESS: %d requests run at once, as many as have room to their end; more wait", room)
             self.max_num_running_reqs = room
 
+    def add_request(self, request: Any) -> None:
+        """LessError for a session whose prompts take in what was generated before."""
+        if getattr(request, "resumable", False):
+            raise LessError("LESS serves no sessions whose input goes on: send the whole text as a prompt")
+        super().add_request(request)  # type: ignore[misc]
+
+    def _cache_prompt(self, request: Any, num_computed_tokens: int) -> None:
+        self._cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens))
+
     def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, *cached: int) -> int:
-        """How many of these tokens enter in the next step: a prompt is cut at multiples of the chunk alone."""
+        """How many of these tokens enter in the next step: of a prompt the rest of a piece, or none."""
         start = request.num_computed_tokens + sum(cached)
-        end = start + num_new_tokens
-        return num_new_tokens if end >= request.num_prompt_tokens else max(0, end // self.chunk * self.chunk - start)
+        end = min(start - start % self.chunk + self.chunk, request.num_prompt_tokens)
+        return num_new_tokens if start >= request.num_prompt_tokens else (end - start) * (start + num_new_tokens >= end)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """LessError if requests that run would have to begin again."""
@@ -51,11 +65,11 @@ class _PreemptsNothing:
         raise LessError(f"request {request.request_id} would be preempted, and its text change: start with less --max-num-seqs")
 
 
-class _Scheduler(_PreemptsNothing, Scheduler):
+class _Scheduler(_KeepsTexts, Scheduler):
     pass
 
 
-class _AsyncScheduler(_PreemptsNothing, AsyncScheduler):
+class _AsyncScheduler(_KeepsTexts, AsyncScheduler):
     pass
 
 

@@ -9,19 +9,20 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
 
 from ..layer.checks import LessError
+from .asked import setting_of
 from .pages import ROOM, span_of
 
-SHORT = 256  # tokens of a prompt: longer ones gain nothing by entering together
+SHORT = 256  # tokens of a piece: longer ones gain nothing by entering together
 
 
 @dataclass
 class Prompts:
-    """Prompts that enter together, n of them."""
+    """Pieces of prompts that enter together, n of them."""
 
     tokens: torch.Tensor  # (n, m) int64: which of the step's tokens, the last one again for pads
     valid: torch.Tensor | None  # (n, m) bool: False for pads; None if there are none
     rows: torch.Tensor  # (n,) int64: their pages
-    computed: int  # tokens that came before
+    computed: int  # tokens that came before, as many in each
 
 
 @dataclass
@@ -64,7 +65,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
         self.memories = [layers[name] for name in layer_names]
-        self.chunk = self.memories[0].layers[0][0].paged.chunk
+        self.chunk = setting_of(vllm_config).chunk
         most = vllm_config.scheduler_config.max_num_seqs
         self.rows = torch.zeros(most, dtype=torch.int64, device=device)  # (requests,)
         self.real = torch.zeros(most, dtype=torch.bool, device=device)  # (requests,)
@@ -76,6 +77,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         lengths = [end - start for start, end in pairwise(starts)]
         computed = [end - length for end, length in zip(ends, lengths)]
         decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
+        self._turn_pages(m.block_table_tensor, table, computed, ends)
         new = [i for i in range(decodes) if lengths[i] == 1 and computed[i] == 0]  # prompts of one token
         if new:
             for memory in self.memories:
@@ -83,6 +85,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         order, span, real = None, None, None
         rows = self.rows[:decodes]
         rows.copy_(table[:decodes, 0])
+        self._make_room(rows, ends[:decodes])
         if self.device.type != "cpu":
             real = self.real[:decodes]
             real.copy_(m.seq_lens[:decodes] > 0)
@@ -96,9 +99,30 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         prompts = self._prompts(range(decodes, m.num_reqs), starts, lengths, computed, table)
         return Step(decodes, order, rows, real, span, prompts)
 
+    def _turn_pages(self, pages, table, computed, ends):
+        """Where prefixes are cached a page is for the tokens of one piece, and what follows goes on in a copy of it, also if the
+        page came from another request."""
+        size = self.kv_cache_spec.block_size
+        before, now = ([(count - 1) // size for count in counts] for counts in (computed, ends))
+        if turning := [i for i, (old, new) in enumerate(zip(before, now)) if -1 < old < new]:
+            sources = pages[turning, [before[i] for i in turning]].long()
+            for memory in self.memories:
+                memory.copy(sources, table[turning, 0].long())
+
+    def _make_room(self, rows, ends):
+        """Requests that leave the context with their next token move back, before graphs run that are the same for all."""
+        layers = [layer.paged for memory in self.memories for layer in memory.layers[0]]
+        context = layers[0].context
+        if context is None or not (late := [i for i, end in enumerate(ends) if end > context.length]):
+            return
+        late = rows[late]
+        if len(full := late[layers[0].full(late)]):
+            for layer in layers:
+                layer.make_room(full)
+
     def _prompts(self, requests, starts, lengths, computed, table) -> list[Prompts]:
-        """Short prompts of nearly equal lengths enter together."""
-        if cut := [computed[i] for i in requests if computed[i] % (self.chunk or computed[i] + 1)]:
+        """Short pieces of nearly equal lengths enter together."""
+        if cut := [computed[i] for i in requests if computed[i] % self.chunk]:
             raise LessError(f"vLLM has cut a prompt behind {cut[0]} tokens, and LESS would compute another text from there")
         groups: list[list[int]] = []
         for i in sorted(requests, key=lambda i: (computed[i], lengths[i])):

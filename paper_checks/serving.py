@@ -1,0 +1,119 @@
+"""vLLM with LESS beside vLLM alone, under vLLM's own load generator (`vllm bench serve`), in one run:
+
+    python -m paper_checks.serving --model qwen2.5-coder-1.5b --out FILE
+
+Two servers run side by side and take turns: while one is asked, the other waits. Every client sends random tokens and takes an
+answer of a fixed length, then the next. Where vLLM is installed (VLLM.md).
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from less_fast import LessError
+from less_fast.demo import MODEL
+from less_fast.gguf import unpacked
+
+from . import script
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+FIGURES = {"tokens/s": "output_throughput", "first token, ms": "median_ttft_ms", "token, ms": "median_tpot_ms"}
+
+
+@contextmanager
+def server(command: list[str], gigabytes: int) -> Iterator[str]:
+    """The address of a server, which ends afterwards. LessError if it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(gigabytes), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    process, address = subprocess.Popen([*command, "--port", str(port)], env=environment | os.environ), f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            time.sleep(1)
+            try:
+                urllib.request.urlopen(f"{address}/health")
+                yield address
+                return
+            except OSError:
+                continue
+        raise LessError(f"this server does not start, and says above why: {' '.join(command)}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def asked(address: str, folder: str, clients: int, prompt: int, answer: int, each: int) -> dict[str, float]:
+    """What the load generator measures while so many clients each send so many prompts, one after the other."""
+    with TemporaryDirectory() as place:
+        command = [*VLLM, "bench", "serve", "--base-url", address, "--model", "m", "--tokenizer", folder]
+        command += ["--dataset-name", "random", "--random-input-len", str(prompt), "--random-output-len", str(answer)]
+        command += ["--max-concurrency", str(clients), "--num-prompts", str(clients * each)]
+        command += ["--ignore-eos", "--save-result", "--disable-tqdm"]
+        subprocess.run([*command, "--result-dir", place, "--result-filename", "found"], check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(Path(place, "found").read_text(encoding="utf-8"))
+    return {name: found[key] for name, key in FIGURES.items()} | {"failed": clients * each - found["completed"]}
+
+
+def room(address: str, length: int, less: bool) -> int:
+    """How many sequences of that length fit at once, by vLLM's own count of its pages."""
+    told = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    pages, page = (int(re.search(rf'cache_config_info{{.*{name}="(\d+)"', told)[1]) for name in ("num_gpu_blocks", "block_size"))
+    return (pages - 1) // (2 if less else -(-length // page))  # with cached prefixes a request has two pages
+
+
+def main() -> int:
+    parser = script.parser(__doc__)
+    parser.add_argument("--model", default="", help="as less-kv takes it; the embedded model by default")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=int, default=64)
+    parser.add_argument("--clients", default="1,8,32,128")
+    parser.add_argument("--prompt", type=int, default=300, help="tokens of a prompt")
+    parser.add_argument("--answers", default="1024,4096", help="tokens of an answer")
+    parser.add_argument("--each", type=int, default=1, help="prompts that a client sends in a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
+    parser.add_argument("--gigabytes", type=int, default=4, help="that each server has for its caches")
+    parser.add_argument("--dtype", default="bfloat16")
+    return script.run("serving", lambda: measure(parser.parse_args()))
+
+
+def measure(chosen: argparse.Namespace) -> None:
+    folder = unpacked(chosen.model) or str(MODEL)
+    answers, counts = ([int(part) for part in text.split(",")] for text in (chosen.answers, chosen.clients))
+    longest = str(chosen.prompt + max(answers) + 16)
+    shared = ["--served-model-name", "m", "--dtype", chosen.dtype, "--max-model-len", longest, "--max-num-seqs", str(max(counts))]
+    plain = [*VLLM, "serve", folder, *shared]
+    less = [sys.executable, "-m", "less_fast", "serve", folder, "--budget", str(chosen.budget), *shared]
+    rows = []
+    with server(plain, chosen.gigabytes) as one, server(less, chosen.gigabytes) as other:
+        for answer in answers:
+            for clients in counts:
+                turns: dict[str, list] = {"vLLM": [], "LESS": []}
+                for _ in range(chosen.rounds):
+                    for address, said in zip((one, other), turns.values()):
+                        said.append(asked(address, folder, clients, chosen.prompt, answer, chosen.each))
+                for (name, said), address in zip(turns.items(), (one, other)):
+                    row = {"cache": name, "clients": clients, "prompt": chosen.prompt, "answer": answer, "turns": said}
+                    row |= {figure: round(median(turn[figure] for turn in said), 2) for figure in FIGURES}
+                    row["sequences per GiB"] = room(address, chosen.prompt + answer, name == "LESS") // chosen.gigabytes
+                    rows.append(row)
+                about = {name: str(value) for name, value in vars(chosen).items()} | {"hardware": script.hardware()}
+                script.write(chosen.out, about, rows)
+    names = ["cache", "clients", "answer", *FIGURES, "sequences per GiB"]
+    print(script.markdown(names, [[str(row[name]) for name in names] for row in rows]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
