@@ -75,10 +75,9 @@ def load_model(model: str, device: str = "cpu", dtype: str = "float32") -> tuple
     there is no such device or dtype.
     """
     kind, place = dtype_named(dtype, model), find_device(device)
-    where = unpacked(model) or str(MODEL)
+    where, tokenizer = unpacked(model) or str(MODEL), load_tokenizer(model)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(where, dtype=kind, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # whatever transformers says of a file that is broken
         raise LessError(f"no usable model at {where}: {first_line(error)}") from error
     if absent := sorted(report["missing_keys"]):
@@ -87,6 +86,15 @@ def load_model(model: str, device: str = "cpu", dtype: str = "float32") -> tuple
     if broken := [name for name, weight in network.named_parameters() if not weight.isfinite().all()]:
         raise LessError(f"the model at {where} holds NaN or infinite weights ({broken[0]})")
     return network.to(place).eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model by that name, as `load_model` takes it. LessError if there is none."""
+    where = unpacked(model) or str(MODEL)
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # whatever transformers says of a file that is broken
+        raise LessError(f"no usable model at {where}: {first_line(error)}") from error
 
 
 def load_shape(model: str, device: str, dtype: str) -> PreTrainedModel:

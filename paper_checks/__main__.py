@@ -15,7 +15,7 @@ import transformers
 from less_fast import LessError
 from less_fast.demo import PAPER_KERNELS
 from less_fast.files import write_text
-from less_fast.loading import load_kernels, load_model
+from less_fast.loading import load_kernels, load_model, load_texts
 from less_fast.measuring import versions
 from less_fast.text import dataset_columns, dataset_texts, read_text
 
@@ -89,7 +89,10 @@ def subject(chosen) -> Subject:
 
 
 def texts_of(name: str, length: int) -> list[str]:
-    """The text of a file, or the first texts of a data set: enough for all windows of `length` tokens."""
+    """The text of a file, of the held-out standard library, or the first texts of a data set: enough for all windows of `length`
+    tokens."""
+    if name == "library":
+        return load_texts([], "", "test")[0]
     return [read_text(Path(name))] if Path(name).is_file() else dataset_texts(name, 16 * length * sum(MOST.values()))
 
 

@@ -7,8 +7,8 @@ In three parts, so that the model can be measured where there are no data sets, 
     python -m paper_checks.real_model report inputs.json measured.json paper_checks/results/real_model.json
 
 `prepare` and `report` need lm_eval, datasets and rouge_score; `measure` does not. Texts and data sets are files or
-NAME[,CONFIG[,SPLIT[,COLUMN]]], tasks are the harness's own or YAML files. `measure` writes after each cache, and goes on where it
-was stopped. REAL_MODELS.md has the commands in full.
+NAME[,CONFIG[,SPLIT[,COLUMN]]], or `library`: held-out modules of Python's. Tasks are the harness's own or YAML files. `measure`
+writes after each cache, and goes on where it was stopped. REAL_MODELS.md has the commands in full.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from less_fast import LessError
 from less_fast.files import write_text
 from less_fast.layer.fastgen import token_kinds
-from less_fast.loading import load_kernels, load_model
+from less_fast.loading import load_kernels, load_model, load_tokenizer
 from less_fast.measuring import versions
 from less_fast.measuring.compare import Contender, contenders, share_recovered, token_losses
 from less_fast.measuring.reading import Reader
@@ -39,14 +39,14 @@ from .__main__ import texts_of
 from .script import mean
 
 EIGHTHS = 8  # parts of a window whose loss is written down
-NEW, ANSWERS_AT_ONCE = 64, 8  # tokens of a summary; questions that are answered together
+NEW, ANSWERS_AT_ONCE = 64, 32  # tokens of a summary; questions that are answered together
 ROWS = 1000  # of a data set, among which summaries are drawn
 NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
 NUMBERS = 64  # that are to be found, of each kind
 
 
 def prepare(chosen) -> None:
-    _, tokenizer = load_model(chosen.model)
+    tokenizer = load_tokenizer(chosen.model)
     inputs: dict = {"about": {name: getattr(chosen, name) for name in ("model", "tasks", "questions", "length", "seed")}}
     for part, length, count in (("text", chosen.length, chosen.windows), ("long", chosen.long_length, chosen.long_windows)):
         texts = {}
@@ -228,7 +228,7 @@ def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, tor
     from .harness import Noted, metrics
 
     answers = {pair: tuple(score) for pair, score in zip(unpacked(inputs[what]), values)}
-    noted = Noted(load_model(inputs["about"]["model"])[1], inputs["about"]["length"], answers)
+    noted = Noted(load_tokenizer(inputs["about"]["model"]), inputs["about"]["length"], answers)
     found = metrics(noted, tasks, samples=drawn(tasks, inputs["about"]))
     signs = {"perplexity": -1}  # the harness counts log-likelihoods
     return {f"{task}, {name}": signs.get(name, 1) * x for task, own in found.items() for name, x in own.items()}

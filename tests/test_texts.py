@@ -1,12 +1,14 @@
-"""Texts to train kernels of a model that chats: code, prose, and its own answers."""
+"""What paper_checks makes of a model that chats: texts to train kernels with, and a long conversation."""
 
+import json
 import random
 
 import pytest
+from models import make_talking
 
 from less_fast import LessError
 from less_fast.loading import load_model
-from paper_checks import texts
+from paper_checks import conversation, texts
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -61,3 +63,20 @@ def test_the_three_files_are_written_and_chats_stand_under_the_template(tmp_path
     tokenizer.chat_template = None
     assert texts.main([*arguments, "--prose", str(tmp_path / "prose.txt")]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_the_full_cache_ever_more(tmp_path, capsys):
+    model, tokenizer = make_talking()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--turns", "5", "--new", "4", "--budget", "9"]
+    assert conversation.main([*options, "--out", str(tmp_path / "out.json")]) == 0
+    less, full = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["cache"] for row in (less, full)] == ["LESS", "full"]
+    for row in (less, full):
+        assert list(row["said"]) == list(conversation.ASKED)
+        assert len(row["behind"]) == 5
+        assert [one["tokens"] for one in row["behind"]] == sorted({one["tokens"] for one in row["behind"]})
+    assert len({one["bytes"] for one in less["behind"]}) == 1
+    assert len({one["bytes"] for one in full["behind"]}) == 5
+    assert "turn 1: " in capsys.readouterr().err

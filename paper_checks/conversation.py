@@ -1,0 +1,83 @@
+"""A conversation of many turns in constant memory: what is said at its end about its beginning, beside the full cache.
+
+    python -m paper_checks.conversation --model qwen2.5-coder-1.5b
+
+The first turn tells a few facts. Then come questions about the functions of Python's standard library, and at the end the facts
+are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them, with LESS and with the full cache.
+"""
+
+import random
+import sys
+import time
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from less_fast import LessCache
+from less_fast.chat import Conversation
+from less_fast.demo import corpus
+from less_fast.hf.positions import trained_length
+from less_fast.loading import AUTO, load_kernels, load_model
+from less_fast.measuring.caches import held_bytes
+from less_fast.setting import best_policy
+
+from . import script
+from .texts import tasks
+
+BEGINNING = (
+    "My name is Ada. My project is called Heron, it is written in Python, and it must never print a warning. Remember that."
+)
+ASKED = ("What is my name?", "What is my project called?", "What must my project never do?")
+SHOWN = 10  # turns between two lines that are printed
+
+
+def questions(count: int, seed: int) -> list[str]:
+    """About functions of the held-out standard library."""
+    code, draw, found = [text for _, text in corpus.documents("test")], random.Random(seed), []
+    while len(found) < count:
+        found += draw.sample(some, 1) if (some := [*tasks(draw.choice(code))]) else []
+    return [question[:400] for question in found]
+
+
+@torch.inference_mode()
+def talk(model, tokenizer, cache, turns: list[str], new: int) -> dict:
+    """The whole conversation: bytes and tokens behind each turn, and what was said about its beginning."""
+    conversation, behind, start = Conversation(model, tokenizer, cache), [], time.perf_counter()
+    for number, turn in enumerate([BEGINNING, *turns]):
+        conversation.answer(turn, new, do_sample=False)
+        behind.append({"tokens": conversation.ids.shape[1], "bytes": held_bytes(cache)})
+        if number % SHOWN == 0:
+            print(f"turn {number + 1}: {behind[-1]}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    said = {question: conversation.answer(question, new, do_sample=False) for question in ASKED}
+    return {"said": said, "behind": behind, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def measure(chosen) -> list[dict]:
+    model, tokenizer = load_model(chosen.model, dtype=AUTO)
+    kernels = load_kernels(model, "")
+    policy, context = best_policy(kernels, chosen.budget), trained_length(model, kernels)
+    caches = {"LESS": LessCache.for_model(model, policy, kernels, context=context), "full": DynamicCache(config=model.config)}
+    rows, turns = [], questions(chosen.turns - 1, chosen.seed)
+    for name, cache in caches.items():
+        rows.append({"cache": name, "policy": repr(policy) if name == "LESS" else None, "context": context})
+        rows[-1] |= talk(model, tokenizer, cache, turns, chosen.new)
+        print(f"{name}: {rows[-1]['behind'][-1]}", *(f"{one}\n  {said}" for one, said in rows[-1]["said"].items()), sep="\n")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = script.parser(__doc__)
+    parser.add_argument("--model", default="smollm2", help="one that was trained to chat")
+    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--new", type=int, default=48, help="tokens of an answer, at most")
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=script.Path, help="results/conversation_MODEL.json by default")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out or script.results_of("conversation", chosen.model)
+    about = {name: value for name, value in vars(chosen).items() if name != "out"}
+    return script.run("conversation", lambda: script.write(out, about, measure(chosen)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
