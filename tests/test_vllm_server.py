@@ -17,13 +17,17 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm has an environment with it")
 
 import openai
+import psutil
 from vllm_engines import ENVIRONMENT, Reference
 
 from less_fast import LessKernels
 from less_fast.demo import KERNELS, MODEL
 
-LESS = {"policy": "h2o", "heavy": 26, "recent": 25, "kernels": "shipped"}
+LESS = {"policy": "h2o", "heavy": 26, "recent": 25, "kernels": "shipped", "chunk": 32, "context": 320}
+BEGINNING = random.Random(99).choices(range(300, 2000), k=70)
 PROMPTS = [random.Random(seed).choices(range(300, 2000), k=1 + 7 * seed % 120) for seed in range(12)]
+PROMPTS += [BEGINNING + random.Random(seed).choices(range(300, 2000), k=60 * seed) for seed in range(1, 6)]
+REQUESTS, CLIENTS = int(os.environ.get("VLLM_REQUESTS", "320")), 32
 CLIENT = """
 import openai, sys
 stream = openai.OpenAI(base_url=sys.argv[1], api_key="none").completions.create(
@@ -79,10 +83,15 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def address():
+def started():
     server, address = start()
-    yield address
+    yield server, address
     stop(server)
+
+
+@pytest.fixture(scope="module")
+def address(started):
+    return started[1]
 
 
 def ask(address, prompt, length, stream=False):
@@ -107,16 +116,8 @@ def test_two_hundred_at_once_get_their_texts_though_some_clients_go_and_one_is_k
     killed = subprocess.Popen([sys.executable, "-c", CLIENT, address], stdout=subprocess.PIPE, text=True)
     assert killed.stdout.readline() == "said\n"
 
-    def leave(prompt):
-        client = openai.OpenAI(base_url=address, api_key="none")
-        stream = client.completions.create(
-            model="m", prompt=prompt, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        stream.close()
-
     with ThreadPoolExecutor(200) as pool:
-        leaving = [pool.submit(leave, prompt) for prompt in PROMPTS[:6]]
+        leaving = [pool.submit(leave, address, prompt) for prompt in PROMPTS[:6]]
         answers = [(prompt, pool.submit(ask, address, prompt, 30)) for prompt in PROMPTS * 17][:200]
         killed.kill()
         for prompt, answer in answers:
@@ -124,6 +125,42 @@ def test_two_hundred_at_once_get_their_texts_though_some_clients_go_and_one_is_k
         for gone in leaving:
             gone.result()
     assert ask(address, PROMPTS[3], 40) == reference.generate(PROMPTS[3], 40)[0]
+
+
+def leave(address, prompt):
+    """A client that goes away in the middle of its answer."""
+    client = openai.OpenAI(base_url=address, api_key="none")
+    stream = client.completions.create(
+        model="m", prompt=prompt, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+
+
+def test_clients_that_come_and_go_for_long_change_no_text_and_leave_no_memory(started, reference):
+    server, address = started
+    texts = [reference.generate(prompt, 30)[0] for prompt in PROMPTS]
+
+    def client(seed):
+        draw = random.Random(seed)
+        for _ in range(REQUESTS // CLIENTS // 2):
+            which, length = draw.randrange(len(PROMPTS)), draw.randint(1, 30)
+            if draw.random() < 0.2:
+                leave(address, PROMPTS[which])
+            else:
+                assert ask(address, PROMPTS[which], length, draw.random() < 0.5) == texts[which][:length]
+
+    def resident():
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        return sum(process.memory_info().rss for process in family)
+
+    held = []
+    for half in range(2):
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for done in [pool.submit(client, CLIENTS * half + one) for one in range(CLIENTS)]:
+                done.result()
+        held.append(resident())
+    assert held[1] < 1.02 * held[0], held
 
 
 def test_two_processes_share_out_the_heads(reference):
