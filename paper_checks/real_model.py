@@ -42,7 +42,6 @@ EIGHTHS = 8  # parts of a window whose loss is written down
 NEW, ANSWERS_AT_ONCE = 64, 32  # tokens of a summary; questions that are answered together
 ROWS = 1000  # of a data set, among which summaries are drawn
 NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
-NUMBERS = 64  # that are to be found, of each kind
 
 
 def prepare(chosen) -> None:
@@ -73,12 +72,13 @@ def prepare(chosen) -> None:
         questions, told = zip(*(answering.asked(name, row) for row in rows))
         inputs.setdefault("answers", {})[name] = {"prompts": answering.prompts(tokenizer, questions), "told": told}
     if "text" in inputs:
-        inputs["retrieval"] = retrieval(tokenizer, next(reversed(inputs["text"].values()))["ids"], chosen.length, chosen.seed)
+        rows = next(reversed(inputs["text"].values()))["ids"]
+        inputs["retrieval"] = retrieval(tokenizer, rows, chosen.length, chosen.numbers, chosen.seed)
     write(chosen.inputs, inputs)
 
 
-def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
-    """Numbers that are told once and asked for at the end, NUMBERS of each kind: one within a text, and one of many, by its key.
+def retrieval(tokenizer, rows: list[list[int]], length: int, numbers: int, seed: int) -> dict:
+    """Numbers that are told once and asked for at the end, so many of each kind: one within a text, and one of many, by its key.
 
     rows: windows of a text, of which the haystacks and the keys are.
     """
@@ -86,13 +86,13 @@ def retrieval(tokenizer, rows: list[list[int]], length: int, seed: int) -> dict:
     words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", " ".join(texts))))
     asked, names, pairs = [], [], []
     for tokens in (length // 8, length // 4, length // 2, 3 * length // 4):
-        for _ in range(NUMBERS):
+        for _ in range(numbers):
             number, sentences = f"555-{rng.randrange(1000, 10_000)}", tokenizer.decode(rng.choice(rows)[:tokens]).split(". ")
             sentences.insert(rng.randrange(len(sentences)), f"My phone number is {number}")
             question, begun = ". ".join(sentences) + "\n\nWhat is my phone number?", "Your phone number is"
             asked.append((f"needle in {tokens} tokens", question, begun, number))
     for count in (count for count in (5, 10, 20, 40) if count <= len(words)):
-        for _ in range(NUMBERS):
+        for _ in range(numbers):
             codes = {key: str(rng.randrange(1000, 10_000)) for key in rng.sample(words, count)}
             told, key = [f"The code of the {key} is {code}." for key, code in codes.items()], rng.choice(list(codes))
             question, begun = "\n".join([*told, f"\nWhat is the code of the {key}?"]), f"The code of the {key} is"
@@ -314,7 +314,7 @@ def options(arguments):
         verb.add_argument(option, type=named, action="append", default=[], metavar="NAME=WHERE")
     verb.add_argument("--tasks", default="", help="of lm-evaluation-harness, separated by commas")
     for option, number in dict(
-        windows=64, length=1024, long_windows=8, long_length=8192, questions=400, texts=64, seed=0
+        windows=64, length=1024, long_windows=8, long_length=8192, questions=400, texts=64, numbers=64, seed=0
     ).items():
         verb.add_argument(f"--{option.replace('_', '-')}", type=int, default=number)
     verb = verbs.add_parser("measure", help="what every cache makes of them")

@@ -575,12 +575,12 @@ def tables(few_tasks, tmp_path):
     (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) for _ in range(3)))
     prepare += ["--answers", f"gsm8k={tmp_path}/sums.jsonl"]
     prepare += ["--windows", 2, "--length", 128, "--long-windows", 2, "--long-length", 160, "--questions", 2, "--texts", 2]
+    prepare += ["--numbers", 1]
     parts = {"prepare": prepare, "measure": ["measure", inputs, measured], "report": ["report", inputs, measured, out]}
     return lambda part, *more: (real_model.main(list(map(str, [*parts[part], *more]))), measured, out)
 
 
 def test_the_tables_of_a_real_model_come_in_three_parts_and_measuring_goes_on_where_it_stopped(tables, monkeypatch, capsys):
-    monkeypatch.setattr(real_model, "NUMBERS", 1)
     monkeypatch.setattr(real_model, "NEW", 8)
     monkeypatch.setitem(answers.NEW, "gsm8k", 8)
     assert tables("prepare")[0] == 0
