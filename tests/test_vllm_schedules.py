@@ -25,6 +25,7 @@ LESS = {"policy": "h2o", "budget": 19, "budgets": BUDGETS}
 ENGINES = {
     "as it is": ({"chunk": 24}, dict(max_num_batched_tokens=40)),
     "within a context": ({"chunk": 24, "context": 64}, dict(max_num_batched_tokens=64)),
+    "with little room": ({"chunk": 24}, dict(num_gpu_blocks_override=6)),  # for two requests
     "no prefixes, within a context": ({"chunk": 17, "context": 41}, dict(enable_prefix_caching=False)),
 }
 SAME = 2e-5  # float32: five times the largest difference of log-probabilities of 300 schedules; margins of ties as well
@@ -84,8 +85,9 @@ def test_a_prompt_goes_on_from_one_that_began_alike_but_never_from_what_was_gene
     before = hits(llm)
     for text in longer:
         assert difference(reference, [text], generate(llm, [text], [30]), SAME) < SAME
-    cached = llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-    assert hits(llm) - before == cached * (30 // chunk + 60 // chunk) * chunk
+    cache, most = llm.llm_engine.vllm_config.cache_config, (30 // chunk + 60 // chunk) * chunk
+    least = most * (cache.enable_prefix_caching and cache.num_gpu_blocks > 6)  # few pages give way to what is computed
+    assert least <= hits(llm) - before <= most
 
 
 def test_the_kernels_matter(folders, reference):

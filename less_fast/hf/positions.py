@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -44,10 +43,14 @@ def fitting(known: Iterable[torch.Tensor], here: Sequence, there: Sequence, late
     frequencies = dict.fromkeys(tuple(one.double().tolist()) for one in known)
     candidates = [Rotary(()), *(Rotary(*both) for both in product(frequencies, (False, True)))]
     by = torch.tensor([[later]], device="cpu")
-    found = [next((rotary for rotary in candidates if _fits(rotary, *both, by)), None) for both in zip(here, there)]
-    if None in found:
-        raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
-    return cast(list[Rotary], found)
+    found = []
+    for one, other in zip(here, there):
+        wide = [rotary for rotary in candidates if 2 * len(rotary.frequencies) <= one[0].shape[-1]]
+        errors = [_error(rotary, one, other, by) for rotary in wide]
+        if not min(errors) <= TOLERANCE.get(one[0].dtype, 0.2):
+            raise LessError(f"the positions of {name} are not rotary ones, which can be moved: leave context out")
+        found.append(wide[errors.index(min(errors))])
+    return found
 
 
 def trained_length(model: PreTrainedModel, kernels: LessKernels | None = None) -> int | None:
@@ -66,10 +69,9 @@ def can_move(model: PreTrainedModel) -> bool:
     return True
 
 
-def _fits(rotary, here, there, later):
-    """Whether q, k and v of a text that stands `later` are those of the text here, q and k turned."""
-    if 2 * len(rotary.frequencies) > here[0].shape[-1]:
-        return False
+def _error(rotary, here, there, later):
+    """By how much q, k and v of a text that stands `later` differ from those of the text here, q and k turned: the largest, by
+    their norms."""
     later = later.to(here[0].device)
     turned = *(rotary.turn(x, later[:, None]) for x in here[:2]), here[2]
-    return all((x - wanted).norm() <= TOLERANCE.get(x.dtype, 0.2) * wanted.norm() for x, wanted in zip(turned, there))
+    return max(((x - wanted).norm() / wanted.norm().clamp(min=1e-30)).item() for x, wanted in zip(turned, there))

@@ -2,6 +2,7 @@
 engine was asked for and would compute wrong, refused when it starts."""
 
 import dataclasses
+import os
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,30 +19,42 @@ from . import PREFIX
 logger = init_logger(__name__)
 WORDS = {"policy", "budget", "kernels", "budgets", "chunk", "context", "int8"}
 CHUNK, LEAST = 256, 16  # tokens of a prompt that enter together, unless the setting says otherwise, and the fewest
-SCHEDULER = f"{__package__}.scheduler.scheduler"
+SCHEDULER, OPERATOR = f"{__package__}.scheduler.scheduler", "vllm::less_attention"
 EXAMPLE = '--additional-config \'{"less": {"budget": 64}}\''
 
 
 class LessConfig:
     """What vLLM asks of an architecture as soon as the engine's arguments are known, in the process that starts the engine."""
 
+    theirs: Any = None  # what vLLM has there for the architecture without LESS
+
+    @classmethod
+    def behind(cls, theirs: Any) -> type:
+        """The same, after what vLLM has there."""
+        return type(cls.__name__, (cls,), {"theirs": theirs})
+
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """LessError for what cannot run right. Prompts come in pieces, whose ends may be cached; the scheduler becomes LESS's;
         and graphs are split at LESS's attention."""
+        if cls.theirs is not None:
+            cls.theirs.verify_and_update_config(vllm_config)
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # LESS knows the first one alone
         setting = setting_of(vllm_config)
         check(vllm_config, setting)
         compilation, scheduler, cache = vllm_config.compilation_config, vllm_config.scheduler_config, vllm_config.cache_config
-        if compilation.splitting_ops is None:
-            compilation.splitting_ops = [*compilation._attention_ops, "vllm::less_attention"]
+        if compilation.splitting_ops and OPERATOR not in compilation.splitting_ops:
+            compilation.splitting_ops.append(OPERATOR)
         scheduler.scheduler_cls, scheduler.enable_chunked_prefill = SCHEDULER, True
         least = setting.chunk + scheduler.max_num_seqs
-        if scheduler.max_num_batched_tokens < least:
-            logger.info("LESS: a step takes %d tokens: a piece of a prompt, and one of each other request", least)
-            scheduler.max_num_batched_tokens = least
+        for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+            if (getattr(scheduler, name, None) or least) < least:
+                logger.info("LESS: a step takes %d tokens: a piece of a prompt, and one of each other request", least)
+                setattr(scheduler, name, least)
         if cache.enable_prefix_caching and len(setting.less_layers) < sizes_of(_text_config(vllm_config))["layers"]:
             logger.info("LESS: prompts that begin alike are read each for itself, as the model has other layers too")
             cache.enable_prefix_caching = False
+        cache.mamba_cache_mode, cache.mamba_block_size = "none", None
         if cache.enable_prefix_caching:
             cache.mamba_cache_mode, cache.block_size, cache.mamba_block_size = "align", setting.chunk, setting.chunk
             cache.user_specified_block_size = True
@@ -54,7 +67,9 @@ class LessConfig:
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
-        """Nothing: vLLM asks this of an architecture as well."""
+        """What vLLM has for the architecture: it asks this of one as well."""
+        if cls.theirs is not None:
+            cls.theirs.verify_and_update_model_config(model_config)
 
 
 class PlainConfig(LessConfig):
@@ -63,6 +78,8 @@ class PlainConfig(LessConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """LessError if the engine is asked for LESS, which its architecture would not know of."""
+        if cls.theirs is not None:
+            cls.theirs.verify_and_update_config(vllm_config)
         if "less" in (vllm_config.additional_config or {}):
             name = vllm_config.model_config.architecture
             raise LessError(f'vLLM\'s {name} has no LESS: add --hf-overrides \'{{"architectures": ["{PREFIX}{name}"]}}\'')
@@ -221,7 +238,7 @@ def check(vllm_config: VllmConfig, setting: Setting) -> None:
     )
     refuse(
         vllm_config.use_v2_model_runner,
-        "LESS knows vLLM's first model runner alone: set VLLM_USE_V2_MODEL_RUNNER=0",
+        "LESS knows vLLM's first model runner alone: leave VLLM_USE_V2_MODEL_RUNNER out",
     )
     for rank in range(parallel.tensor_parallel_size):
         for index in setting.less_layers:

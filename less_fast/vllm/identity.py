@@ -1,7 +1,8 @@
 """What the model that vLLM has loaded computes of a few tokens: whether kernels are its own, as hf/identity.py tells, and how it
 turns queries and keys by their positions, as hf/positions.py does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -40,8 +41,7 @@ def set_contexts(model: nn.Module, layers: Sequence[LessAttention], setting: Set
     context. Two passes over a few tokens. LessError for positions that cannot be moved."""
     if setting.context is None:
         return
-    rotated: list[Any] = [module for module in model.modules() if hasattr(module, "_compute_inv_freq")]
-    known = [module._compute_inv_freq(module.base) for module in rotated]
+    known = [one for module in model.modules() if hasattr(module, "_compute_inv_freq") for one in _frequencies(module)]
     last = getattr(vllm_config.model_config.hf_text_config, "max_position_embeddings", None) or 2048
     positions, later = torch.arange(NEAR + FAR, device="cpu") * max(1, last // 64), last // 2
     both = [observed(model, layers, vllm_config, where) for where in (positions, positions + later)]
@@ -77,6 +77,14 @@ def observed(
             layer.probed = None
         for module in own:
             del module.impl.forward
+
+
+def _frequencies(module: Any) -> Iterator[torch.Tensor]:
+    """Those (F,) that a module which rotates may have: its classes differ in what they take, and in what they scale later."""
+    for argument in (module.base, getattr(module, "scaling_factor", None)):
+        with suppress(TypeError):
+            found = module._compute_inv_freq(argument)
+            yield from (found, found / getattr(module, "scaling_factor", 1.0))
 
 
 def _attend(logits: Logits, layer: Any, q: Any, k: Any, v: Any, *others: Any, output: torch.Tensor, **more: Any) -> None:

@@ -70,7 +70,9 @@ class LessMemory(nn.Module, MambaBase):
 
     @kv_cache.setter
     def kv_cache(self, tensors: Sequence[torch.Tensor]) -> None:
-        if not tensors:
+        if not tensors:  # vLLM has measured, and takes them back
+            for layer in self.layers[0]:
+                layer.paged.pages = {}
             return
         (pages,) = tensors
         self.device = pages.device

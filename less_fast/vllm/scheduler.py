@@ -22,6 +22,7 @@ logger = init_logger(__name__)
 class _KeepsTexts:
     running: list
     max_num_running_reqs: int
+    max_num_active_reqs: int
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, **others: Any):
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **others)  # type: ignore[call-arg]
@@ -31,6 +32,8 @@ class _KeepsTexts:
         self._cache_blocks, coordinator.cache_blocks = coordinator.cache_blocks, self._cache_prompt
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         pages = sum(-(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs)
+        if vllm_config.scheduler_config.async_scheduling and vllm_config.cache_config.mamba_cache_mode == "align":
+            pages += len(specs)  # a page is freed a step later
         room = (kv_cache_config.num_blocks - 1) // pages  # vLLM keeps one page for itself
         if room < 1:
             raise LessError(
@@ -38,7 +41,7 @@ class _KeepsTexts:
             )
         if room < self.max_num_running_reqs:
             logger.info("LESS: %d requests run at once, as many as have room to their end; more wait", room)
-            self.max_num_running_reqs = room
+            self.max_num_running_reqs = self.max_num_active_reqs = room
 
     def add_request(self, request: Any) -> None:
         """LessError for a session whose prompts take in what was generated before."""
@@ -47,7 +50,10 @@ class _KeepsTexts:
         super().add_request(request)  # type: ignore[misc]
 
     def _cache_prompt(self, request: Any, num_computed_tokens: int) -> None:
-        self._cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens))
+        """Only what earlier steps have computed: vLLM lets all requests wait for one that begins as what this step computes."""
+        self._cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens, request.num_computed_tokens))
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:  # type: ignore[attr-defined]
+            getattr(manager, "cached_blocks_this_step", set()).clear()
 
     def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, *cached: int) -> int:
         """How many of these tokens enter in the next step: of a prompt the rest of a piece, or none."""
