@@ -62,12 +62,12 @@ def card(kernels) -> str:
     if "rho" in sizes:
         lines.append("They come with rho, a learned function that says what is worth keeping: for the policy Retention.")
     if "validation" in about:
-        shares = ", ".join(f"{errors['less'] / errors['bare']:.2f}" for errors in about["validation"])
-        lines.append(f"Of the bare policy's error each layer alone leaves {shares}.")
+        left = [errors["less"] / errors["bare"] for errors in about["validation"]]
+        lines.append(f"Of the bare policy's error a layer alone leaves {sum(left) / len(left):.2f} on average.")
     of_layers = about.get("layers", {"budgets": [], "left": []})
     for budget, left in zip(of_layers["budgets"], of_layers["left"]):
-        shares = ", ".join(f"{share:.2f}" for share in left)
-        lines.append(f"Of what the bare policy costs at {budget} tokens the layers leave {shares}.")
+        shares = f"{sum(left) / len(left):.2f} on average ({min(left):.2f} to {max(left):.2f})"
+        lines.append(f"Of what the bare policy costs at {budget} tokens a layer alone leaves {shares}.")
     for stage, tables in (("joint", "under uniform budgets"), ("tables", "under budget tables")):
         if figures := about.get(stage):
             by_budget = zip(figures["budgets"], figures["before"], figures["after"])
