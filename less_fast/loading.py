@@ -75,7 +75,8 @@ def load_model(model: str, device: str = "cpu", dtype: str = "float32") -> tuple
     there is no such device or dtype.
     """
     kind, place = dtype_named(dtype, model), find_device(device)
-    where, tokenizer = unpacked(model) or str(MODEL), load_tokenizer(model)
+    where = unpacked(model) or str(MODEL)
+    tokenizer = load_tokenizer(where)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(where, dtype=kind, output_loading_info=True)
     except Exception as error:  # whatever transformers says of a file that is broken

@@ -45,18 +45,22 @@ def server(command: list[str], gigabytes: int) -> Iterator[str]:
     environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     process, address = subprocess.Popen([*command, "--port", str(port)], env=environment | os.environ), f"http://127.0.0.1:{port}"
     try:
-        while process.poll() is None:
+        while not _answers(address):
+            if process.poll() is not None:
+                raise LessError(f"this server does not start, and says above why: {' '.join(command)}")
             time.sleep(1)
-            try:
-                urllib.request.urlopen(f"{address}/health")
-                yield address
-                return
-            except OSError:
-                continue
-        raise LessError(f"this server does not start, and says above why: {' '.join(command)}")
+        yield address
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(address):
+    try:
+        urllib.request.urlopen(f"{address}/health")
+    except OSError:
+        return False
+    return True
 
 
 def asked(address: str, folder: str, clients: int, prompt: int, answer: int, each: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from .layers import step_of_layers
 from .recipe import FITS, Recipe
 from .sensitivity import SAMPLES, eviction_times_of, watch
 
-HELD = 0.5  # of the memory that is free beside the model, the most that a training may hold
+HELD = 0.5  # of the memory that is free beside the model, what a round with the reading of a window, or a joint step, may hold
 ROUND = 32  # windows of a round where no system tells how much memory is free
 SPENT = 0.9  # of the time: a probe is no promise
 CURVES, JOINT = 0.1, 0.5  # of that, the most that curves and the stages of all layers may take
