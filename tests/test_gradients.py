@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from less_fast import H2O, Retention
 from less_fast.hf.architecture import sizes
 from less_fast.hf.seam import predictions
-from less_fast.layer.parallel import dense, eviction_times
+from less_fast.layer.parallel import dense
 from less_fast.setting import Setting
 from less_fast.training import retention, sensitivity
 from less_fast.training.joint import divergence
-from less_fast.training.layers import costs
+from less_fast.training.layers import bare_of, costs
 
 STEP = 1e-5  # the difference's own error is of the order of its square; the largest error of a slope is 3e-6 of it
 EVERY_FAMILY = pytest.mark.parametrize("family", ["paper", "exponential"])
@@ -80,10 +80,11 @@ def test_layers_descend_along_what_less_costs(by_gradient, family):
     """And the gradient's loss is that over what the bare policy costs, which does not depend on the kernels."""
     model, policy = make_model(), H2O(2, 2)
     layer = sensitivity.watch(model, tokens(3, 16), 0, by_gradient)[1]
-    e, kernels = eviction_times(layer.q, layer.k, layer.v, policy, layer.scale), make_moved_kernels(model, family)
+    kernels = make_moved_kernels(model, family)
     setting = Setting.of(sizes(model), range(3), policy, kernels, "uniform")
-    assert_gradient(lambda: costs(layer, e, setting, 1)[0], without_rho(kernels.layers[1]))
-    assert not costs(layer, e, setting, 1)[1].requires_grad
+    bare = bare_of({1: layer}, setting)[1]
+    assert_gradient(lambda: costs(layer, bare, setting, 1)[0], without_rho(kernels.layers[1]))
+    assert not costs(layer, bare, setting, 1)[1].requires_grad
 
 
 def test_rho_descends_along_its_cross_entropy():

@@ -26,13 +26,14 @@ EVERY_RECIPE = pytest.mark.parametrize("recipe", [LAYERS, PAPER], ids=["exponent
 
 
 def one_layer(q, k, v, policy, family, scale=0.4, **sizes):
-    """What is watched of a layer with these queries, keys and values, by the paper's objective, what is evicted, and a setting of
-    new kernels for it."""
+    """What is watched of a layer with these queries, keys and values, by the paper's objective; what the bare policy does to it;
+    and a setting of new kernels for it."""
     (_, Hq, _, D), Hkv = q.shape, k.shape[1]
     torch.manual_seed(2)
     kernels = LessKernels(1, Hq, Hkv, D, family=family, **sizes)
     layer = Watched(q, k, v, scale, dense(q, k, v, scale), None, torch.randn(Hq * D, 7))
-    return layer, eviction_times(q, k, v, policy, scale), setting_of_sizes(kernels, policy)
+    setting = setting_of_sizes(kernels, policy)
+    return layer, layers.bare_of({0: layer}, setting)[0], setting
 
 
 def setting_of_sizes(kernels, policy):
@@ -46,7 +47,7 @@ def test_the_papers_loss_is_the_references_training_loss(family, group):
     torch.manual_seed(2)
     Hkv, D, T, policy = 2, 4, 30, H2O(3, 2)
     q, k, v = torch.randn(2, Hkv * group, T, D), torch.randn(2, Hkv, T, D), torch.randn(2, Hkv, T, D)
-    layer, e, setting = one_layer(q, k, v, policy, family, rank=3, hidden=5)
+    layer, bare, setting = one_layer(q, k, v, policy, family, rank=3, hidden=5)
     features = setting.kernels.layers[0]
     torch.nn.init.normal_(features.k3)
     wanted = []
@@ -56,7 +57,7 @@ def test_the_papers_loss_is_the_references_training_loss(family, group):
         evicted = less_ref.eviction_times(trace)
         full = less_ref.parallel(*arrays, np.full_like(evicted, np.inf), scale=0.4)
         wanted.append(less_ref.training_loss(trace.out, full, layer.projection.double().numpy(), evicted))
-    found = [cost.item() for cost in layers.costs(layer, e, setting, 0)]
+    found = [cost.item() for cost in layers.costs(layer, bare, setting, 0)]
     assert found == pytest.approx(np.mean(np.reshape(wanted, (2, 2)), 0), rel=1e-4)
 
 
@@ -72,20 +73,20 @@ def test_new_kernels_begin_beside_what_the_held_tokens_weigh_and_trained_ones_st
     """Logits are about 25: e^-10 beside e^25 has no gradient that Adam would follow."""
     torch.manual_seed(0)
     q, k, v = 3 + torch.randn(2, 4, 60, 8) / 4, 3 + torch.randn(2, 2, 60, 8) / 4, torch.randn(2, 2, 60, 8)
-    layer, e, setting = one_layer(q, k, v, H2O(3, 3), "exponential", scale=None)
+    layer, held, setting = one_layer(q, k, v, H2O(3, 3), "exponential", scale=None)
     features, late = setting.kernels.layers[0], slice(7, None)
 
     def folded():  # what it weighs beside what is held, (N, Hq, L)
-        lse, mass = exact_part(q, k, v, e)[1], low_rank_part(features.phi(q), features.psi(k), v, e)[1]
+        lse, mass = exact_part(q, k, v, held.e)[1], low_rank_part(features.phi(q), features.psi(k), v, held.e)[1]
         return (mass * (-lse).exp())[:, :, late]
 
     def gradient():
-        less, bare = layers.costs(layer, e, setting, 0)
+        less, bare = layers.costs(layer, held, setting, 0)
         (found,) = torch.autograd.grad(less, features.k3)
         return found.abs().max(), (less / bare).item()
 
     flat, _ = gradient()
-    layers.begin(({0: layer}, [{0: e}]), setting, 2)
+    layers.begin(({0: layer}, [{0: held}]), setting, 2)
     for head in range(2):  # and its two query heads
         weight = folded()[:, 2 * head : 2 * head + 2]
         assert (weight > np.exp(-0.9999)).float().mean().item() <= 0.011
@@ -94,7 +95,7 @@ def test_new_kernels_begin_beside_what_the_held_tokens_weigh_and_trained_ones_st
     assert steep > 1e4 * flat
     assert share < 1.1
     trained = features.k3.clone()
-    layers.begin(({0: layer}, [{0: e}]), setting, 2)
+    layers.begin(({0: layer}, [{0: held}]), setting, 2)
     assert torch.equal(features.k3, trained)
 
 
@@ -107,7 +108,7 @@ def test_the_first_step_begins_new_kernels_with_its_round_and_not_those_that_go_
     rows = rounds(10, still)[0][0][:2]
     held = sensitivity.watch_each(model, tokens(10, 30)[rows], rows.tolist(), True)
     setting = setting_of(model, H2O(1, 1), fresh)  # the first of three budgets
-    layers.begin((held, [eviction_times_of(held, setting.policy, fresh)]), setting, 2)
+    layers.begin((held, [layers.bare_of(held, setting)]), setting, 2)
     for layer, own in zip(fresh.layers, new.layers):
         assert (layer.k3 != layer.START).all()
         torch.testing.assert_close(own.k3, layer.k3, atol=1e-3, rtol=1e-4)
@@ -144,9 +145,10 @@ def test_the_cost_of_all_heads_is_that_of_the_layer_and_of_no_change_nothing():
     out = layer.full + torch.randn(layer.full.shape, generator=torch.Generator().manual_seed(0))
     one_head = layer.full.clone()
     one_head[:, 2:] = out[:, 2:]  # the query heads of the second KV head
-    torch.testing.assert_close(layer.cost_of_heads(out)[:, 1], layer.cost(one_head))
-    torch.testing.assert_close(layer.cost(out[:, :, 5:], 5), layer.cost(out)[:, 5:])
-    assert not layer.cost(layer.full).any()
+    costs = layer.cost(layer.seen(out))
+    torch.testing.assert_close(layer.cost_of_heads(layer.seen(out))[:, 1], layer.cost(layer.seen(one_head)))
+    torch.testing.assert_close(layer.cost(layer.seen(out[:, :, 5:], 5), 5), costs[:, 5:])
+    assert not layer.cost(layer.seen(layer.full)).any()
 
 
 def test_the_seed_of_the_labels_decides_and_nothing_else():
@@ -226,10 +228,10 @@ def test_the_same_seed_gives_the_same_kernels_whatever_the_global_generator_does
 def test_the_paper_drops_out_hidden_features_of_layers_in_training_alone(monkeypatch):
     found, own = [], layers.costs
 
-    def look(layer, e, setting, index):
+    def look(layer, bare, setting, index):
         features = setting.layer(index)[1]
         found.append((torch.is_grad_enabled(), not torch.equal(features.psi(layer.k), features.psi(layer.k))))
-        return own(layer, e, setting, index)
+        return own(layer, bare, setting, index)
 
     monkeypatch.setattr(layers, "costs", look)
     quick_training(recipe=PAPER)
@@ -282,12 +284,12 @@ def test_steps_of_their_own_take_every_window_before_one_comes_again():
 def test_steps_take_the_settings_in_turns_with_what_is_evicted_from_the_windows_under_them(monkeypatch):
     own, taken = layers.costs, []
 
-    def look(layer, e, setting, index):
+    def look(layer, bare, setting, index):
         if torch.is_grad_enabled():
             policy = setting.policy
-            assert torch.equal(e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale))
-            taken.append((index, policy.budget, len(e)))
-        return own(layer, e, setting, index)
+            assert torch.equal(bare.e, eviction_times(layer.q, layer.k, layer.v, policy, layer.scale))
+            taken.append((index, policy.budget, len(bare.e)))
+        return own(layer, bare, setting, index)
 
     monkeypatch.setattr(layers, "costs", look)
     train(make_model().float(), tokens(5, 30), tokens(2, 30, seed=1), POLICY, replace(LAYERS, round=3, uses=3))

@@ -73,16 +73,18 @@ def held_by(*tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_round_holds_as_much_for_each_window_as_is_said(dtype):
     model, ids = make_model().to(dtype), tokens(3, 40)
-    held = sensitivity.watch_each(model, ids, [0, 1, 2], True).values()
-    of_layers = sum(held_by(layer.q, layer.k, layer.v, layer.full, layer.g) for layer in held)
+    held = sensitivity.watch_each(model, ids, [0, 1, 2], True)
+    bare = layers.bare_of(held, setting_of(model, POLICY, None))
+    of_layers = sum(held_by(layer.q, layer.k, layer.v, layer.full, layer.g) for layer in held.values())
+    of_layers += 2 * sum(held_by(*of) for of in bare.values())
     seen = [retention.Seen.join([one, one]) for one in retention.watch(model, ids[:1], 0)]
     of_rho = sum(held_by(layer.q, layer.k, layer.v, layer.seen, layer.share) for layer in seen) / 2
     for recipe, wanted in ((replace(RECIPE, rho=0), of_layers / 3), (WHOLE, max(of_layers / 3, of_rho))):
-        assert bytes_of_window(model, 40, recipe) == pytest.approx(wanted, rel=0.05)
+        assert bytes_of_window(model, 40, recipe, 2) == pytest.approx(wanted, rel=0.05)
 
 
 def test_rounds_are_as_large_as_the_free_memory_allows(monkeypatch):
-    each, reading = bytes_of_window(make_model().float(), 30, RECIPE), bytes_of_reading(make_model().float(), tokens(1, 30))
+    each, reading = bytes_of_window(make_model().float(), 30, RECIPE, 3), bytes_of_reading(make_model().float(), tokens(1, 30))
     for free, size in ((2 * reading + 20.5 * each, 10), (2 * reading + 8.5 * each, 4), (0, 1), (None, 10)):
         monkeypatch.setattr(plan, "free_memory", lambda device, free=free: free)
         assert quick_training(recipe=replace(RECIPE, uses=1, joint_steps=0)).about["recipe"]["round"] == size

@@ -95,7 +95,8 @@ def measure(
             times = eviction_times_of(layers, policy.with_budget(budget), kernels)
             for (index, layer), (row, setting) in product(wide.items(), enumerate(settings)):
                 out = parallel(layer.q, layer.k, layer.v, times[index], setting.layer(index)[1], layer.scale)
-                total[row, index, :, column] += layer.cost_of_heads(out).sum((0, 2)).double().cpu() / windows.numel()
+                cost = layer.cost_of_heads(layer.seen(out)).sum((0, 2))  # (Hkv,)
+                total[row, index, :, column] += cost.double().cpu() / windows.numel()
     if not total.isfinite().all():
         raise LessError("a cost is not finite: the weights of the model or the kernels are broken")
     bare, *less = ([row if index in served else [] for index, row in enumerate(costs)] for costs in total.tolist())

@@ -7,7 +7,7 @@ eviction. By the gradient (sensitivity.py) it is what errors cost the model's pr
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,20 @@ from .recipe import FITS, Recipe
 from .sensitivity import Watched, eviction_times_of, watch, watch_each
 from .work import Work
 
-Held = tuple[dict[int, Watched], list[dict[int, torch.Tensor]]]  # the layers, and eviction times by setting
+
+class Bare(NamedTuple):
+    """What a bare policy does to a layer reading N texts. It does not depend on the kernels, so it is computed once."""
+
+    e: torch.Tensor  # (N, Hkv, T) int64, eviction times
+    seen: torch.Tensor  # (N, Hq, T, samples or D), what costs depend on of its attention
+    lse: torch.Tensor  # (N, Hq, T), what the kept tokens weigh: log-sum-exp
+
+    def rows(self, index: torch.Tensor | slice) -> "Bare":
+        """Some of the texts."""
+        return Bare(*(tensor[index] for tensor in self))
+
+
+Held = tuple[dict[int, Watched], list[dict[int, Bare]]]  # the layers, and the bare policies by setting
 
 
 def train_layers(
@@ -45,7 +58,7 @@ def train_layers(
 
     def read(rows: torch.Tensor) -> Held:
         layers = watch_each(model, windows[rows], (recipe.seed + rows).tolist(), fit.by_gradient)
-        return layers, [eviction_times_of(layers, setting.policy, setting.kernels) for setting in settings]
+        return layers, [bare_of(layers, setting) for setting in settings]
 
     def loss(held: Held, rows: torch.Tensor, step: int) -> float:
         if step == 0:
@@ -69,45 +82,59 @@ def train_layers(
 def step_of_layers(held: Held, rows: torch.Tensor, settings: Sequence[Setting], turn: int, relative: bool) -> float:
     """Leaves the gradients of every layer's loss on some rows under one setting; returns what the layers leave of the bare
     policy's cost on average. relative: the loss is that share, not the cost."""
-    layers, times = held
+    layers, policies = held
     shares = []
     for index, layer in layers.items():
-        rows = rows.to(times[turn][index].device)
-        less, bare = costs(layer.rows(rows), times[turn][index][rows], settings[turn], index)
+        rows = rows.to(layer.q.device)
+        less, bare = costs(layer.rows(rows), policies[turn][index].rows(rows), settings[turn], index)
         (less / bare if relative else less).backward()
         shares.append((less / bare).detach())
     return torch.stack(shares).mean().item()
 
 
-def costs(layer: Watched, e: torch.Tensor, setting: Setting, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What LESS under the setting costs in this layer, and what the bare policy does: scalars, means over the queries behind the
-    first eviction, the first differentiable in the kernels. e (N, Hkv, T) int64."""
-    (exact, lse), (weighted, mass) = parts(layer, e, setting, index)
+@torch.no_grad()
+def bare_of(layers: dict[int, Watched], setting: Setting) -> dict[int, Bare]:
+    """What the setting's bare policy does to each layer, one text after the other, which takes less memory."""
+    times = eviction_times_of(layers, setting.policy, setting.kernels)
+    found = {}
+    for index, layer in layers.items():
+        parts = []
+        for row, e in enumerate(times[index].split(1)):
+            one = layer.rows(slice(row, row + 1))
+            out, lse = exact_part(one.q, one.k, one.v, e, one.scale)
+            parts.append(Bare(e, one.seen(out), lse))
+        found[index] = Bare(*map(torch.cat, zip(*parts)))
+    return found
+
+
+def costs(layer: Watched, bare: Bare, setting: Setting, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What LESS under the setting costs in this layer, and what its bare policy does: scalars, means over the queries behind the
+    first eviction, the first differentiable in the kernels."""
     first = setting.policy.budget + 1
-    late = slice(first, None)
-    out = merge(exact[:, :, late], lse[:, :, late], weighted[:, :, late], mass[:, :, late])  # (N, Hq, L, D)
-    return layer.cost(out, first).mean(), layer.cost(exact[:, :, late], first).mean()
+    seen, lse = (part[:, :, first:] for part in (bare.seen, bare.lse))
+    weighted, mass = (part[:, :, first:] for part in folded(layer, bare.e, setting, index))
+    less = merge(seen, lse, layer.seen(weighted, first), mass)  # (N, Hq, L, samples or D)
+    return layer.cost(less, first).mean(), layer.cost(seen, first).mean()
 
 
-def parts(layer, e, setting, index):
-    """Attention over what is held, and what is folded: (exact (N, Hq, T, D), lse (N, Hq, T)), (phi H (N, Hq, T, D), phi.z
-    (N, Hq, T))."""
+def folded(layer, e, setting, index):
+    """What the state adds: phi H (N, Hq, T, D) and phi.z (N, Hq, T)."""
     features = setting.layer(index)[1]
-    folded = low_rank_part(features.phi(layer.q), features.psi(layer.k), layer.v, e)
-    return exact_part(layer.q, layer.k, layer.v, e, layer.scale), folded
+    return low_rank_part(features.phi(layer.q), features.psi(layer.k), layer.v, e)
 
 
 @torch.no_grad()
 def begin(held: Held, setting: Setting, count: int) -> None:
     """Tells new kernels what the tokens weigh that the setting holds of so many windows. LessError for a layer without loss."""
-    layers, times = held
+    layers, policies = held
     for index, whole in layers.items():
-        layer, e = whole.rows(slice(count)), times[0][index][:count]
-        if not costs(layer, e, setting, index)[1] > 0:
+        layer, bare = whole.rows(slice(count)), policies[0][index].rows(slice(count))
+        if not costs(layer, bare, setting, index)[1] > 0:
             raise LessError(
                 f"layer {index} loses nothing under the bare policy, so there is nothing to learn: train on other text"
             )
-        weights = (weight[:, :, setting.policy.budget + 1 :] for _, weight in parts(layer, e, setting, index))
+        weights = bare.lse, folded(layer, bare.e, setting, index)[1]
+        weights = (weight[:, :, setting.policy.budget + 1 :] for weight in weights)
         setting.layer(index)[1].begin(*weights)
 
 
@@ -119,8 +146,8 @@ def shares_left(model: PreTrainedModel, windows: torch.Tensor, settings: Sequenc
         layers = watch(model, ids, recipe.seed + number, FITS[recipe.family].by_gradient)
         found = []  # settings x layers x (less, bare)
         for setting in settings:
-            times = eviction_times_of(layers, setting.policy, setting.kernels)
-            both = (costs(layer.rows(slice(None)), times[index], setting, index) for index, layer in layers.items())
+            policies = bare_of(layers, setting)
+            both = (costs(layer.rows(slice(None)), policies[index], setting, index) for index, layer in layers.items())
             found.append([torch.stack(pair).tolist() for pair in both])
         sums = sums + torch.tensor(found, dtype=torch.float64, device="cpu")
     return (sums[..., 0] / sums[..., 1]).tolist()

@@ -22,9 +22,9 @@ from ..layer.parallel import dense
 from ..setting import Setting
 from . import retention
 from .joint import divergence, step_of_all
-from .layers import step_of_layers
+from .layers import bare_of, step_of_layers
 from .recipe import FITS, Recipe
-from .sensitivity import SAMPLES, eviction_times_of, watch
+from .sensitivity import SAMPLES, watch
 
 HELD = 0.5  # of the memory that is free beside the model, what a round with the reading of a window, or a joint step, may hold
 ROUND = 32  # windows of a round where no system tells how much memory is free
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds for a window: what rho reads and what a step on it takes; what layers read, its eviction times under one setting,
+    """Seconds for a window: what rho reads and what a step on it takes; what layers read, a bare policy of theirs,
     a step; and a step of all layers, None if there is not the memory."""
 
     rho_read: float
@@ -86,7 +86,7 @@ def plan(
     settings: in turns; budgets_of_curves: how many budgets the curves of each policy have. tell: told what is being probed.
     LessError if that is too little time, with the least.
     """
-    each, free = bytes_of_window(model, windows.shape[1], recipe), free_memory(model.device)
+    each, free = bytes_of_window(model, windows.shape[1], recipe, len(settings)), free_memory(model.device)
     most = recipe.round or ROUND
     if recipe.round is None and free is not None:
         room = HELD * free - (bytes_of_reading(model, windows[:1]) if FITS[recipe.family].by_gradient else 0)
@@ -186,9 +186,9 @@ def probe(
         rho_step = taken
     layers = timed("what layers read", lambda: watch(model, some, 0, by_gradient), 3 if by_gradient else 1)
     reading = taken
-    times = timed("what is evicted", lambda: eviction_times_of(layers, largest.policy, kernels), 0)
+    bare = timed("what is evicted", lambda: bare_of(layers, largest), 0)
     evicting = taken
-    timed("a step of the layers", lambda: step_of_layers((layers, [times]), one, [largest], 0, by_gradient), 0)
+    timed("a step of the layers", lambda: step_of_layers((layers, [bare]), one, [largest], 0, by_gradient), 0)
     step = taken
     if recipe.joint_steps:
         need = bytes_of_joint(model, window, largest) * recipe.batch
@@ -200,13 +200,15 @@ def probe(
     return Costs(rho_read, rho_step, reading, evicting, step, joint)
 
 
-def bytes_of_window(model: PreTrainedModel, T: int, recipe: Recipe) -> int:
-    """What a round holds for each of its windows: q, k, v, the output and its gradients, or what rho is trained towards."""
+def bytes_of_window(model: PreTrainedModel, T: int, recipe: Recipe, settings: int) -> int:
+    """What a round holds for each of its windows: q, k, v, the output and its gradients, with the bare policies of so many
+    settings, or what rho is trained towards."""
     shape, count = sizes(model), len(less_layers(model))
-    numbers, tokens = model.dtype.itemsize * shape["head_dim"], T * count
-    layers = (2 + SAMPLES * FITS[recipe.family].by_gradient) * shape["query_heads"] + 2 * shape["kv_heads"]
+    numbers, tokens, samples = model.dtype.itemsize * shape["head_dim"], T * count, SAMPLES * FITS[recipe.family].by_gradient
+    layers = numbers * ((2 + samples) * shape["query_heads"] + 2 * shape["kv_heads"])
+    layers += settings * (4 * (1 + (samples or shape["head_dim"])) * shape["query_heads"] + 8 * shape["kv_heads"])
     rho = (shape["query_heads"] + 2 * shape["kv_heads"]) * numbers + 12 * retention.MOMENTS * shape["kv_heads"]
-    return tokens * max(layers * numbers, rho * bool(recipe.rho))
+    return tokens * max(layers, rho * bool(recipe.rho))
 
 
 def bytes_of_reading(model: PreTrainedModel, window: torch.Tensor) -> int:

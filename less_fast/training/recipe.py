@@ -8,7 +8,7 @@ from ..layer.features import FAMILIES, MOST, RHO_HIDDEN, Learned
 from .checks import number
 
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
-RHO_RATE, JOINT_RATE = 1e-2, 5e-3  # learning rates of the stages of rho and of all layers together
+RHO_RATE, JOINT_RATE = 1e-3, 5e-3  # learning rates of the stages of rho and of all layers together
 
 
 class Fit(NamedTuple):

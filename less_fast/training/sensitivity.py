@@ -52,18 +52,23 @@ class Watched:
         g = None if parts[0].g is None else torch.cat([part.g for part in parts])
         return cls(q, k, v, parts[0].scale, full, g, parts[0].projection)
 
-    def cost(self, out: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """What it costs if the layer's output is `out` (N, Hq, L, D) from query `first` on, (N, L): nats for each query by the
+    def seen(self, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """What costs depend on of outputs (N, Hq, L, D) from query `first` on: their products with g (N, Hq, L, samples), or
+        all of them."""
+        return out if self.g is None else torch.einsum("nshld,nhld->nhls", self.g[..., first:, :], out)
+
+    def cost(self, seen: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """What it costs if this is seen of the layer's output from query `first` on, (N, L): nats for each query by the
         gradient, else the mean squared error after the output projection."""
-        change = out - self.full[:, :, first:]
+        change = seen - self.seen(self.full[:, :, first:], first)
         if self.g is None:
             return (change.transpose(1, 2).flatten(2) @ self.projection).square().mean(-1)
-        return (self.g[..., first:, :] * change[:, None]).sum((2, 4)).square().mean(1) / 2
+        return change.sum(1).square().mean(-1) / 2
 
-    def cost_of_heads(self, out: torch.Tensor) -> torch.Tensor:
-        """What it costs if one KV head after the other has its outputs from `out` (N, Hq, T, D): nats, (N, Hkv, T)."""
-        products = (self.g * (out - self.full)[:, None]).sum(-1)  # (N, samples, Hq, T)
-        return products.unflatten(2, (self.k.shape[1], -1)).sum(3).square().mean(1) / 2
+    def cost_of_heads(self, seen: torch.Tensor) -> torch.Tensor:
+        """What it costs if this is seen of one KV head after the other's outputs (N, Hq, T, samples): nats, (N, Hkv, T)."""
+        change = seen - self.seen(self.full)
+        return change.unflatten(1, (self.k.shape[1], -1)).sum(2).square().mean(-1) / 2
 
 
 def watch(model: PreTrainedModel, ids: torch.Tensor, seed: int, by_gradient: bool = True) -> dict[int, Watched]:
