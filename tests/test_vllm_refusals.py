@@ -26,6 +26,7 @@ ENGINES = [
         dict(tensor_parallel_size=2, distributed_executor_backend="mp", less={"policy": "tova", "budget": 51}),
         "tensor parallelism takes them apart",
     ),
+    (dict(block_size=32), "leave --block-size out"),
     (dict(runner="pooling"), "leave --runner pooling out"),
 ]
 SETTINGS = [
@@ -90,6 +91,8 @@ def test_what_vllm_would_do_by_itself_becomes_what_less_needs():
 
 def test_what_can_run_is_not_refused():
     assert refusal(less=H2O) is None
+    assert refusal(less=H2O, block_size=256) is None
+    assert refusal(less=H2O, block_size=32, enable_prefix_caching=False) is None
     assert refusal(less={**H2O, "kernels": str(KERNELS)}) is None
     every_word = {"sinks": 4, "recent": 28, "kernels": "shipped", "budgets": "uniform", "chunk": 64, "context": 512, "int8": True}
     assert refusal(less={"policy": "lambda", **every_word}) is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -32,7 +33,8 @@ def divergence(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> t
     def streamed(index, q, k, v, scale):
         policy, features = setting.layer(index)
         e = eviction_times(q.detach(), k.detach(), v.detach(), policy, scale, kernels=features)
-        return parallel(q, k, v, e, features, scale).to(q.dtype)
+        # computed again on the way back: its squares of T would take more memory than all else
+        return checkpoint(parallel, q, k, v, e, features, scale, use_reentrant=False).to(q.dtype)
 
     with torch.no_grad():
         full = predictions(model, ids, lambda _, *qkv: dense(*qkv))  # (N, T, vocabulary)

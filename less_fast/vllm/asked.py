@@ -56,6 +56,11 @@ class LessConfig:
             cache.enable_prefix_caching = False
         cache.mamba_cache_mode, cache.mamba_block_size = "none", None
         if cache.enable_prefix_caching:
+            if cache.user_specified_block_size and cache.block_size != setting.chunk:
+                raise LessError(
+                    f"cached prefixes end where a piece of a prompt does, every {setting.chunk} tokens: leave --block-size out, "
+                    f"and say another chunk in the setting"
+                )
             cache.mamba_cache_mode, cache.block_size, cache.mamba_block_size = "align", setting.chunk, setting.chunk
             cache.user_specified_block_size = True
             if hasattr(cache, "prefix_cache_retention_interval"):
