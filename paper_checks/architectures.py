@@ -64,8 +64,7 @@ KNOWN = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "gpt_oss", "olmo2",
     "stablelm", "starcoder2", "cohere", "granite", "falcon",
 }  # fmt: skip
-"""Named first in a summary, and each tested."""
-NAMED = 15  # in one line of a summary
+"""Each is tested."""
 
 ROOM, SMALL = H2O(heavy=40, recent=40), H2O(heavy=3, recent=4)
 PROMPT, LENGTH = 12, 24
@@ -168,41 +167,27 @@ def measured(model_types) -> Iterator[Row | tuple[str, str]]:
             yield model_type, f"{type(failure).__name__} {failure}".splitlines()[0][:160]
 
 
-def markdown(rows) -> str:
-    """The tables: served, refused, and not tried."""
-    served = [row for row in rows if isinstance(row, Row) and not row.refused]
-    refused = [row for row in rows if isinstance(row, Row) and row.refused]
-    yes = [[row.model_type, row.layers, *(f"{x:.0e}" for x in (row.full, row.padded, row.reference))] for row in served]
-    not_tried = [row for row in rows if not isinstance(row, Row)]
-    tables = [
-        script.markdown(["type", "layers served", "logits", "padded", "small budget, from less_ref"], yes),
-        script.markdown(["refused", "why"], [[row.model_type, row.refused] for row in refused]),
-        script.markdown(["not tried: no small model of it could be made, or run with any cache", "what was said"], not_tried),
-    ]
-    return "\n\n".join(tables) + "\n"
-
-
 def summary(rows) -> str:
-    """The same on one screen: types that fare alike in one line."""
-    groups = {}
+    """Types that fare alike in one line: served, then refused, and at last not tried."""
+    groups: dict[tuple, list] = {}
     for row in rows:
-        if isinstance(row, Row):
-            served = "" if row.refused else "all" if len({*row.layers.split(" of ")}) == 1 else "those with full attention"
+        if not isinstance(row, Row):
+            groups.setdefault((2, "not tried: no small model of it could be made, or run with any cache"), []).append(row[0])
+        elif row.refused:
             why = re.sub(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|Decoder|ConditionalGeneration)\b", "it", row.refused).split(":")[0]
             why = re.sub("it needs a .* of transformers.*", "it needs cache layers of its own", why)
-            groups.setdefault((why, served), []).append(row)
-    alone = [group for group, alike in groups.items() if len(alike) == 1]
-    groups["each for a reason of its own", ""] = [groups.pop(group)[0] for group in alone]
-    lines = []
-    for (why, served), alike in sorted(groups.items(), key=lambda group: (group[0][0] != "", -len(group[1]))):
-        names = sorted((row.model_type for row in alike), key=lambda name: name not in KNOWN)
-        names = ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        if why:
-            lines.append([names, f"refused: {why}", "", ""])
+            groups.setdefault((1, f"refused: {why}"), []).append(row.model_type)
         else:
-            logits, reference = max(max(row.full, row.padded) for row in alike), max(row.reference for row in alike)
-            lines.append([names, served, f"{logits:.0e}", f"{reference:.0e}"])
-    return script.markdown(["types", "layers served", "logits", "small budget, from less_ref"], lines) + "\n"
+            layers = "all" if len({*row.layers.split(" of ")}) == 1 else "those with full attention"
+            groups.setdefault((0, layers), []).append(row)
+    lines = []
+    for (kind, what), alike in sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1]))):
+        figures = ["", ""]
+        if kind == 0:
+            figures = [f"{max(max(row.full, row.padded) for row in alike):.0e}", f"{max(row.reference for row in alike):.0e}"]
+            alike = [row.model_type for row in alike]
+        lines.append([", ".join(alike), str(len(alike)), what, *figures])
+    return script.markdown(["types", "how many", "layers served", "from the full cache", "from less_ref"], lines) + "\n"
 
 
 def main():
@@ -217,14 +202,20 @@ def main():
         print(row, flush=True)
     if chosen.out:
         head = HEAD.format(version=transformers.__version__, torch=torch.__version__)
-        write_text(chosen.out, f"{head}{summary(rows)}\n## One by one\n\n{markdown(rows)}")
+        write_text(chosen.out, head + summary(rows))
 
 
 HEAD = """# Architectures
 
-What `python -m paper_checks.architectures --out paper_checks/ARCHITECTURES.md` found with transformers {version}, torch {torch}:
-tiny random models of every type of causal language model, float32. Differences are the largest of all logits (of the layer's
-outputs in the last column), relative to the largest value.
+Which decoders of transformers LESS serves. Every type of causal language model of transformers {version} was made small, with
+random weights, in float32 (torch {torch}):
+
+- With room for every token LESS has to give the full cache's logits, padded rows included.
+- With a small budget its first layer has to give what `less_ref.py` does.
+
+The last two columns are the largest differences, relative to the largest value. Each type by itself, with what it said:
+
+    python -m paper_checks.architectures --out paper_checks/ARCHITECTURES.md
 
 """
 
