@@ -48,7 +48,7 @@ errors = Console(stderr=True)
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of what is refused.")] = False) -> None:
-    """LESS: text generation in constant memory. Without options each command but chat runs on the embedded model."""
+    """LESS: text generation in constant memory. Most commands take the embedded model unless told otherwise."""
 
 
 def evicting(policy: str, budget: str, length: int) -> Policy:

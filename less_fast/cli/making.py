@@ -45,7 +45,7 @@ def train(
     model: ModelOption = "",
     text: TextOption = [],
     out: Annotated[Path, typer.Option(help="Folder for the kernels.")] = Path("less-kernels"),
-    hours: Annotated[float, typer.Option(min=0.0, help="That it may take.")] = 6.0,
+    hours: Annotated[float, typer.Option(min=0.0, help="Time limit: what does not fit is left out.")] = 6.0,
     family: Annotated[
         FamilyName | None, typer.Option(metavar="NAME", help="exponential, the default, or paper: the paper's own recipe.")
     ] = None,

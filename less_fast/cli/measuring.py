@@ -34,7 +34,7 @@ def compare(
     ] = [],
     policy: Annotated[
         options.PolicyOrBest,
-        typer.Option(metavar="NAME", help="Uniform and by head; best: H2O uniform, the best by head."),
+        typer.Option(metavar="NAME", help=f"Of all rows; best: H2O uniform, the best by head. {options.POLICY_NAMES}."),
     ] = options.PolicyOrBest(options.BEST),
     budgets: Annotated[
         str, typer.Option(help="What each KV head keeps: tokens, or a share of the length, separated by commas.")
@@ -162,7 +162,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, max=options.LONGEST, help="Sequences that are decoded together.")] = 1,
     length: Annotated[int, typer.Option(min=1, max=options.LONGEST, help="Tokens of each sequence, the prompt's too.")] = 4096,
     dtype: Annotated[options.Dtype, typer.Option(help="Of weights, keys and values.")] = options.Dtype("float16"),
-    memory: Annotated[float, typer.Option(min=0.0, help="Gigabytes (10^9 bytes) on the device; 0: not asked.")] = 0.0,
+    memory: Annotated[float, typer.Option(min=0.0, help="Gigabytes (10^9 bytes) on the device; 0: ignore.")] = 0.0,
     as_json: options.JsonOption = False,
 ) -> None:
     """What a model costs with the full cache and with LESS, by counting, without running or loading it."""

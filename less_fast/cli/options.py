@@ -25,7 +25,7 @@ ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {'
 WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
 POLICY_NAMES = ", ".join(POLICIES)
-PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help="Which tokens are kept: h2o, snapkv, ...")]
+PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: {POLICY_NAMES}.")]
 BestOption = Annotated[
     PolicyOrBest,
     typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: best (by head, for these kernels), {POLICY_NAMES}."),
@@ -42,8 +42,8 @@ TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")]
 Int8Option = Annotated[bool, typer.Option("--int8", help="Keys and values in eight bits: half the bytes.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16, float16.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16 or float16.")]
 FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Random seed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]
