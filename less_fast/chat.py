@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .hf import LessCache
 from .layer.checks import LessError
 from .loading import check_length, first_line
+from .text import ends
 
 
 class Conversation:
@@ -42,8 +43,8 @@ class Conversation:
     def answer(self, text: str, max_new_tokens: int = 512, **options: Any) -> str:
         """What the model answers to `text`. Options go to `model.generate`: a streamer, do_sample, stopping_criteria, ...
 
-        An answer ends with a token that ends texts for the model's generation config or its tokenizer; or it is cut off after
-        max_new_tokens, or by the stopping criteria, and the conversation goes on from there.
+        An answer ends with a token that ends texts (`text.ends`); or it is cut off after max_new_tokens, or by the stopping
+        criteria, and the conversation goes on from there.
         Raises LessError if the template refuses this turn, or does not tell where answers end; warns if it would now write
         earlier turns in another way (a new date, thinking left out): the cache keeps them as they were fed.
         """
@@ -52,17 +53,17 @@ class Conversation:
         new = self._behind_the_answer(said, shown) if self.shown else self._tokens(shown)
         ids = torch.cat([self.ids, torch.tensor([new], device=self.ids.device)], 1)  # (1, T)
         check_length(self.model, ids.shape[1] + max_new_tokens)
-        ends, pad = self._ends(), self.tokenizer.pad_token_id
+        last, pad = ends(self.model, self.tokenizer), self.tokenizer.pad_token_id
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),  # (1, T)
             past_key_values=self.cache,
             max_new_tokens=max_new_tokens,
-            eos_token_id=ends or None,
+            eos_token_id=last or None,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             **options,
         )
-        whole = out[:, :-1] if out[0, -1] in ends else out  # the last token of `out` has not gone through the model
+        whole = out[:, :-1] if out[0, -1] in last else out  # the last token of `out` has not gone through the model
         answer = self.tokenizer.decode(whole[0, ids.shape[1] :], clean_up_tokenization_spaces=False)
         self.messages += [said, {"role": "assistant", "content": answer}]
         self.ids, self.shown = whole, shown
@@ -100,7 +101,3 @@ class Conversation:
 
     def _tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _ends(self):
-        own = self.model.generation_config.eos_token_id
-        return sorted({*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .layer.checks import LessError
@@ -70,6 +70,13 @@ def _in_pieces(tokenizer, text: str) -> Iterator[np.ndarray]:
         end = next(filter(is_between_tokens, ends), len(text))
         before = encoded(start - LETTERS_BEFORE, start)
         yield np.array(encoded(start - LETTERS_BEFORE, end)[len(before) :], dtype=np.int64)
+
+
+def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, the tokenizer's own, and <|endoftext|> if there is one:
+    models that were trained to chat write it too, and files of weights may name one end alone."""
+    own, added = model.generation_config.eos_token_id, tokenizer.get_added_vocab()
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, added.get("<|endoftext|>")} - {None})
 
 
 def text_behind(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], new: Sequence[int]) -> str:

@@ -4,12 +4,14 @@ Programs are run each in a process of its own, in an empty folder, within TIME a
 nothing can be harmed.
 """
 
+import ast
 import gzip
 import json
 import re
 import resource
 import subprocess
 import sys
+import textwrap
 import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +21,9 @@ from less_fast import LessError
 from . import script
 
 TIME, MEMORY = 10, 2**30  # seconds and bytes of a program
-NEW = {"humaneval": 384, "gsm8k": 320}  # tokens of an answer, at most
+NEW = {"humaneval": 512, "gsm8k": 384}  # tokens of an answer, at most
 PROGRAM = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
+BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)  # of code, closed or cut off
 NUMBER = "{}\n\nReason step by step, then end with: The answer is NUMBER."
 
 
@@ -52,21 +55,36 @@ def prompts(tokenizer, questions: list[str]) -> list[list[int]]:
 
 def right(name: str, answer: str, told: dict) -> bool:
     """Whether an answer is."""
-    return passes(program(answer, told), told) if name == "humaneval" else last_number(answer) == float(told["number"])
+    return passes(program(answer, told), told) if name == "humaneval" else number_said(answer) == float(told["number"])
 
 
-def last_number(answer: str) -> float | None:
-    """The last number of an answer."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
-    return float(found[-1].replace(",", "")) if found else None
+def number_said(answer: str) -> float | None:
+    """The first number behind the last "answer is", or else the last number of all."""
+    before, said, behind = answer.rpartition("answer is")
+    found = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", behind if said else before + behind)
+    return float(found[0 if said else -1].replace(",", "")) if found else None
 
 
 def program(answer: str, told: dict) -> str:
-    """The code of an answer: its first block of code, with what the question gave before it if that is not in it."""
-    block = re.search(r"```(?:python|py)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    code = block[1] if block else answer
-    whole = re.search(rf"^def {told['entry_point']}\b", code, re.MULTILINE)
-    return f"{told['prompt'].rpartition('def ')[0] if whole else told['prompt']}\n{code}"
+    """The code of an answer, as far as it is Python: the first block of code that defines the function, or else the first; with
+    what the question gave before it if the function is not in it."""
+    named = re.compile(rf"^def {told['entry_point']}\b", re.MULTILINE)
+    blocks = BLOCK.findall(answer)
+    if not blocks:  # what is said before the code is none
+        begun = re.search(r"^(?:from |import |def |class |@)", answer, re.MULTILINE) if named.search(answer) else None
+        blocks = [answer[begun.start() if begun else 0 :]]
+    whole = next((code for code in map(textwrap.dedent, blocks) if named.search(code)), None)
+    before, code = (told["prompt"], blocks[0]) if whole is None else (told["prompt"].rpartition("def ")[0], whole)
+    lines = f"{before}\n{code}".split("\n")
+    return next((text for end in range(len(lines), 0, -1) if parses(text := "\n".join(lines[:end]))), "\n".join(lines))
+
+
+def parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def passes(code: str, told: dict) -> bool:
@@ -84,9 +102,10 @@ def passes(code: str, told: dict) -> bool:
         file.write_text(whole, encoding="utf-8", errors="replace")
         with Path(place, "printed").open("w+b") as printed:
             quiet = dict(stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.DEVNULL)
-            command = [sys.executable, "-I", str(file)]
+            start = "import runpy; runpy.run_path('answer.py', run_name='answer')"  # what runs under __main__ alone does not
+            shared = dict(cwd=place, env={"PYTHONHASHSEED": "0"}, preexec_fn=limits, start_new_session=True, **quiet)
             try:
-                subprocess.run(command, cwd=place, env={}, timeout=TIME, preexec_fn=limits, start_new_session=True, **quiet)
+                subprocess.run([sys.executable, "-s", "-c", start], timeout=6 * TIME, **shared)  # of the clock: machines are busy
             except subprocess.TimeoutExpired:
                 return False
             printed.seek(0)

@@ -9,6 +9,7 @@ are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives 
 import random
 import sys
 import time
+from functools import partial
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -52,17 +53,18 @@ def talk(model, tokenizer, cache, turns: list[str], new: int) -> dict:
     return {"said": said, "behind": behind, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def measure(chosen) -> list[dict]:
+def measure(chosen, write) -> None:
+    """write: what is known so far, after each conversation."""
     model, tokenizer = load_model(chosen.model, dtype=AUTO)
     kernels = load_kernels(model, "")
     policy, context = best_policy(kernels, chosen.budget), trained_length(model, kernels)
     caches = {"LESS": LessCache.for_model(model, policy, kernels, context=context), "full": DynamicCache(config=model.config)}
     rows, turns = [], questions(chosen.turns - 1, chosen.seed)
     for name, cache in caches.items():
-        rows.append({"cache": name, "policy": repr(policy) if name == "LESS" else None, "context": context})
+        rows.append({"cache": name} | ({"policy": repr(policy), "context": context} if name == "LESS" else {}))
         rows[-1] |= talk(model, tokenizer, cache, turns, chosen.new)
         print(f"{name}: {rows[-1]['behind'][-1]}", *(f"{one}\n  {said}" for one, said in rows[-1]["said"].items()), sep="\n")
-    return rows
+        write(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     out = chosen.out or script.results_of("conversation", chosen.model)
     about = {name: value for name, value in vars(chosen).items() if name != "out"}
-    return script.run("conversation", lambda: script.write(out, about, measure(chosen)))
+    return script.run("conversation", lambda: measure(chosen, partial(script.write, out, about)))
 
 
 if __name__ == "__main__":

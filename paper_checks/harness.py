@@ -81,7 +81,10 @@ class Noted(CachedLM):
         self.tokenizer, self.max_length, self.answers, self.asked = tokenizer, max_length, answers or {}, []
 
     def scores(self, pairs, disable_tqdm=False):
+        """LessError if there are answers, and none to one of the pairs."""
         self.asked = [self.fitting(*pair) for pair in pairs]
+        if self.answers and not {*self.asked} <= {*self.answers}:
+            raise LessError("the harness asks what was not measured: prepare and measure again, with the same tasks and versions")
         return [self.answers.get(pair, (0.0, False)) for pair in self.asked]
 
 

@@ -12,6 +12,7 @@ writes after each cache, and goes on where it was stopped. REAL_MODELS.md has th
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from less_fast import LessError
-from less_fast.files import write_text
+from less_fast.files import digest, write_text
 from less_fast.layer.fastgen import token_kinds
 from less_fast.loading import load_kernels, load_model, load_tokenizer
 from less_fast.measuring import versions
@@ -41,7 +42,7 @@ from .script import mean
 EIGHTHS = 8  # parts of a window whose loss is written down
 NEW, ANSWERS_AT_ONCE = 64, 32  # tokens of a summary; questions that are answered together
 ROWS = 1000  # of a data set, among which summaries are drawn
-NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart
+NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart, beside kernels and inputs
 
 
 def prepare(chosen) -> None:
@@ -143,21 +144,19 @@ def scores(reader: Reader, contender: Contender, pairs: dict) -> list[tuple[floa
 
 
 def summaries(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
-    """What is written after each prompt, by data set; all together, greedily."""
-    prompts = [prompt for text in texts.values() for prompt in text["prompts"]]
-    written = iter(reader.generate(prompts, NEW, do_sample=False, disable_compile=True))
-    return {name: list(islice(written, len(text["prompts"]))) for name, text in texts.items()}
+    """What is written after each prompt, by data set."""
+    return {name: written(reader, text["prompts"], NEW) for name, text in texts.items()}
 
 
 def answers(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
-    """What is answered to each question, by data set, greedily."""
-    found: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        found[name] = []
-        for start in range(0, len(text["prompts"]), ANSWERS_AT_ONCE):
-            some = text["prompts"][start : start + ANSWERS_AT_ONCE]
-            found[name] += reader.generate(some, answering.NEW[name], do_sample=False, disable_compile=True)
-    return found
+    """What is answered to each question, by data set."""
+    return {name: written(reader, text["prompts"], answering.NEW[name]) for name, text in texts.items()}
+
+
+def written(reader: Reader, prompts: list[list[int]], new: int) -> list[str]:
+    """Behind each prompt, greedily."""
+    parts = [prompts[start : start + ANSWERS_AT_ONCE] for start in range(0, len(prompts), ANSWERS_AT_ONCE)]
+    return [text for part in parts for text in reader.generate(part, new, do_sample=False, disable_compile=True)]
 
 
 PARTS: dict[str, tuple[str, Callable, int | None]] = {
@@ -182,6 +181,7 @@ def measure(chosen) -> None:
         raise LessError("the caches are about kernels: say which with --kernels")
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     kinds, length = token_kinds(tokenizer), inputs["about"]["length"]
+    own = digest(kernels.state_dict(), json.dumps({name: vars(curves) for name, curves in kernels.curves.items()}))
     parts = chosen.parts.split(",") if chosen.parts else [part for part in PARTS if PARTS[part][0] in inputs]
     if absent := [part for part in parts if PARTS.get(part, [part])[0] not in inputs]:
         raise LessError(f"nothing in {chosen.inputs} is for the part {absent[0]!r}: choose some of {', '.join(PARTS)}")
@@ -189,12 +189,16 @@ def measure(chosen) -> None:
     script.known("cache", asked, ("full", "bare", "baseline+", "less"))
     for part in parts:
         what, measured, chunk = PARTS[part]
+        read = hashlib.sha256(json.dumps([inputs[what], answering.NEW, NEW]).encode()).hexdigest()
+        if any(record["part"] == part and record.get("inputs") != read for record in done["results"]):
+            raise LessError(f"{chosen.results} has figures of {part} from other inputs: give another file for these")
         rules = [policy_named(name, kept, length) for kept in chosen.budgets.split(",") for name in chosen.policies.split(",")]
         for rule in rules:
             for contender in contenders(model, [rule], {"": kernels}, kinds, context=chosen.context):
                 label = {"part": part, "dtype": chosen.dtype, "rule": None if contender.cache == "full" else repr(rule)}
                 label |= {"cache": contender.cache, "budgets": contender.budgets}
-                label |= {"context": None if contender.cache == "full" else chosen.context}
+                label |= {"context": None if contender.cache == "full" else chosen.context, "inputs": read}
+                label |= {"kernels": None if contender.cache == "full" else own}
                 there = any(label.items() <= record.items() for record in done["results"])
                 if there or (asked and contender.cache not in asked):
                     continue
@@ -234,19 +238,21 @@ def columns(part: str, inputs: dict, record: dict, tasks: list) -> dict[str, tor
     return {f"{task}, {name}": signs.get(name, 1) * x for task, own in found.items() for name, x in own.items()}
 
 
-def figure(name: str, own: torch.Tensor, full, bare, plus) -> dict:
-    """The value of a column with its error; paired: what it has over Baseline+, and its share of what the bare policy loses.
+def figure(name: str, own: torch.Tensor, full, gap, bare, plus) -> dict:
+    """The value of a column with its error; paired: what it has over the full cache, the bare policy and Baseline+; the share
+    that it recovers of the gap of `gap`, bare H2O's if that was measured; and what it removes of Baseline+'s loss.
 
-    own, full, bare, plus (n,), None where there is none. A loss of less than two standard errors has no shares.
+    own, full, gap, bare, plus (n,), None where there is none. A loss of less than two standard errors has no shares.
     """
     nats = "perplexity" in name
     value, stderr = mean(own)
     found: dict = {"column": name, "n": len(own), "value": value, "stderr": stderr}
     if nats:
         found |= {"value": torch.tensor(value).exp().item()} | {"stderr": stderr * torch.tensor(value).exp().item()}
-    if plus is not None:
-        found["over_plus"] = mean(own - plus)
-    for share, lost, of in (("recovered", bare, torch.exp if nats else torch.clone), ("removed", plus, torch.clone)):
+    for other, of in (("full", full), ("bare", bare), ("plus", plus)):
+        if of is not None:
+            found[f"over_{other}"] = mean(own - of)
+    for share, lost, of in (("recovered", gap, torch.exp if nats else torch.clone), ("removed", plus, torch.clone)):
         if full is not None and lost is not None:
             loss, error = mean(lost - full if nats else full - lost)
             if loss > 2 * error:
@@ -257,21 +263,28 @@ def figure(name: str, own: torch.Tensor, full, bare, plus) -> dict:
 def report(chosen) -> None:
     inputs, measured = (json.loads(file.read_text(encoding="utf-8")) for file in (chosen.inputs, chosen.results))
     tasks: list = []
+    for name in ("kernels", "versions"):
+        if len({json.dumps(record.get(name)) for record in measured["results"] if record["cache"] != "full"}) > 1:
+            raise LessError(f"{chosen.results} has figures of several {name}: measure all with the same")
     if any(PARTS[record["part"]][0] == "tasks" for record in measured["results"]):
         from .harness import load_tasks
 
         tasks = load_tasks(inputs["about"]["tasks"].split(","))
-    found: dict = {}
-    rows = []
-    for record in measured["results"]:
+    records, rows = measured["results"], []
+    found = {tuple(record[name] for name in NAMES): columns(record["part"], inputs, record, tasks) for record in records}
+    for record in records:
         part, dtype, rule, cache, budgets, context = (record[name] for name in NAMES)
-        found[part, dtype, rule, cache, budgets, context] = values = columns(part, inputs, record, tasks)
+        values = found[part, dtype, rule, cache, budgets, context]
+        alike = [other for other in records if other["cache"] == "bare" and (part, dtype) == (other["part"], other["dtype"])]
+        kept = {other["rule"]: other["kept"] for other in alike}
+        first = next((of for of in kept if kept[of] == kept.get(rule) and of.startswith("H2O(")), rule)
         row = {name: record[name] for name in (*NAMES, "kept", "seconds")} | {"figures": []}
         for name, own in values.items():
-            keys = (None, "full", None, None), (rule, "bare", "uniform", context), (rule, "baseline+", budgets, context)
-            full, bare, plus = (found.get((part, dtype, *key), {}).get(name) for key in keys)
-            bare, plus = bare if cache in ("baseline+", "less") else None, plus if cache == "less" else None
-            row["figures"].append(figure(name, own, full, bare, plus))
+            keys = (first, "bare", "uniform", context), (rule, "bare", "uniform", context), (rule, "baseline+", budgets, context)
+            full, gap, bare, plus = (found.get((part, dtype, *key), {}).get(name) for key in ((None, "full", None, None), *keys))
+            gap, bare = (None if cache == "full" or of is own else of for of in (gap, bare))
+            plus = plus if cache == "less" else None
+            row["figures"].append(figure(name, own, full if cache != "full" else None, gap, bare, plus))
             if PARTS[part][0] in ("text", "long"):
                 row["figures"][-1]["eighths"] = torch.tensor(record["values"][name.removesuffix(", perplexity")]).mean(0).tolist()
         rows.append(row)
@@ -281,15 +294,15 @@ def report(chosen) -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table for each part: values with errors; in brackets the share of the bare policy's loss, or what is over Baseline+."""
+    """A table for each part: values with errors; in brackets the share of the gap, or what is over the full cache."""
 
     def cell(one):
         scale, places = (1, 2) if "perplexity" in one["column"] else (1, 3) if "rouge" in one["column"] else (100, 1)
         text = f"{one['value'] * scale:.{places}f} ± {one['stderr'] * scale:.{places}f}"
         if "recovered" in one and scale == 1:
             text += " ({:.1%} ± {:.1%})".format(*one["recovered"])
-        elif "over_plus" in one and scale == 100:
-            text += " ({:+.1f} ± {:.1f})".format(*(100 * x for x in one["over_plus"]))
+        elif "over_full" in one and scale == 100:
+            text += " ({:+.1f} ± {:.1f})".format(*(100 * x for x in one["over_full"]))
         return text
 
     found = []

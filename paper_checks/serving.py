@@ -17,6 +17,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import packages_distributions, version
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -63,16 +65,19 @@ def _answers(address):
     return True
 
 
-def asked(address: str, folder: str, clients: int, prompt: int, answer: int, each: int) -> dict[str, float]:
-    """What the load generator measures while so many clients each send so many prompts, one after the other."""
+def asked(address: str, folder: str, clients: int, prompt: int, answer: int, each: int, seed: int) -> dict[str, float]:
+    """What the load generator measures while so many clients each send so many prompts, one after the other. seed: of the
+    prompts, since the same ones again would be cached. LessError if one of them fails."""
     with TemporaryDirectory() as place:
         command = [sys.executable, "-c", GENERATOR, "--base-url", address, "--model", "m", "--tokenizer", folder]
         command += ["--dataset-name", "random", "--random-input-len", str(prompt), "--random-output-len", str(answer)]
         command += ["--max-concurrency", str(clients), "--num-prompts", str(clients * each)]
-        command += ["--ignore-eos", "--save-result", "--disable-tqdm"]
+        command += ["--ignore-eos", "--save-result", "--disable-tqdm", "--seed", str(seed)]
         subprocess.run([*command, "--result-dir", place, "--result-filename", "found"], check=True, stdout=subprocess.DEVNULL)
         found = json.loads(Path(place, "found").read_text(encoding="utf-8"))
-    return {name: found[key] for name, key in FIGURES.items()} | {"failed": clients * each - found["completed"]}
+    if failed := clients * each - found["completed"]:
+        raise LessError(f"{failed} of {clients * each} requests failed: the server's log says why")
+    return {name: found[key] for name, key in FIGURES.items()}
 
 
 def room(address: str, length: int, less: bool) -> int:
@@ -105,19 +110,24 @@ def measure(chosen: argparse.Namespace) -> None:
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *shared]
     less = [sys.executable, "-m", "less_fast", "serve", folder, "--budget", str(chosen.budget), *shared]
     rows = []
+    seeds = count()
     with server(plain, chosen.gigabytes) as one, server(less, chosen.gigabytes) as other:
+        for address in (one, other):
+            asked(address, folder, 1, chosen.prompt, 16, 1, next(seeds))  # what is compiled or allocated first
         for answer in answers:
             for clients in counts:
                 turns: dict[str, list] = {"vLLM": [], "LESS": []}
-                for _ in range(chosen.rounds):
-                    for address, said in zip((one, other), turns.values()):
-                        said.append(asked(address, folder, clients, chosen.prompt, answer, chosen.each))
+                for turn in range(chosen.rounds):
+                    both, seed = [*zip((one, other), turns.values())], next(seeds)
+                    for address, said in both if turn % 2 == 0 else both[::-1]:
+                        said.append(asked(address, folder, clients, chosen.prompt, answer, chosen.each, seed))
                 for (name, said), address in zip(turns.items(), (one, other)):
                     row = {"cache": name, "clients": clients, "prompt": chosen.prompt, "answer": answer, "turns": said}
                     row |= {figure: round(median(turn[figure] for turn in said), 2) for figure in FIGURES}
                     row["sequences per GiB"] = room(address, chosen.prompt + answer, name == "LESS") // chosen.gigabytes
                     rows.append(row)
                 about = {name: str(value) for name, value in vars(chosen).items()} | {"hardware": script.hardware()}
+                about["vllm"] = version(packages_distributions()["vllm"][0])
                 script.write(chosen.out, about, rows)
     names = ["cache", "clients", "answer", *FIGURES, "sequences per GiB"]
     print(script.markdown(names, [[str(row[name]) for name in names] for row in rows]))

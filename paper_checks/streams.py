@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from less_fast import LessCache, LessError, Window
 from less_fast.hf.positions import trained_length
@@ -28,11 +29,11 @@ TENTHS = 10
 
 
 @torch.inference_mode()
-def losses(model, ids: torch.Tensor, cache: LessCache | None) -> torch.Tensor:
-    """Nats of each token of a stream but the first: ids (N, T) -> (N, T - 1). cache None: the full cache."""
+def losses(model, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Nats of each token of a stream but the first: ids (N, T) -> (N, T - 1)."""
     found, last = [], None
-    for piece in ids.split(ids.shape[1] if cache is None else PIECE, 1):
-        logits = model(piece, past_key_values=cache, use_cache=cache is not None).logits.float()  # (N, m, vocabulary)
+    for piece in ids.split(PIECE, 1):
+        logits = model(piece, past_key_values=cache, use_cache=True).logits.float()  # (N, m, vocabulary)
         seen = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], 1)
         said = piece[:, 1:] if last is None else piece
         found.append(torch.nn.functional.cross_entropy(seen.transpose(1, 2), said, reduction="none"))
@@ -95,7 +96,8 @@ def measure(chosen) -> list[dict]:
 
     start = time.perf_counter()
     if "full" in caches:
-        note("full", None, "anew", anew(model, ids, trained_length(model) or length, lambda: None), time.perf_counter() - start)
+        values = anew(model, ids, trained_length(model) or length, lambda: DynamicCache(config=model.config))
+        note("full", None, "anew", values, time.perf_counter() - start)
     rules = [policy_named(name, chosen.budget, length) for name in chosen.policies.split(",")]
     for rule in [Window(rules[0].budget), *rules]:
         bare = kernels.without_state() if rule.needs == "rho" else None

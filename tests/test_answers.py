@@ -18,6 +18,15 @@ ADD = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add", "tes
         ("```python\ndef add(a, b):\n    return a + b\n```", True),
         ("Here it is:\n```\ndef add(a, b):\n    return math.floor(a + b)\n```\nAnd so on.", True),  # what stood before is there
         ("```python\ndef add(a, b):\n    return a + b", True),  # cut off behind the function
+        ("```Python \ndef add(a, b):\n    return a + b\n```\nThis adds them.", True),
+        ("1. So:\n\n   ```python3\n   def add(a, b):\n       return a + b\n   ```", True),
+        ("This adds them:\n\ndef add(a, b):\n    return a + b\n", True),
+        ("```python\nadd(1, 1)\n```\nwith\n```python\ndef add(a, b):\n    return a + b\n```", True),
+        ("```python\ndef add(a, b):\n    return a + b\n\nprint(add(1,", True),  # cut off behind the function
+        ("```python\ndef add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    input()\n```", True),
+        ("```\n    return a + b\n```", True),
+        ("```python\ndef other(a, b):\n    return a + b\n```", False),
+        ("    import time; time.sleep(60)\n", False),
         ("    return a - b\n", False),
         ("```python\ndef add(a, b:\n```", False),
         ("    while True: pass\n", False),
@@ -28,7 +37,7 @@ ADD = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add", "tes
     ],
 )
 def test_a_program_is_right_if_its_tests_pass_within_time_and_memory(answer, right, monkeypatch):
-    monkeypatch.setattr(answers, "TIME", 2)
+    monkeypatch.setattr(answers, "TIME", 1)
     monkeypatch.setattr(answers, "MEMORY", 2**28)
     assert answers.right("humaneval", answer, ADD) is right
 
@@ -39,10 +48,15 @@ def test_a_program_is_right_if_its_tests_pass_within_time_and_memory(answer, rig
         ("So 1,200 of 7. The answer is 1,234.", True),
         ("The answer is $1234.00.", True),
         ("1234 or 5", False),
+        ("The answer is 1234. Note: 2 ways lead there.", True),
+        ("First the answer is 7. No, the answer is 1234", True),
+        ("The answer is -1234", False),
+        ("It is 2234-1000, that is 2000-766, so 1234", True),
+        ("2234-1234", True),  # a difference has no sign
         ("no number", False),
     ],
 )
-def test_a_number_is_right_if_it_is_the_last_one(answer, right):
+def test_a_number_is_right_if_it_stands_behind_the_last_answer_is_or_at_the_end(answer, right):
     assert answers.right("gsm8k", answer, {"number": "1234"}) is right
 
 

@@ -621,18 +621,54 @@ def test_tables_refuse_what_cannot_be(tables, tmp_path, capsys):
     assert "say which with --kernels" in capsys.readouterr().err
 
 
-def test_a_figure_is_paired_and_its_shares_are_of_a_loss_that_is_one():
-    full, bare, plus, own = (
-        torch.tensor(x, dtype=torch.float64) for x in ([3, 4, 3.5], [5, 6.1, 5.4], [4.5, 5.5, 5], [4, 5, 4.5])
+def test_figures_of_other_kernels_or_inputs_are_measured_anew_and_never_reported_together(tables, tmp_path, monkeypatch, capsys):
+    assert tables("prepare")[0] == 0
+    few = ("--caches", "full,bare", "--parts", "perplexity", "--budgets", "10%")
+    assert tables("measure", *few)[0] == tables("measure", *few)[0] == 0
+    measured = tables("measure", *few)[1]
+    (first,) = [record for record in json.loads(measured.read_text())["results"] if record["cache"] == "bare"]
+    kernels = LessKernels.from_pretrained(KERNELS)
+    with torch.no_grad():
+        kernels.layers[0].q0 += 1
+    kernels.save_pretrained(tmp_path / "others")
+    assert tables("measure", *few, "--kernels", tmp_path / "others")[0] == 0
+    records = [record for record in json.loads(measured.read_text())["results"] if record["cache"] == "bare"]
+    assert [record["kernels"] == first["kernels"] for record in records] == [True, False]
+    assert tables("report")[0] == 2
+    assert "has figures of several kernels" in capsys.readouterr().err
+    inputs = json.loads((tmp_path / "inputs.json").read_text())
+    inputs["text"]["text"]["ids"][0][0] += 1
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    assert tables("measure", *few)[0] == 2
+    assert "has figures of perplexity from other inputs" in capsys.readouterr().err
+
+
+def test_the_gap_is_bare_h2os_where_that_was_measured(tables):
+    assert tables("prepare")[0] == 0
+    assert (
+        tables("measure", "--parts", "perplexity", "--budgets", "10%", "--policies", "retention,h2o", "--caches", "full,bare")[0]
+        == 0
     )
-    nats = real_model.figure("text, perplexity", own, full, bare, plus)
+    _, _, out = tables("report")
+    full, learned, plain = (row["figures"][0] for row in json.loads(out.read_text())["rows"])
+    wanted = (plain["value"] - learned["value"]) / (plain["value"] - full["value"])
+    assert learned["recovered"][0] == pytest.approx(wanted)
+    assert "recovered" not in plain
+    assert "over_bare" not in learned
+
+
+def test_a_figure_is_paired_and_its_shares_are_of_a_loss_that_is_one():
+    full, gap, bare, plus, own = (
+        torch.tensor(x, dtype=torch.float64) for x in ([3, 4, 3.5], [5, 6.1, 5.4], [4.75, 5.75, 5.25], [4.5, 5.5, 5], [4, 5, 4.5])
+    )
+    nats = real_model.figure("text, perplexity", own, full, gap, bare, plus)
     assert nats["value"] == pytest.approx(own.mean().exp().item())
-    assert nats["over_plus"] == (-0.5, 0)
+    assert (nats["over_plus"], nats["over_bare"], nats["over_full"][0]) == ((-0.5, 0), (-0.75, 0), 1)
     assert nats["removed"][0] == pytest.approx(0.5 / 1.5)
-    assert nats["recovered"][0] == pytest.approx((bare.mean().exp() - own.mean().exp()) / (bare.mean().exp() - full.mean().exp()))
-    assert "recovered" not in real_model.figure("text, perplexity", own, full, full + torch.tensor([1, -1, 0]), None)
-    right = real_model.figure("boolq, acc", -own, -full, -bare, -plus)
-    assert right["recovered"][0] == pytest.approx(((bare - own).mean() / (bare - full).mean()).item())
+    assert nats["recovered"][0] == pytest.approx((gap.mean().exp() - own.mean().exp()) / (gap.mean().exp() - full.mean().exp()))
+    assert "recovered" not in real_model.figure("text, perplexity", own, full, full + torch.tensor([1, -1, 0]), None, None)
+    right = real_model.figure("boolq, acc", -own, -full, -gap, -bare, -plus)
+    assert right["recovered"][0] == pytest.approx(((gap - own).mean() / (gap - full).mean()).item())
 
 
 def test_a_prompt_by_the_chat_template_asks_within_its_room(here):

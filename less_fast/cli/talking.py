@@ -23,7 +23,7 @@ from ..layer.fastgen import token_kinds
 from ..loading import check_length, first_line, load_config, load_kernels, load_model
 from ..measuring.caches import describe, describe_briefly
 from ..setting import best_policy, policy_named, tokens_of
-from ..text import Printer, beginning
+from ..text import Printer, beginning, ends
 from . import options
 from .app import app, errors
 
@@ -66,6 +66,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             streamer=Printer(tokenizer, ids[0].tolist()),
+            eos_token_id=ends(network, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **how,
         )

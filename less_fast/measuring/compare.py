@@ -19,7 +19,7 @@ from ..layer.checks import LessError
 from ..layer.policies import Policy
 from ..setting import Setting
 from .caches import held_bytes
-from .reading import body_and_head
+from .reading import LOGITS_AT_ONCE, body_and_head
 
 ROWS_AT_ONCE = 64  # windows in one forward pass
 DECODED = 16  # tokens over which the decoding speed is measured
@@ -228,8 +228,9 @@ def token_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Conte
     for ids in windows.to(model.device).split(rows):
         cache = None if contender.cache == "full" else contender.make(1)
         outputs = body(input_ids=ids, past_key_values=cache, use_cache=cache is not None)  # (W, T, hidden or vocabulary)
-        for row, targets in zip(outputs, ids):  # one at a time: logits are wide
-            losses.append(cross_entropy(head(row[:-1]).float(), targets[1:], reduction="none").cpu())
+        for row, targets in zip(outputs, ids):  # some tokens at a time: logits are wide
+            parts = zip(row[:-1].split(LOGITS_AT_ONCE), targets[1:].split(LOGITS_AT_ONCE))
+            losses.append(torch.cat([cross_entropy(head(some).float(), said, reduction="none").cpu() for some, said in parts]))
     return torch.stack(losses)  # (W, T - 1)
 
 

@@ -8,10 +8,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..layer.checks import LessError
-from ..text import text_behind
+from ..text import ends, text_behind
 
 ROWS = 256  # requests in one forward pass
-LOGITS_AT_ONCE = 4096  # tokens whose logits, as wide as the vocabulary, are there together
+LOGITS_AT_ONCE = 512  # tokens whose logits, as wide as the vocabulary, are there together
 
 
 @torch.inference_mode()
@@ -120,6 +120,7 @@ class Reader:
             attention_mask=mask,
             past_key_values=self.make(self.chunk),
             max_new_tokens=max_new_tokens,
+            eos_token_id=ends(self.model, self.tokenizer) or None,
             pad_token_id=self.tokenizer.eos_token_id,
             **kwargs,
         )
