@@ -14,6 +14,7 @@ from short_training import RECIPE, quick_training
 from strategies import cases, fast_kernels, policies, slices
 
 from less_fast import H2O, LayerState, LessError, LessKernels, Retention
+from less_fast import extend as less_extend
 from less_fast.demo import KERNELS, corpus
 from less_fast.hf.architecture import sizes
 from less_fast.layer.features import Rho
@@ -250,3 +251,19 @@ def test_on_the_embedded_model_shipped_rho_keeps_what_is_worth_more_than_what_h2
         mean_divergence(model, held_out, replace(shape, policy=rule).without_state()) for rule in (H2O(13, 12), Retention(25, 3))
     )
     assert learned < 0.75 * h2o
+
+
+def test_what_early_queries_of_a_long_prompt_gave_has_faded_beneath_the_rounding(monkeypatch):
+    """And it had not with a tenth of the queries."""
+    torch.manual_seed(0)
+    kernels = LessKernels(1, 2, 1, 4, rank=2, hidden=0, family="exponential", rho=2).layers[0]
+    q, k, v = torch.randn(1, 2, 3400, 4), torch.randn(1, 1, 3400, 4), torch.randn(1, 1, 3400, 4)
+    scores = {}
+    for queries in (None, Retention.queries, Retention.queries // 10):
+        monkeypatch.setattr(Retention, "queries", queries)
+        state = LayerState.allocate(Retention(50, 5), 1, 2, 1, 4, kernels)
+        less_extend(state, q, k, v)
+        scores[queries] = state.head(0, 0)["score"][:, 4:]
+    every, enough, few = scores.values()
+    torch.testing.assert_close(enough, every, atol=1e-9, rtol=1e-5)
+    assert (few - every).abs().max() > 1e-3
