@@ -350,7 +350,7 @@ def test_every_stage_takes_smaller_steps_for_wider_heads(monkeypatch, head_dim, 
     model = make_model(head_dim=head_dim, num_hidden_layers=1).float()
     recipe = replace(RECIPE, rho=2, uses=4, joint_steps=2, rate=0.5)
     train(model, tokens(2, 40), tokens(2, 40), H2O(3, 3), recipe)
-    wanted = dict(retention=0.5e-2, layers=0.5e-2, joint=0.25e-2)
+    wanted = dict(retention=0.5e-3, layers=0.5e-2, joint=0.25e-2)
     assert rates == {name: pytest.approx(share * rate) for name, rate in wanted.items()}
 
 

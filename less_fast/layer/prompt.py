@@ -60,22 +60,18 @@ def _attend(part, tokens, k, v, position, score, logits, first):
 def _attend_to_all(policy: Policy, q, k, v, score, scale: float, wide: torch.dtype):
     """The same for a first chunk without pads, under plain softmax attention.
 
-    Queries that no score looks at are left to scaled_dot_product_attention, and all queries of a narrow dtype, in which it is
-    much quicker. What scores look at goes in blocks that lie in the same memory, on a CPU head by head, so that they stay in its
-    cache.
+    Queries that no score looks at are left to scaled_dot_product_attention. The others go in blocks that lie in the same memory,
+    on a CPU head by head, so that they stay in its cache.
     """
     N, H, G, m, D = q.shape
     begin = 0 if policy.queries is None else max(0, m - policy.queries)  # of the queries that scores look at
-    dtype = q.dtype if k.dtype == q.dtype else wide
-    alone = m if dtype != wide else begin  # so many first queries are left to torch
+    dtype = q.dtype if begin == m and k.dtype == q.dtype else wide
     q, k, v = (x.to(dtype) for x in (q, k, v))
     out = torch.empty_like(q)
-    if alone:
-        first = (x[..., :alone, :] for x in (q.flatten(1, 2), k, v))
-        found = scaled_dot_product_attention(*first, is_causal=True, scale=scale, enable_gqa=True)
-        out[..., :alone, :] = found.unflatten(1, (H, G))
-    if begin < m:
-        q, k = q.to(wide), k.to(wide)
+    if begin:
+        some, keys, values = (x[..., :begin, :] for x in (q.flatten(1, 2), k, v))
+        found = scaled_dot_product_attention(some, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        out[..., :begin, :] = found.unflatten(1, (H, G))
     heads, many = (1, 4 * QUERIES_AT_ONCE) if q.is_cpu and not policy.pooled else (H, QUERIES_AT_ONCE)  # at once
     room = q.new_empty(N * heads * G * min(many, m - begin) * m)
     for now in (slice(start, min(start + many, m)) for start in range(begin, m, many)):
@@ -89,8 +85,7 @@ def _attend_to_all(policy: Policy, q, k, v, score, scale: float, wide: torch.dty
             each = p.view(N, heads, G, -1, now.stop)  # (N, h, G, b, E)
             each[..., now].masked_fill_(later, -torch.inf)
             torch.softmax(p, -1, out=p)
-            if alone < m:
-                out[:, some, :, now] = (p @ v[:, some, : now.stop].flatten(0, 1)).view(N, heads, G, -1, D)
+            out[:, some, :, now] = (p @ v[:, some, : now.stop].flatten(0, 1)).view(N, heads, G, -1, D)
             updated = score[:, some, : now.stop]  # (N, h, E, ...)
             updated.copy_(policy.update(updated, each, visible.expand(N, heads, -1, -1)))
     return out

@@ -133,9 +133,8 @@ def begin(held: Held, setting: Setting, count: int) -> None:
             raise LessError(
                 f"layer {index} loses nothing under the bare policy, so there is nothing to learn: train on other text"
             )
-        weights = bare.lse, folded(layer, bare.e, setting, index)[1]
-        weights = (weight[:, :, setting.policy.budget + 1 :] for weight in weights)
-        setting.layer(index)[1].begin(*weights)
+        late, mass = setting.policy.budget + 1, folded(layer, bare.e, setting, index)[1]
+        setting.layer(index)[1].begin(bare.lse[:, :, late:], mass[:, :, late:])
 
 
 @torch.no_grad()

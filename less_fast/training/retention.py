@@ -5,6 +5,7 @@ softmax of what they are worth shall be as these are, divided by their sum: a cr
 all attention to come is a worse guide: much of it goes to tokens that are kept anyway.) Time is linear in layers.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,13 +99,13 @@ def train_rho(
     """Trains rho of all layers of the kernels, in place.
 
     windows (N, T), validation (V, T) int64. Returns each layer's cross-entropy on the validation windows, before and after, and
-    the least there can be, the entropy of what they aim at. Raises LessError if a loss is not finite. Unfinished work is saved.
+    the least there can be, the entropy of what they aim at. A layer that is no nearer to it keeps what it began with.
+    Raises LessError if a loss is not finite. Unfinished work is saved.
     """
     rhos: Any = [kernels.layers[index].rho for index in less_layers(model)]
     turns = rounds(len(windows), recipe)
     descent = Descent(rhos, recipe.scaled(RHO_RATE, kernels.sizes["head_dim"]), len(turns), clip=1.0)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        start = Rho(*(kernels.sizes[name] for name in ("query_heads", "kv_heads", "head_dim", "rho"))).to(rhos[0].r3)
+    begun = copy.deepcopy(rhos)
 
     def read(rows: torch.Tensor) -> list[Seen]:
         each = tqdm(zip(windows[rows].split(1), rows.tolist()), total=len(rows), desc="reading", unit="window", leave=False)
@@ -112,17 +113,21 @@ def train_rho(
         return [Seen.join([part.pop(0) for part in parts]) for _ in rhos]
 
     descend("rho", descent, turns, read, lambda layers, rows, _: step_of_rho(layers, rows, rhos), recipe.seed, work)
-    return judge(model, validation, start, rhos, recipe)
+    figures = judge(model, validation, begun, rhos, recipe)
+    for rho, own, before, after in zip(rhos, begun, figures["before"], figures["after"]):
+        if not after < before:
+            rho.load_state_dict(own.state_dict())
+    return figures | {"after": [*map(min, figures["before"], figures["after"])]}
 
 
 @torch.no_grad()
-def judge(model, validation, start, rhos, recipe) -> dict[str, Any]:
-    """Each layer's cross-entropy on windows (V, T) with rho as it starts, as it is, and the least."""
+def judge(model, validation, begun, rhos, recipe) -> dict[str, Any]:
+    """Each layer's cross-entropy on windows (V, T) with rho as it began, as it is, and the least."""
     found = []  # windows x layers x (before, after, least)
     for number, ids in enumerate(tqdm(validation.split(1), desc="judging rho", unit="window", leave=False)):
-        for layer, rho in zip(watch(model, ids, recipe.seed + number), rhos):
+        for layer, own, rho in zip(watch(model, ids, recipe.seed + number), begun, rhos):
             least = -layer.share.xlogy(layer.share).sum(-1).mean()
-            found.append([layer.cross_entropy(start).item(), layer.cross_entropy(rho).item(), least.item()])
+            found.append([layer.cross_entropy(own).item(), layer.cross_entropy(rho).item(), least.item()])
     means = torch.tensor(found, dtype=torch.float64, device="cpu").unflatten(0, (len(validation), -1)).mean(0).T  # (3, layers)
     return dict(zip(("before", "after", "least"), means.tolist()))
 
