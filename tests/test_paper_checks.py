@@ -643,6 +643,13 @@ def test_figures_of_other_kernels_or_inputs_are_measured_anew_and_never_reported
     assert "has figures of perplexity from other inputs" in capsys.readouterr().err
 
 
+def test_a_pair_that_was_not_measured_has_no_score():
+    noted = harness.Noted(None, 64, {((1,), (2,)): (0.5, True)})
+    assert noted.scores([((1,), (2,))]) == [(0.5, True)]
+    with pytest.raises(LessError, match="asks what was not measured"):
+        noted.scores([((1,), (2,)), ((1,), (3,))])
+
+
 def test_the_gap_is_bare_h2os_where_that_was_measured(tables):
     assert tables("prepare")[0] == 0
     assert (

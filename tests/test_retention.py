@@ -272,7 +272,7 @@ def test_what_early_queries_of_a_long_prompt_gave_has_faded_beneath_the_rounding
     scores = {}
     for queries in (None, Retention.queries, Retention.queries // 10):
         monkeypatch.setattr(Retention, "queries", queries)
-        state = LayerState.allocate(Retention(50, 5), 1, 2, 1, 4, kernels)
+        state = LayerState.allocate(Retention(3390, 5), 1, 2, 1, 4, kernels)  # old tokens, too
         less_extend(state, q, k, v)
         scores[queries] = state.head(0, 0)["score"][:, 4:]
     every, enough, few = scores.values()
