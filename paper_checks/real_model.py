@@ -189,7 +189,8 @@ def measure(chosen) -> None:
     script.known("cache", asked, ("full", "bare", "baseline+", "less"))
     for part in parts:
         what, measured, chunk = PARTS[part]
-        read = hashlib.sha256(json.dumps([inputs[what], answering.NEW, NEW]).encode()).hexdigest()
+        limits = {"answers": answering.NEW, "summaries": NEW}.get(what)  # of what is written
+        read = hashlib.sha256(json.dumps([inputs[what], limits]).encode()).hexdigest()
         if any(record["part"] == part and record.get("inputs") != read for record in done["results"]):
             raise LessError(f"{chosen.results} has figures of {part} from other inputs: give another file for these")
         rules = [policy_named(name, kept, length) for kept in chosen.budgets.split(",") for name in chosen.policies.split(",")]

@@ -29,6 +29,7 @@ class Bare(NamedTuple):
     e: torch.Tensor  # (N, Hkv, T) int64, eviction times
     seen: torch.Tensor  # (N, Hq, T, samples or D), what costs depend on of its attention
     lse: torch.Tensor  # (N, Hq, T), what the kept tokens weigh: log-sum-exp
+    cost: torch.Tensor  # (N, T), of each query's output
 
     def rows(self, index: torch.Tensor | slice) -> "Bare":
         """Some of the texts."""
@@ -102,7 +103,8 @@ def bare_of(layers: dict[int, Watched], setting: Setting) -> dict[int, Bare]:
         for row, e in enumerate(times[index].split(1)):
             one = layer.rows(slice(row, row + 1))
             out, lse = exact_part(one.q, one.k, one.v, e, one.scale)
-            parts.append(Bare(e, one.seen(out), lse))
+            seen = one.seen(out)
+            parts.append(Bare(e, seen, lse, one.cost(seen)))
         found[index] = Bare(*map(torch.cat, zip(*parts)))
     return found
 
@@ -114,7 +116,7 @@ def costs(layer: Watched, bare: Bare, setting: Setting, index: int) -> tuple[tor
     seen, lse = (part[:, :, first:] for part in (bare.seen, bare.lse))
     weighted, mass = (part[:, :, first:] for part in folded(layer, bare.e, setting, index))
     less = merge(seen, lse, layer.seen(weighted, first), mass)  # (N, Hq, L, samples or D)
-    return layer.cost(less, first).mean(), layer.cost(seen, first).mean()
+    return layer.cost(less, first).mean(), bare.cost[:, first:].mean()
 
 
 def folded(layer, e, setting, index):

@@ -206,7 +206,7 @@ def bytes_of_window(model: PreTrainedModel, T: int, recipe: Recipe, settings: in
     shape, count = sizes(model), len(less_layers(model))
     numbers, tokens, samples = model.dtype.itemsize * shape["head_dim"], T * count, SAMPLES * FITS[recipe.family].by_gradient
     layers = numbers * ((2 + samples) * shape["query_heads"] + 2 * shape["kv_heads"])
-    layers += settings * (4 * (1 + (samples or shape["head_dim"])) * shape["query_heads"] + 8 * shape["kv_heads"])
+    layers += settings * (4 * (1 + (samples or shape["head_dim"])) * shape["query_heads"] + 8 * shape["kv_heads"] + 4)
     rho = (shape["query_heads"] + 2 * shape["kv_heads"]) * numbers + 12 * retention.MOMENTS * shape["kv_heads"]
     return tokens * max(layers, rho * bool(recipe.rho))
 
