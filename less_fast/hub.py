@@ -61,9 +61,6 @@ def card(kernels) -> str:
         lines.append(f"Trained for {about['policy']} on {about['sequences']} windows of {about['window']} tokens.")
     if "rho" in sizes:
         lines.append("They come with rho, a learned function that says what is worth keeping: for the policy Retention.")
-    if "validation" in about:
-        left = [errors["less"] / errors["bare"] for errors in about["validation"]]
-        lines.append(f"Of the bare policy's error a layer alone leaves {sum(left) / len(left):.2f} on average.")
     of_layers = about.get("layers", {"budgets": [], "left": []})
     for budget, left in zip(of_layers["budgets"], of_layers["left"]):
         shares = f"{sum(left) / len(left):.2f} on average ({min(left):.2f} to {max(left):.2f})"
