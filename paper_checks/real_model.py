@@ -40,7 +40,7 @@ from .__main__ import texts_of
 from .script import mean
 
 EIGHTHS = 8  # parts of a window whose loss is written down
-NEW, ANSWERS_AT_ONCE = 64, 32  # tokens of a summary; questions that are answered together
+NEW = 64  # tokens of a summary
 ROWS = 1000  # of a data set, among which summaries are drawn
 NAMES = "part", "dtype", "rule", "cache", "budgets", "context"  # that tell records apart, beside kernels and inputs
 
@@ -145,18 +145,12 @@ def scores(reader: Reader, contender: Contender, pairs: dict) -> list[tuple[floa
 
 def summaries(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
     """What is written after each prompt, by data set."""
-    return {name: written(reader, text["prompts"], NEW) for name, text in texts.items()}
+    return {name: reader.answers(text["prompts"], NEW) for name, text in texts.items()}
 
 
 def answers(reader: Reader, contender: Contender, texts: dict) -> dict[str, list[str]]:
     """What is answered to each question, by data set."""
-    return {name: written(reader, text["prompts"], answering.NEW[name]) for name, text in texts.items()}
-
-
-def written(reader: Reader, prompts: list[list[int]], new: int) -> list[str]:
-    """Behind each prompt, greedily."""
-    parts = [prompts[start : start + ANSWERS_AT_ONCE] for start in range(0, len(prompts), ANSWERS_AT_ONCE)]
-    return [text for part in parts for text in reader.generate(part, new, do_sample=False, disable_compile=True)]
+    return {name: reader.answers(text["prompts"], answering.NEW[name]) for name, text in texts.items()}
 
 
 PARTS: dict[str, tuple[str, Callable, int | None]] = {

@@ -62,9 +62,7 @@ def summarization(subject: Subject) -> Finding:
     scores, parts, lines, figures, shares = {}, [], [], {}, []
     for contender in contenders(subject.model, subject.policies(), subject.families()):
         lm = Reader(subject.model, subject.tokenizer, contender.make, None, ROWS, subject.length)
-        texts = []
-        for start in range(0, len(contexts), ROWS):
-            texts += lm.generate(contexts[start : start + ROWS], new, do_sample=False)
+        texts = lm.answers(contexts, new)
         references = references or texts  # of the full cache, which comes first
         scores[contender.cache, contender.budgets, contender.policy] = score = rouge(references, texts)
         kept, spread = contender.policy.budget if contender.policy else "all", contender.budgets or ""

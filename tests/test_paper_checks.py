@@ -321,6 +321,23 @@ def test_the_harness_scores_whole_texts_in_windows_and_writes_until_it_shall_sto
         language_model(here, max_length=5).generate([[1, 2]], 5)
 
 
+@pytest.mark.parametrize("cache", ["full", "less"])
+def test_answers_are_those_of_generate_one_by_one(here, cache):
+    contexts = [here.tokenizer(text)["input_ids"] for text in ("import os\n", "def main():\n    ", "class A:\n", "x = [1, 2")]
+    model = language_model(here, cache)
+    one_by_one = [model.generate([context], 24, do_sample=False)[0] for context in contexts]
+    ended = sorted({here.tokenizer(text)["input_ids"][-1] for text in one_by_one[:2]})  # so that answers end one by one
+    here.model.generation_config.eos_token_id, before = ended, here.model.generation_config.eos_token_id
+    try:
+        wanted = [model.generate([context], 24, do_sample=False)[0] for context in contexts]
+        assert len({len(here.tokenizer(text)["input_ids"]) for text in wanted}) > 1
+        assert model.answers(contexts, 24) == wanted
+        model.batch_size = 3
+        assert model.answers(contexts, 24) == wanted
+    finally:
+        here.model.generation_config.eos_token_id = before
+
+
 def test_the_harness_begins_texts_and_empty_contexts_as_the_tokenizer_begins_a_text(here, monkeypatch):
     model = language_model(here, "less", max_length=32)
     first = model.prefix_token_id
@@ -543,11 +560,11 @@ def test_summaries_of_a_data_set_are_the_references(here, tmp_path, monkeypatch,
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen = []
 
-    def written(lm, contexts, new, **kwargs):
+    def written(lm, contexts, new):
         seen.extend(contexts)
         return [f"summary {number}" if isinstance(lm.make(None), DynamicCache) else "" for number in range(3)]
 
-    monkeypatch.setattr(Reader, "generate", written)
+    monkeypatch.setattr(Reader, "answers", written)
     arguments = ["--quick", "--summaries", f"{tmp_path},,test,article,highlights", "--out", str(tmp_path / "out")]
     assert command.main(["summarization", *arguments]) == 0
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["summarization"]["figures"]

@@ -127,6 +127,31 @@ class Reader:
         new = ids.shape[1]
         return [text_behind(self.tokenizer, row[:new], row[new:]) for row in out.tolist()]
 
+    @torch.inference_mode()
+    def answers(self, contexts: list[list[int]], most: int) -> list[str]:
+        """What the model writes after each context of tokens, greedily: at most so many tokens."""
+        batches = self.batches([*range(len(contexts))], "answers", True)
+        return [text for rows in batches for text in self._answers([contexts[row] for row in rows], most)]
+
+    def _answers(self, contexts, most):
+        """The same for one batch. An answer that has ended leaves the cache, so that the others go on faster."""
+        (body, head), cache = body_and_head(self.model), self.make(self.chunk)
+        ended, going = set(ends(self.model, self.tokenizer)), list(range(len(contexts)))
+        said: list[list[int]] = [[] for _ in contexts]
+        new, mask = self._padded(contexts)  # (N, C)
+        for _ in range(most):
+            new = head(self._read(body, cache, new, mask)[:, -1]).argmax(-1, keepdim=True)  # (n, 1)
+            for row, token in zip(going, new[:, 0].tolist()):
+                said[row].append(token)
+            stay = [place for place, row in enumerate(going) if said[row][-1] not in ended]
+            if not stay:
+                break
+            if len(stay) < len(going):
+                going, new, mask = [going[place] for place in stay], new[stay], mask[stay]
+                cache.batch_select_indices(torch.tensor(stay, device=new.device))
+            mask = torch.cat([mask, torch.ones_like(new)], 1)
+        return [text_behind(self.tokenizer, *pair) for pair in zip(contexts, said)]
+
     def batches(self, indices: list[int], what: str, disable_tqdm: bool) -> Iterator[list[int]]:
         """batch_size of the indices at a time, with a progress bar that says what they are."""
         for start in tqdm(range(0, len(indices), self.batch_size), what, disable=disable_tqdm):
