@@ -119,7 +119,7 @@ def attend_literal(logits, v, phi, H, z):
 
 def attend(logits, v, phi, H, z):
     """The same, stably: attention over the E visible tokens and one virtual token, whose logit is log(phi.z) and whose value is
-    phi H / (phi.z). If phi.z is not positive, there is no virtual token."""
+    phi H / (phi.z). Where nothing was folded there is none."""
     mass = phi @ z
     if mass > 0:
         logits, v = np.append(logits, math.log(mass)), np.vstack([v, phi @ H / mass])
@@ -415,22 +415,6 @@ class Performer:
         x = x * math.sqrt(self.scale)
         exponent = x @ self.w.T - (x**2).sum(-1, keepdims=True) / 2
         return np.exp(np.minimum(exponent, 40)) / math.sqrt(len(self.w))
-
-    psi = phi
-
-
-@dataclass(frozen=True)
-class Fourier:
-    """Random Fourier features (Peng et al. 2021): of queries and keys of unit length, phi(q).psi(k) is e^(q.k) in expectation
-    over w (R / 2, D). The features are signed, so phi.z may be negative: then there is no virtual token."""
-
-    w: np.ndarray
-    rank = property(lambda self: 2 * len(self.w))
-
-    def phi(self, x, head):
-        """x (..., D) -> (..., R)."""
-        angle = x / np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), 1e-30) @ self.w.T
-        return np.concatenate([np.cos(angle), np.sin(angle)], -1) * math.sqrt(math.e / len(self.w))
 
     psi = phi
 

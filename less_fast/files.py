@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from .layer.checks import LessError
 from .layer.state import LayerState
 
-FORMAT, VERSION = "less-kv state", "3"
+FORMAT, VERSION = "less-kv state", "4"
 
 
 @contextmanager

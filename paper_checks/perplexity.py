@@ -10,7 +10,7 @@ from less_fast.setting import POLICIES
 
 from .check import UNMEASURED, Finding, Subject, claim, verdict
 
-CONTROLS = ("performer", "fourier", "elu")
+CONTROLS = ("performer", "elu")
 PARTS = 8  # of a window
 CACHES = ("full", "bare", "LESS")
 HEADINGS = ["policy", "cache", "tokens kept", "budgets", "perplexity", "gap recovered", "of Baseline+'s loss", "bytes/sequence"]

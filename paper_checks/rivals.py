@@ -69,7 +69,7 @@ class LowRank:
 
     @staticmethod
     def bytes(kernels, head_dim):
-        return 4 * kernels.rank * (head_dim + 1)
+        return kernels.rank * (NUMBER * head_dim + 4)
 
 
 class Centroids:

@@ -28,7 +28,7 @@ from row_history import AsTurned, Row, excess_of_the_victims, loss_of_digits
 from strategies import (
     ANY_ATTENTION,
     ANY_SLOTS,
-    NON_NEGATIVE,
+    KERNELS,
     ONE_AT_A_TIME,
     PLAIN,
     Case,
@@ -68,7 +68,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @initialize(
         layer=layers(),
-        k3=NON_NEGATIVE,
+        k3=KERNELS,
         seed=st.integers(0, 2**16),
         rows=st.integers(1, MOST_ROWS - 1),
         attention=PLAIN | ANY_ATTENTION,

@@ -101,7 +101,7 @@ def reference_kernels(layer):
     if isinstance(layer, Learned):
         family = less_ref.Kernels if isinstance(layer, LayerKernels) else less_ref.Exponential
         return family(**weights)
-    extra = {"Performer": dict(scale=layer.head_dim**-0.5), "Fourier": {}, "Elu": dict(rank=layer.head_dim)}
+    extra = {"Performer": dict(scale=layer.head_dim**-0.5), "Elu": dict(rank=layer.head_dim)}
     name = type(layer).__name__
     return getattr(less_ref, name)(**weights, **extra[name])
 

@@ -114,8 +114,6 @@ def reference_kernels(layer, seed, family=1.0):
     Hq, Hkv, D, R, h = layer.query_heads, layer.kv_heads, layer.head_dim, layer.rank, layer.hidden
     if family == "performer":
         return less_ref.Performer(rng.normal(size=(R, D)), D**-0.5)
-    if family == "fourier":
-        return less_ref.Fourier(rng.normal(size=(R, D)))
     if family == "elu":
         return less_ref.Elu(D)
     sizes = dict(q1=(Hq, D, h), q2=(Hq, h, R), k1=(Hkv, D, h), k2=(Hkv, h, R), k3=(Hkv, R, R))
@@ -229,9 +227,7 @@ class Case:
 
 
 LENGTHS = st.one_of(st.integers(12, 40), st.integers(1, 40))  # mostly long enough that something is evicted
-KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "fourier", "elu"])
-NON_NEGATIVE = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "elu"])
-"""For lower precision: a sum of signed features near zero may round to either side, and the virtual token comes or goes."""
+KERNELS = st.sampled_from([1.0, 1.0, 1.0, 0.0, None, "exponential", "performer", "elu"])
 PLAIN = st.just((None, False))
 ANY_ATTENTION = st.sampled_from([(None, False), (None, False), (1.5, False), (None, True), (0.7, True)])
 """A softcap, and whether there are sinks."""

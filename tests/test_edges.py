@@ -28,6 +28,8 @@ from strategies import ANY_POLICY, ANY_SLOTS, Case, Layer, Policy, cases, fast_k
 
 import less_fast
 import less_ref
+from less_fast import LayerState, Window
+from less_fast.layer.features import Features
 
 SHORT = dict(length=st.integers(8, 24), policy=policies(largest=3))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -283,7 +285,8 @@ def test_the_state_and_the_output_have_the_documented_dtypes(case, dtype):
     assert state.n.dtype == torch.int64
     for part in state.parts:
         score = torch.int64 if isinstance(part.policy, less_fast.Scissorhands) else wide(dtype)
-        told = dict(k=dtype, v=dtype, position=torch.int32, score=score, free=torch.int64, H=wide(dtype), z=wide(dtype))
+        mean = dtype if dtype.itemsize > 2 else torch.float16
+        told = dict(k=dtype, v=dtype, position=torch.int32, score=score, free=torch.int64, mean=mean, z=wide(dtype))
         assert {name: tensor.dtype for name, tensor in part.tensors().items()} == told
 
 
@@ -344,3 +347,24 @@ LONG = 100_000 if settings.get_current_profile_name() == "thorough" else 10_000 
 def test_a_long_stream_in_float32_drifts_no_further_from_float64_than_was_measured(policy, length):
     for tokens, what, measured in drift(policy, length):
         assert measured <= DRIFT[tokens][what], (tokens, what)
+
+
+class Given(Features):
+    """The first numbers of a key are its features."""
+
+    def psi(self, k):
+        return k[..., : self.rank].float()
+
+
+def test_a_mean_in_16_bits_follows_values_that_change_though_each_changes_it_by_less_than_it_can_hold():
+    torch.manual_seed(0)
+    state = LayerState.allocate(Window(1), 1, 1, 1, 32, Given(1, 1, 32, 8), torch.bfloat16)
+    (part,), leaves = state.parts, torch.ones(1, 1, 1, dtype=torch.bool)
+    H, z = torch.zeros(8, 32).double(), torch.zeros(8).double()
+    for step in range(10_000):
+        k, v = torch.rand(1, 1, 1, 32).bfloat16(), (torch.randn(1, 1, 1, 32) + (step > 3000)).bfloat16()
+        part.fold(k, v, leaves)
+        H, z = H + k[0, 0, 0, :8, None].double() * v[0, 0].double(), z + k[0, 0, 0, :8].double()
+    off = part.mean[0, 0].double() - H / z[:, None]  # of means between 0.65 and 0.75
+    assert off.square().mean().sqrt() < 0.015
+    assert off.mean().abs() < 0.005

@@ -121,7 +121,7 @@ def test_a_prompt_of_which_only_the_last_queries_are_scored_equals_the_reference
 
 
 @given(
-    cases(k3=st.sampled_from([0.0, 1e-4, 1.0, "exponential", "performer", "fourier", "elu"])),
+    cases(k3=st.sampled_from([0.0, 1e-4, 1.0, "exponential", "performer", "elu"])),
     st.sampled_from([1e-3, 1.0, 10.0]),
 )
 def test_the_fast_kernels_equal_the_reference_kernels(case, size):
@@ -297,7 +297,8 @@ def test_the_bytes_held_are_those_of_the_specification_and_stay_where_they_are(d
     told = {
         # in eight bits a key or value has a byte for each number, and a float32
         "entries": rows * (2 * slots * (case.layer.head_dim + 4) if case.int8 else numbers["entries"] * dtype.itemsize),
-        "low_rank": rows * numbers["low_rank"] * wide(dtype).itemsize,
+        # of the low-rank state z is wide, and the mean as narrow as the entries
+        "low_rank": rows * (numbers["low_rank"] * dtype.itemsize + sum(ranks) * (wide(dtype).itemsize - dtype.itemsize)),
         # positions are int32, scores wide, save those of one policy, which are int64; and 8 for the tokens seen
         "bookkeeping": rows * (slots * 4 + (numbers["bookkeeping"] - slots) * wide(dtype).itemsize + own + 8),
     }

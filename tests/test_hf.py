@@ -79,7 +79,7 @@ def test_the_first_layer_holds_what_the_reference_holds(family, chunk, policy):
     assert_the_first_layer_follows_the_reference(model, policy, make_kernels(model, rho=3), chunk)
 
 
-@pytest.mark.parametrize("family", ["exponential", "performer", "fourier", "elu"])
+@pytest.mark.parametrize("family", ["exponential", "performer", "elu"])
 def test_the_first_layer_folds_through_control_kernels_as_the_reference_does(model, family):
     assert_the_first_layer_follows_the_reference(model, H2O(3, 2), make_kernels(model, 4, family=family), chunk=4)
 
@@ -136,7 +136,7 @@ def test_chunk_1_is_one_token_at_a_time(model):
     torch.testing.assert_close(feed(model, ids, once, prompt=14), feed(model, ids, steps, prompt=1))
 
 
-@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "fourier", "elu"])
+@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "elu"])
 def test_low_rank_state_changes_the_output_and_zero_kernels_do_not(model, family):
     ids, kernels = tokens(1, 20), make_kernels(model, 4, family=family)
     silent = make_kernels(model)
@@ -284,16 +284,14 @@ def test_a_cache_that_keeps_everything_generates_as_the_full_one(model):
     assert torch.equal(generate(model, ids, LessCache.for_model(model, Window(999))), generate(model, ids))
 
 
-@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "fourier", "elu"])
-def test_a_half_precision_model_holds_half_precision_entries_and_a_wide_state(model, family):
+@pytest.mark.parametrize("family", ["paper", "exponential", "performer", "elu"])
+def test_a_half_precision_model_holds_half_precision_entries_and_means(model, family):
     model = model.bfloat16()
     cache = LessCache.for_model(model, H2O(4, 4), make_kernels(model, 4, family=family))
     assert feed(model, tokens(2, 32), cache, prompt=20).isfinite().all()
     group = cache.layers[0].state.parts[0]
-    assert (group.slots.k.dtype, group.slots.scores().dtype, group.H.dtype, group.z.dtype) == (
-        torch.bfloat16,
-        *[torch.float32] * 3,
-    )
+    assert (group.slots.k.dtype, group.mean.dtype) == (torch.bfloat16, torch.float16)
+    assert group.slots.scores().dtype == group.z.dtype == torch.float32
     assert all(weight.dtype == torch.float32 for weight in group.kernels.state_dict().values())
 
 

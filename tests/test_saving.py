@@ -206,7 +206,7 @@ def said(text):
     [
         (other_tensor, "not as it was written"),
         (other_text, "not as it was written"),
-        (other_version, "of version 1, and this program reads 3"),
+        (other_version, "of version 1, and this program reads 4"),
         (no_metadata, "no state of a cache"),
         (no_checksum, "not as it was written"),
         (no_checksum_and_another_tensor, "not as it was written"),

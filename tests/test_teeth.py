@@ -123,7 +123,7 @@ def every_row_begins_anew_when_one_moves(patch):
         room = make_room(context, state, new)
         if (state.moved != before).any():
             for part in state.parts:
-                part.H.zero_()
+                part.mean.zero_()
         return room
 
     patch.setattr(Context, "make_room", make_room_and_forget)

@@ -22,7 +22,7 @@ Dtype = Enum("Dtype", {name: name for name in (AUTO, *DTYPES)}, type=str)  # typ
 WHICH_MODEL = f"Folder, GGUF file or hub name of a model, or {' or '.join(CARRIED)}"
 ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
 ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {', '.join(SHAPES)}; the embedded one by default.")]
-WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, fourier, elu: controls. "
+WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, elu: controls. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
 POLICY_NAMES = ", ".join(POLICIES)
 PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: {POLICY_NAMES}.")]

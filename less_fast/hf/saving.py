@@ -117,7 +117,7 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
 
 def _fill(layer, held, heads, dtype, device):
     """dtype: of keys and values, which slots in eight bits do not tell."""
-    N, _, _, D = held["0.H"].shape
+    N, _, _, D = held["0.mean"].shape
     layer.allocate(N, *heads, D, dtype, device)
     layer.state.take_over(held)
     layer.pin_addresses()

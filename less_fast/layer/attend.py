@@ -39,15 +39,18 @@ def weigh(
     return p if real is None else p * real[:, None, None, :, None], logits
 
 
-def with_low_rank(out: torch.Tensor, logits: torch.Tensor, phi: torch.Tensor, H: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def with_low_rank(
+    out: torch.Tensor, logits: torch.Tensor, phi: torch.Tensor, mean: torch.Tensor, z: torch.Tensor
+) -> torch.Tensor:
     """The attention out (N, H, G, m, D) over tokens of these logits, and over the virtual token.
 
-    phi (N, H G, m, R) of the queries, H (N, H, R, D), z (N, H, R). If phi.z is not positive there is no virtual token.
+    phi (N, H G, m, R) of the queries, mean (N, H, R, D), which is H / z, and z (N, H, R). Without anything folded there is no
+    virtual token.
     """
-    N, heads, R, D = H.shape
-    phi, H, z = phi.to(H.dtype).reshape(N * heads, -1, R), H.view(N * heads, R, D), z.view(N * heads, R, 1)
+    N, heads, R, D = mean.shape
+    weight = phi.to(z.dtype).reshape(N * heads, -1, R) * z.view(N * heads, 1, R)
     lse = logits.logsumexp(-1, keepdim=True)  # (N, H, G, m, 1)
-    mass = torch.bmm(phi, z).view(lse.shape)  # (N, H, G, m, 1)
+    mass = weight.sum(-1).view(lse.shape)  # (N, H, G, m, 1), phi.z
     share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention
-    joined = torch.lerp(out, torch.bmm(phi, H).view(out.shape) / mass, share)
-    return torch.where(mass > 0, joined, out)
+    value = torch.bmm(weight, mean.view(N * heads, R, D).to(z.dtype)).view(out.shape)  # phi H
+    return torch.where(mass > 0, torch.lerp(out, value / mass, share), out)

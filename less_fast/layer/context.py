@@ -77,7 +77,7 @@ class Context:
                 slots = part.slots
                 was, now = ((slots.position - moved[:, None]).clamp(min=0) for moved in (before, state.moved))  # (N, T)
                 slots.write(slots.k, self.rotary.turn(slots.read(slots.k), now - was))
-                part.H.masked_fill_(full[:, None, None, None], 0)
+                part.mean.masked_fill_(full[:, None, None, None], 0)
                 part.z.masked_fill_(full[:, None, None], 0)
         return int((self.length - (state.n - state.moved)).min())
 

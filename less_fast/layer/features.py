@@ -2,7 +2,6 @@
 the third learned function, which says what is worth keeping."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -35,11 +34,11 @@ class Features(nn.Module):
         self._copies: dict = {}  # see `_shared`
 
     def phi(self, q: torch.Tensor) -> torch.Tensor:
-        """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), in float32 or wider."""
+        """q (N, Hq, m, D), rotated and not scaled -> (N, Hq, m, R), in float32 or wider, none negative."""
         raise NotImplementedError
 
     def psi(self, k: torch.Tensor) -> torch.Tensor:
-        """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider."""
+        """k (N, Hkv, m, D), rotated -> (N, Hkv, m, R), in float32 or wider, none negative."""
         raise NotImplementedError
 
     def begin(self, lse: torch.Tensor, mass: torch.Tensor) -> None:
@@ -285,26 +284,6 @@ class Performer(Control):
         return exponent.clamp(max=40).exp() * self.rank**-0.5
 
 
-class Fourier(Control):
-    """Random Fourier features (Peng et al. 2021): of q and k of unit length, phi(q).psi(k) is e^(q.k) in expectation.
-
-        phi(x) = sqrt(2 e / R) [cos(w.x / |x|), sin(w.x / |x|)]    with R / 2 directions w
-
-    The features are signed, so phi.z may turn out negative: such a query does without its low-rank part.
-    """
-
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int = 8, hidden: int | None = None):
-        super().__init__(query_heads, kv_heads, head_dim, rank)
-        if self.rank % 2:
-            raise LessError(f"random Fourier features come in pairs: the rank must be even, not {rank}")
-        self.register_buffer("w", _directions(self.rank // 2, self.head_dim))  # (R / 2, D)
-
-    def phi(self, q):
-        x = q.to(self.w.dtype)
-        angle = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30) @ self.w.T
-        return torch.cat([angle.cos(), angle.sin()], -1) * math.sqrt(2 * math.e / self.rank)
-
-
 class Elu(Control):
     """phi(x) = psi(x) = elu(x) + 1 (Katharopoulos et al. 2020): as many features as head_dim, whatever rank is asked for."""
 
@@ -320,7 +299,6 @@ FAMILIES = {
     "paper": PaperKernels,
     "exponential": Exponential,
     "performer": Performer,
-    "fourier": Fourier,
     "elu": Elu,
     "none": NoState,
 }

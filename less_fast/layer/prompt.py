@@ -50,7 +50,7 @@ def _attend(part, tokens, k, v, position, score, logits, first):
         p, weighed = weigh(dots, hidden, real, logits.softcap, logits.sinks)
         out = (p.flatten(2, 3) @ v[:, :, seen].to(wide)).unflatten(2, q.shape[2:4])  # (N, H, G, b, D)
         if part.z.shape[2] and not first:  # the first chunk finds the low-rank state empty
-            out = with_low_rank(out, weighed, part.kernels.phi(q.flatten(1, 2)), part.H, part.z)
+            out = with_low_rank(out, weighed, part.kernels.phi(q.flatten(1, 2)), part.mean, part.z)
         blocks.append(out)
         if policy.queries != 0:
             score[:, :, seen] = policy.update(score[:, :, seen], p, ~hidden)
@@ -105,7 +105,7 @@ def _keep_the_best(part, k, v, position, score, rank):
     if part.z.shape[2]:
         begin = int(stays.sum(2).min())  # all that leave come behind all that stay
         for some, leave in zip(*(x[:, :, begin:].split(TOKENS_AT_ONCE, 2) for x in (order, leaves))):
-            part.fold(*(_rows(x, some).to(part.H.dtype) for x in (k, v)), leave)
+            part.fold(*(_rows(x, some).to(part.z.dtype) for x in (k, v)), leave)
     part.slots.fill(order[:, :, : layout.S - 1], stays[:, :, : layout.S - 1], k, v, position, score)
 
 

@@ -26,22 +26,45 @@ class Part:
     kv_heads: torch.Tensor | None  # (H,) which of the layer's KV heads; None for all
     query_heads: torch.Tensor | None  # (H G,) which of its query heads
     slots: Slots
-    H: torch.Tensor  # (N, H, R, D) float32 or wider; R = 0 for the bare policy
-    z: torch.Tensor  # (N, H, R)
+    mean: torch.Tensor  # (N, H, R, D), H / z: float16 if keys and values have 16 bits; R = 0 for the bare policy
+    z: torch.Tensor  # (N, H, R) float32 or wider
+
+    @property
+    def H(self) -> torch.Tensor:
+        """The paper's H (N, H, R, D)."""
+        return self.mean * self.z[..., None]
 
     def fold(self, k: torch.Tensor, v: torch.Tensor, leaves: torch.Tensor) -> None:
-        """H += psi(k)^T v and z += psi(k) (paper, section 3) of those tokens that leave. k, v (N, H, e, D); leaves (N, H, e)."""
-        psi = self.kernels.psi(k).to(self.H.dtype) * leaves[..., None]  # (N, H, e, R)
-        self.H.flatten(0, 1).baddbmm_(psi.flatten(0, 1).mT, v.flatten(0, 1))
-        self.z += psi.sum(2)
+        """H += psi(k)^T v and z += psi(k) (paper, section 3) of those tokens that leave. k, v (N, H, e, D); leaves (N, H, e).
+
+        H is held as the mean of v that it is, weighted by features, which are not negative: as small as v, so 16 bits do for it.
+        """
+        wide, narrow = self.z.dtype, self.mean.dtype
+        psi, v = self.kernels.psi(k).to(wide) * leaves[..., None], v.to(wide)  # (N, H, e, R)
+        new, tiny = psi.sum(2), torch.finfo(wide).tiny  # (N, H, R)
+        self.z += new
+        if v.shape[2] != 1:
+            v = psi.mT @ v / new.clamp(min=tiny)[..., None]  # (N, H, R, D), their mean
+        mean = self.mean.to(wide).lerp(v, (new / self.z.clamp(min=tiny))[..., None])
+        self.mean.copy_(mean if narrow == wide else _rounded(mean, self.z))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self.slots, name) for name in Slots.NAMES} | {"H": self.H, "z": self.z}
+        return {name: getattr(self.slots, name) for name in Slots.NAMES} | {"mean": self.mean, "z": self.z}
 
     def hold(self, tensors: dict[str, torch.Tensor]) -> "Part":
         """The same heads with other tensors."""
         slots = Slots(self.slots.layout, self.slots.wide, *(tensors[name] for name in Slots.NAMES))
-        return replace(self, slots=slots, H=tensors["H"], z=tensors["z"])
+        return replace(self, slots=slots, mean=tensors["mean"], z=tensors["z"])
+
+
+def _rounded(mean, z):
+    """mean (N, H, R, D) float32 as float16 can hold it: up or down, the nearer the more often, so that small changes add up.
+
+    The last bits of z (N, H, R) decide: they are as good as random. A number that float16 holds stays as it is.
+    """
+    most, lost = torch.finfo(torch.float16).max, 2**13 - 1  # the bits of float32 that float16 has not
+    bits = mean.clamp_(-most, most).view(torch.int32)
+    return bits.add_(z.view(torch.int32)[..., None] & lost).bitwise_and_(~lost).view(torch.float32)
 
 
 class LayerState:
@@ -50,7 +73,7 @@ class LayerState:
 
     def __init__(self, parts: list[Part], n: torch.Tensor, query_heads: int, kv_heads: int, moved: torch.Tensor | None = None):
         self.parts, self.n, self.moved = parts, n, moved
-        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, parts[0].H.shape[3]
+        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, parts[0].mean.shape[3]
         self.int8, self.wide = parts[0].slots.int8, parts[0].slots.wide
 
     @property
@@ -75,7 +98,7 @@ class LayerState:
 
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
         kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
-        dtype: of keys and values; scores and the low-rank state are float32, or float64 if dtype is.
+        dtype: of keys and values; scores and z are float32, or float64 if dtype is.
         movable: what it holds can move back, for streams within a Context.
         int8: keys and values are rounded when they enter, and kept in eight bits with a scale for each (slots.py).
         Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
@@ -93,6 +116,7 @@ class LayerState:
                 f"{str(error).splitlines()[0]}"
             ) from error
         wide = torch.promote_types(dtype, torch.float32)
+        narrow = torch.float16 if dtype.itemsize < wide.itemsize else wide
         R, G = kernels.rank if kernels else 0, query_heads // kv_heads
 
         def part(heads: list[int]) -> Part:
@@ -106,7 +130,7 @@ class LayerState:
                 kv_heads=None if every else index,
                 query_heads=None if every else (index[:, None] * G + torch.arange(G, device=device)).flatten(),
                 slots=Slots.empty(layout, batch, head_dim, dtype, int8, own[0].score_shape, own[0].score_dtype, device),
-                H=torch.zeros(batch, len(heads), R, head_dim, dtype=wide, device=device),
+                mean=torch.zeros(batch, len(heads), R, head_dim, dtype=narrow, device=device),
                 z=torch.zeros(batch, len(heads), R, dtype=wide, device=device),
             )
 
@@ -136,7 +160,7 @@ class LayerState:
     def memory(self) -> dict[str, int]:
         """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch. Which slots are whose
         is known once for all layers and caches, and not counted."""
-        parts = {"k": "entries", "v": "entries", "H": "low_rank", "z": "low_rank"}
+        parts = {"k": "entries", "v": "entries", "mean": "low_rank", "z": "low_rank"}
         held = {"entries": 0, "low_rank": 0, "bookkeeping": 0}
         for name, tensor in self.tensors().items():
             held[parts.get(name.split(".")[-1], "bookkeeping")] += tensor.untyped_storage().nbytes()

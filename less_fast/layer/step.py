@@ -101,7 +101,7 @@ def compiled(state: LayerState, like: torch.Tensor, logits: Logits = Logits()) -
     torch.compile holds few variants of one piece of code and then gives up, so each kind of state gets a copy of its own.
     What it returns raises LessError if nothing can be compiled, for want of a C++ compiler for example.
     """
-    parts = ((part.policies, type(part.kernels), tuple(part.z.shape), part.H.dtype) for part in state.parts)
+    parts = ((part.policies, type(part.kernels), tuple(part.z.shape), part.mean.dtype) for part in state.parts)
     kind = tuple(like.shape), state.kv_heads, state.int8, like.dtype, like.device
     return _compiled(tuple(parts), *kind, logits.scale, logits.softcap, logits.sinks is None)
 

@@ -203,10 +203,7 @@ def contenders(
 
 
 def baseline_plus(model: PreTrainedModel, policy: Policy, kernels: LessKernels, int8: bool = False) -> Policy:
-    """The policy with the smallest budget that holds at least as many bytes as LESS with `policy` (Baseline+).
-
-    The low-rank state is float32 or wider whatever the model's dtype, so a bfloat16 model pays about twice the paper's 4 tokens.
-    """
+    """The policy with the smallest budget that holds at least as many bytes as LESS with `policy` (Baseline+)."""
     return Setting.of(sizes(model), less_layers(model), policy, kernels, "uniform", int8=int8).baseline_plus(model.dtype)
 
 
