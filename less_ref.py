@@ -119,7 +119,7 @@ def attend_literal(logits, v, phi, H, z):
 
 def attend(logits, v, phi, H, z):
     """The same, stably: attention over the E visible tokens and one virtual token, whose logit is log(phi.z) and whose value is
-    phi H / (phi.z). Where nothing was folded there is none."""
+    phi H / (phi.z). Where phi.z is 0 there is none."""
     mass = phi @ z
     if mass > 0:
         logits, v = np.append(logits, math.log(mass)), np.vstack([v, phi @ H / mass])

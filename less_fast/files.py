@@ -129,7 +129,7 @@ def _identity(state):
     return {
         "policies": f"{', '.join(map(str, state.policies()))} with rank {', '.join(map(str, ranks))}",
         "heads": f"{state.query_heads} query heads, {state.kv_heads} KV heads of {state.head_dim}",
-        "dtype": f"{state.parts[0].slots.k.dtype}, {state.wide}",
+        "dtype": f"{state.parts[0].slots.k.dtype}, {state.parts[0].mean.dtype}, {state.wide}",
         "rows": f"{len(state.n)} rows",
         "moved": "slots that stay where they are" if state.moved is None else "slots that can move back",
         "kernels": f"kernels {', '.join(kernels)}" if kernels else "no kernels",

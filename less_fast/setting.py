@@ -190,7 +190,7 @@ class Setting:
     def baseline_plus(self, dtype: torch.dtype) -> Policy:
         """The policy with the smallest budget that, without kernels, holds at least as many bytes as this setting (Baseline+).
 
-        The low-rank state is worth about R / 2 tokens, four for R = 8, and scores and positions a few bytes for each.
+        The low-rank state is worth about R / 2 exact tokens, four for R = 8, and about twice as many in eight bits.
         """
         budget = self.policy.budget
         wanted, bare = self.memory(dtype), replace(self.without_state(), budgets=None)

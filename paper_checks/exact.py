@@ -54,7 +54,7 @@ def memory(subject: Subject) -> Finding:
     figures = {"bytes_after_each_eighth": held, "tokens": tokens, "dtype": str(model.dtype), "rank": kernels.layers[0].rank}
     sentence = (
         f"{held[0]:,} bytes after {subject.length // 8} tokens and {held[-1]:,} after {subject.length}; the state weighs "
-        f"{tokens:.2f} tokens of a KV head (R = {figures['rank']}, {model.dtype}; the state is float32)"
+        f"{tokens:.2f} tokens of a KV head (R = {figures['rank']}, {model.dtype})"
     )
     return Finding(verdict([len(set(held)) == 1, tokens < 5]), sentence, figures)
 

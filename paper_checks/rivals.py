@@ -13,8 +13,8 @@ centroids   each evicted token joins the nearest mean key once all means are tak
 moments     the mean key and value of all, and how values go with keys: n e^(q m) (v + C q) (MomentKV, arXiv 2606.01563, without
             its rule for what to evict)
 
-All hold as many bytes as LESS with its slots: what a memory leaves of them holds slots. int8: slots in eight bits
-(less_fast/layer/slots.py). oracle: a policy that keeps what any later query attends to most, which only a control can know.
+All hold as many bytes as LESS with its slots, means in 16 bits: what a memory leaves of them holds slots. int8: slots in eight
+bits (less_fast/layer/slots.py). oracle: a policy that keeps what any later query attends to most, which only a control can know.
 Writes perplexities and shares of bare H2O's gap to results/rivals_MODEL.json.
 """
 
@@ -119,7 +119,7 @@ class Moments:
 
     @staticmethod
     def bytes(head_dim):
-        return 4 * (1 + 2 * head_dim + head_dim**2)
+        return 4 + NUMBER * (2 * head_dim + head_dim**2)
 
 
 @dataclass(frozen=True)

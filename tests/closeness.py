@@ -97,5 +97,5 @@ H2O, and 6, 6 and none of a window, which has no scores:
     100,000     out 5.8e-6   score 1.4e-5   H 9.9e-6   z 1.1e-5
 
 Each addition rounds by up to half a unit in the last place of the sum, so the relative error of n of them grows like the root
-of n, three times for each decade. Outputs hardly drift, because H and z hold the same features and one divides the other; the
+of n, three times for each decade. Outputs hardly drift, because they read a mean; the
 largest error is that of a query whose phi is small."""

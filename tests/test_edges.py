@@ -350,10 +350,22 @@ def test_a_long_stream_in_float32_drifts_no_further_from_float64_than_was_measur
 
 
 class Given(Features):
-    """The first numbers of a key are its features."""
+    """The first numbers of a vector are its features, or their sizes."""
 
     def psi(self, k):
+        return k[..., : self.rank].float().abs()
+
+    phi = psi
+
+
+class Signed(Given):
+    def psi(self, k):
         return k[..., : self.rank].float()
+
+
+def test_features_that_may_be_negative_are_refused():
+    with pytest.raises(less_fast.LessError, match="Signed has negative features, .* make them positive"):
+        LayerState.allocate(Window(1), 1, 1, 1, 32, Signed(1, 1, 32, 8))
 
 
 def test_a_mean_in_16_bits_follows_values_that_change_though_each_changes_it_by_less_than_it_can_hold():

@@ -9,7 +9,7 @@ from closeness import assert_close, error
 from models import make_kernels, make_model, tokens
 from torch.nn.functional import scaled_dot_product_attention
 
-from less_fast import H2O, LessCache, Retention, Window
+from less_fast import H2O, LayerState, LessCache, Retention, Window
 from less_fast.layer.parallel import dense
 from less_fast.measuring.compare import Contender, window_losses
 from paper_checks import rivals
@@ -76,6 +76,8 @@ def test_the_oracle_keeps_what_will_be_attended_to_most():
 def test_all_contenders_hold_as_many_bytes_and_the_script_writes_what_it_found(tmp_path, capsys):
     layer = make_kernels(make_model()).layers[0]
     D, state = layer.head_dim, rivals.LowRank.bytes(layer, layer.head_dim)
+    bf16 = LayerState.allocate(H2O(25, 25), 1, layer.query_heads, layer.kv_heads, D, layer, torch.bfloat16)
+    assert layer.kv_heads * state == bf16.memory()["low_rank"]
     held = {each.name: each.policy.budget for each in rivals.contenders(layer, 50, "h2o")}
     room = 50 * (4 * D + 8) + state
     assert held["bare"] == held["LESS"] == 50 < held["Baseline+"] == room // (4 * D + 8)

@@ -44,13 +44,14 @@ def with_low_rank(
 ) -> torch.Tensor:
     """The attention out (N, H, G, m, D) over tokens of these logits, and over the virtual token.
 
-    phi (N, H G, m, R) of the queries, mean (N, H, R, D), which is H / z, and z (N, H, R). Without anything folded there is no
-    virtual token.
+    phi (N, H G, m, R) of the queries, mean (N, H, R, D), which is H / z, and z (N, H, R). Where phi.z is 0 there is no virtual
+    token.
     """
     N, heads, R, D = mean.shape
     weight = phi.to(z.dtype).reshape(N * heads, -1, R) * z.view(N * heads, 1, R)
     lse = logits.logsumexp(-1, keepdim=True)  # (N, H, G, m, 1)
-    mass = weight.sum(-1).view(lse.shape)  # (N, H, G, m, 1), phi.z
+    mass = weight.sum(-1, keepdim=True)  # phi.z
+    value = torch.bmm(weight / mass, mean.view(N * heads, R, D).to(z.dtype)).view(out.shape)  # phi H / phi.z
+    mass = mass.view(lse.shape)
     share = torch.sigmoid(mass.log() - lse)  # the virtual token's part of the attention
-    value = torch.bmm(weight, mean.view(N * heads, R, D).to(z.dtype)).view(out.shape)  # phi H
-    return torch.where(mass > 0, torch.lerp(out, value / mass, share), out)
+    return torch.where(mass > 0, torch.lerp(out, value, share), out)

@@ -1,4 +1,4 @@
-"""The kernels phi and psi of one layer: the paper's learned ones (section 3), an exponential family, and three controls; and rho,
+"""The kernels phi and psi of one layer: the paper's learned ones (section 3), an exponential family, and two controls; and rho,
 the third learned function, which says what is worth keeping."""
 
 import copy

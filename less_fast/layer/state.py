@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .checks import LessError, integer
-from .features import Features
+from .features import FAMILIES, Features
 from .policies import Policy, kind_of, together
 from .slots import Slots, layout_of
 
@@ -26,7 +26,7 @@ class Part:
     kv_heads: torch.Tensor | None  # (H,) which of the layer's KV heads; None for all
     query_heads: torch.Tensor | None  # (H G,) which of its query heads
     slots: Slots
-    mean: torch.Tensor  # (N, H, R, D), H / z: float16 if keys and values have 16 bits; R = 0 for the bare policy
+    mean: torch.Tensor  # (N, H, R, D), H / z: float16, up to 65,504, if the model has 16 bits; R = 0 for the bare policy
     z: torch.Tensor  # (N, H, R) float32 or wider
 
     @property
@@ -98,7 +98,7 @@ class LayerState:
 
         policy: one for all KV heads, or a sequence with one for each; budgets may differ.
         kernels: the layer's kernels (PaperKernels or another family), or None for the bare policy.
-        dtype: of keys and values; scores and z are float32, or float64 if dtype is.
+        dtype: of keys and values, and of the state's mean, which is float16 for bfloat16; scores and z are float32, or float64.
         movable: what it holds can move back, for streams within a Context.
         int8: keys and values are rounded when they enter, and kept in eight bits with a scale for each (slots.py).
         Raises LessError (a ValueError) if sizes, policies and kernels are none or do not fit each other, or there is no room.
@@ -260,6 +260,13 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
             f"kernels for {kernels.query_heads} query heads and {kernels.kv_heads} KV heads of {kernels.head_dim} "
             f"do not fit a layer with {query_heads} and {kv_heads} of {head_dim}: take kernels made for this layer"
         )
+    if kernels is not None and type(kernels) not in FAMILIES.values():
+        like = next(iter(kernels.state_dict().values()), torch.zeros(()))
+        some = torch.linspace(-3, 3, head_dim).to(like).expand(1, query_heads, 1, head_dim)
+        if any((features < 0).any() for features in (kernels.phi(some), kernels.psi(some[:, :kv_heads]))):
+            raise LessError(
+                f"{type(kernels).__name__} has negative features, and the state is a mean that they weigh: make them positive"
+            )
     if any(rule.pooled for rule in policies) and len(set(policies)) > 1:
         raise LessError(f"a policy that pools over the layer must be that of all its KV heads, not {policies}")
     if any(rule.needs == "rho" for rule in policies) and getattr(kernels, "rho", None) is None:

@@ -43,7 +43,7 @@ class PagedLayer:
         self.rule, self.features, self.heads, self.dtype = rule, features, heads, dtype
         self.logits, self.int8, self.movable = logits, int8, movable
         tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors().items()]
-        self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy H and z hold nothing
+        self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy mean and z hold nothing
         self.pages: dict[str, torch.Tensor] = {}
 
     @property
