@@ -364,7 +364,7 @@ class Signed(Given):
 
 
 def test_features_that_may_be_negative_are_refused():
-    with pytest.raises(less_fast.LessError, match="Signed has negative features, .* make them positive"):
+    with pytest.raises(less_fast.LessError, match=r"Signed has negative features, .* make them positive"):
         LayerState.allocate(Window(1), 1, 1, 1, 32, Signed(1, 1, 32, 8))
 
 

@@ -225,7 +225,7 @@ def test_a_state_of_another_configuration_is_refused_and_nothing_is_changed(case
 
 def test_a_state_in_eight_bits_knows_the_dtype_of_its_model(tmp_path):
     less_fast.save_state(allocate(SAVED, dtype=torch.bfloat16, int8=True), tmp_path / "state")
-    with pytest.raises(ValueError, match="holds a state of torch.int8, torch.float16"):
+    with pytest.raises(ValueError, match=r"holds a state of torch\.int8, torch\.float16"):
         less_fast.load_state(allocate(SAVED, dtype=torch.float32, int8=True), tmp_path / "state")
 
 
