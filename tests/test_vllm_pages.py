@@ -111,15 +111,18 @@ def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap
             nobody = [row for row in range(PAGES) if row not in alone]  # pads are in a row of nobody's
             pads = data.draw(st.integers(0, 2)) if nobody and span is None else 0
             paged.reset(torch.tensor(nobody[:pads], dtype=torch.int64))
-            q, k, v = draw_tokens(len(rows) + pads)
-            real = torch.arange(len(rows) + pads) < len(rows) if pads else None
-            if paged.context is not None:
-                full = torch.tensor(rows)[paged.full(torch.tensor(rows))]
-                if len(full):
-                    paged.make_room(full)
-            out = paged.decode(q, k, v, torch.tensor(rows + nobody[:1] * pads), real, span)
-            for i, row in enumerate(rows):
-                assert_close(out[i], alone[row].enter(*(x[i, :, None] for x in (q, k, v)))[:, 0])
+            for _ in range(data.draw(st.sampled_from([1, 1, 9]))):  # some decode beyond the context
+                q, k, v = draw_tokens(len(rows) + pads)
+                real = torch.arange(len(rows) + pads) < len(rows) if pads else None
+                if paged.context is not None:
+                    full = torch.tensor(rows)[paged.full(torch.tensor(rows))]
+                    if len(full):
+                        paged.make_room(full)
+                longest = int(paged.pages["n"][rows].max()) + 1
+                beyond = data.draw(st.booleans()) or (paged.context is not None and longest > paged.context.length)
+                out = paged.decode(q, k, v, torch.tensor(rows + nobody[:1] * pads), real, span, beyond)
+                for i, row in enumerate(rows):
+                    assert_close(out[i], alone[row].enter(*(x[i, :, None] for x in (q, k, v)))[:, 0])
             for row in data.draw(st.lists(st.sampled_from(rows), unique=True)):
                 del alone[row]
     for row, request in alone.items():
