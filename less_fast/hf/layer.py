@@ -84,7 +84,7 @@ class LessLayer(TaggingLayer):
             for now in self._pieces(m, valid, context):
                 q, k, v = (x[:, :, now] for x in (query, key, value))
                 if context is not None:
-                    q, k = (context.place(self.state, x) for x in (q, k))
+                    q, k = context.place(self.state, q, k)
                 mask, kind = (None if x is None else x[:, now] for x in (valid, kinds))
                 outs.append(step(self.state, q, k, v, mask, logits, kind))
             out = torch.cat(outs, 2)

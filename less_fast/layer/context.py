@@ -90,8 +90,9 @@ class Context:
         """
         new = torch.full_like(state.n, q.shape[2]) if valid is None else valid.sum(1)  # (N,)
         self.make_room(state, new)
-        return self.place(state, q), self.place(state, k)
+        return self.place(state, q, k)
 
-    def place(self, state: LayerState, x: torch.Tensor) -> torch.Tensor:
-        """x (N, H, m, D), turned by true positions, as it stands within the context."""
-        return self.rotary.turn(x, -state.moved[:, None, None])
+    def place(self, state: LayerState, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (N, Hq, m, D) and k (N, Hkv, m, D), turned by true positions, as they stand within the context."""
+        both = self.rotary.turn(torch.cat([q, k], 1), -state.moved[:, None, None])
+        return both[:, : q.shape[1]], both[:, q.shape[1] :]

@@ -145,7 +145,7 @@ class PagedLayer:
     def _extend(self, state, qkv, valid, beyond):
         q, k, v = qkv
         if self.context is not None and beyond:  # else nothing has moved
-            q, k = (self.context.place(state, x) for x in (q, k))
+            q, k = self.context.place(state, q, k)
         return extend(state, q, k, v, valid, self.logits)
 
     def _read(self, rows):
