@@ -372,11 +372,12 @@ def test_ctrl_c_cuts_an_answer_off_and_the_conversation_goes_on(command, talking
 def test_ctrl_c_pressed_twice_or_at_the_prompt_ends_the_chat(command, talking, monkeypatch, presses_ctrl_c):
     folder, _ = talking
     presses_ctrl_c(2)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its jobs behind & ignore it
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nmore\n"))
     code, _, err = command("chat", "--model", folder, "--max-new-tokens", 6, *TALK)
     assert (code, turns_seen(err)) == (130, [])
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
     def interrupted(_):
         raise KeyboardInterrupt
