@@ -118,9 +118,7 @@ def test_requests_in_pages_compute_what_each_computes_alone_in_the_reference(gap
                     full = torch.tensor(rows)[paged.full(torch.tensor(rows))]
                     if len(full):
                         paged.make_room(full)
-                longest = int(paged.pages["n"][rows].max()) + 1
-                beyond = data.draw(st.booleans()) or (paged.context is not None and longest > paged.context.length)
-                out = paged.decode(q, k, v, torch.tensor(rows + nobody[:1] * pads), real, span, beyond)
+                out = paged.decode(q, k, v, torch.tensor(rows + nobody[:1] * pads), real, span)
                 for i, row in enumerate(rows):
                     assert_close(out[i], alone[row].enter(*(x[i, :, None] for x in (q, k, v)))[:, 0])
             for row in data.draw(st.lists(st.sampled_from(rows), unique=True)):

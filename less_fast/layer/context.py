@@ -10,6 +10,7 @@ import torch
 
 from .checks import LessError, integer
 from .state import LayerState
+from .step import known_true
 
 
 @dataclass(frozen=True)
@@ -94,5 +95,7 @@ class Context:
 
     def place(self, state: LayerState, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q (N, Hq, m, D) and k (N, Hkv, m, D), turned by true positions, as they stand within the context."""
+        if known_true(state.moved == 0):
+            return q, k
         both = self.rotary.turn(torch.cat([q, k], 1), -state.moved[:, None, None])
         return both[:, : q.shape[1]], both[:, q.shape[1] :]

@@ -68,7 +68,7 @@ def _admit(state, q, k, v, valid, kinds):
         largest = q.abs().amax((1, 2, 4)).maximum(k.abs().amax((1, 3))).maximum(v.abs().amax((1, 3)))  # (N, m)
     finite = largest.to(state.wide) <= LARGEST  # (N, m)
     real = finite if valid is None else finite & valid
-    if _known_true(real):
+    if known_true(real):
         broken = real = None
         position = state.n.int()[:, None]  # (N, 1)
         if m > 1:
@@ -121,7 +121,7 @@ def _compiled(*kind_of_state) -> Callable:
     return run
 
 
-def _known_true(condition):
+def known_true(condition: torch.Tensor) -> bool:
     """Whether all of a tensor of bools is true, if asking costs nothing: on a CPU, in code that is not compiled. What
     depends on it is only work that may be left out."""
     return condition.device.type == "cpu" and not torch.compiler.is_compiling() and bool(condition.all())

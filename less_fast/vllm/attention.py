@@ -67,7 +67,7 @@ class LessAttention(nn.Module):
         if step.decodes:
             first = [x[: step.decodes] for x in qkv]
             ordered = first if step.order is None else [x.index_select(0, step.order) for x in first]
-            y = self.paged.decode(*ordered, step.rows, step.real, step.span, step.beyond)  # (d, Hq, D)
+            y = self.paged.decode(*ordered, step.rows, step.real, step.span)  # (d, Hq, D)
             if step.order is None:
                 out[: step.decodes] = y
             else:

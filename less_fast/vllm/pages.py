@@ -97,18 +97,17 @@ class PagedLayer:
         rows: torch.Tensor,
         real: torch.Tensor | None = None,
         span: tuple[int, int] | None = None,
-        beyond: bool = True,
     ) -> torch.Tensor:
         """One token of each of d requests enters; returns what it attends to (d, Hq, D).
 
         q (d, Hq, D), k, v (d, Hkv, D); rows (d,) int64: no two the same, but for those of pads, and none of them full; real (d,)
         bool: False for pads, which change nothing; None if there are none. span: the first row and the one behind the last, if
-        rows are sorted and lie side by side, with few between them. beyond: whether a row may be longer than the context.
+        rows are sorted and lie side by side, with few between them.
         """
         q, k, v = (x[:, :, None] for x in (q, k, v))  # (d, H, 1, D)
         if span is None or not self.side_by_side:
             state = self._read(rows)
-            out = self._extend(state, (q, k, v), None if real is None else real[:, None], beyond)
+            out = self._extend(state, (q, k, v), None if real is None else real[:, None])
             self._write_step(state, rows)
             return out[:, :, 0]
         state = self._state({name: page[slice(*span)] for name, page in self.pages.items()})
@@ -117,8 +116,8 @@ class PagedLayer:
             at = rows - span[0]
             valid = torch.zeros(size, 1, dtype=torch.bool, device=q.device).index_fill_(0, at, True)  # (size, 1)
             q, k, v = (x.new_zeros(size, *x.shape[1:]).index_copy_(0, at, x) for x in (q, k, v))  # (size, H, 1, D)
-            return self._extend(state, (q, k, v), valid, beyond).index_select(0, at)[:, :, 0]
-        return self._extend(state, (q, k, v), None, beyond)[:, :, 0]
+            return self._extend(state, (q, k, v), valid).index_select(0, at)[:, :, 0]
+        return self._extend(state, (q, k, v), None)[:, :, 0]
 
     def prompts(
         self,
@@ -134,17 +133,16 @@ class PagedLayer:
         q (N, Hq, m, D), k, v (N, Hkv, m, D); rows (N,) int64; valid (N, m) bool: False for pads behind a shorter prompt.
         """
         state = self._read(rows) if computed else self.allocate(len(rows), q.device)
-        beyond = self.context is not None and computed + q.shape[2] > self.context.length
-        if beyond:
+        if self.context is not None and computed + q.shape[2] > self.context.length:
             new = torch.full_like(state.n, q.shape[2]) if valid is None else valid.sum(1)  # (N,)
             self.context.make_room(state, new)
-        out = self._extend(state, (q, k, v), valid, beyond)
+        out = self._extend(state, (q, k, v), valid)
         self._write(state, rows)
         return out
 
-    def _extend(self, state, qkv, valid, beyond):
+    def _extend(self, state, qkv, valid):
         q, k, v = qkv
-        if self.context is not None and beyond:  # else nothing has moved
+        if self.context is not None:
             q, k = self.context.place(state, q, k)
         return extend(state, q, k, v, valid, self.logits)
 

@@ -34,7 +34,6 @@ class Step:
     rows: torch.Tensor  # (d,) int64: their pages, in that order
     real: torch.Tensor | None  # (d,) bool: False for what fills up a CUDA graph; None on CPUs, where nothing does
     span: tuple[int, int] | None  # the first page and the one behind the last, if they lie side by side
-    beyond: bool  # whether one of them may be longer than the context; always on GPUs, whose graphs are the same for all
     prompts: list[Prompts]
 
 
@@ -86,7 +85,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         order, span, real = None, None, None
         rows = self.rows[:decodes]
         rows.copy_(table[:decodes, 0])
-        beyond = self._make_room(rows, ends[:decodes]) or self.device.type != "cpu"
+        self._make_room(rows, ends[:decodes])
         if self.device.type != "cpu":
             real = self.real[:decodes]
             real.copy_(m.seq_lens[:decodes] > 0)
@@ -98,7 +97,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 rows = rows[order]
             span = span_of([pages[place] for place in places])
         prompts = self._prompts(range(decodes, m.num_reqs), starts, lengths, computed, table)
-        return Step(decodes, order, rows, real, span, beyond, prompts)
+        return Step(decodes, order, rows, real, span, prompts)
 
     def _turn_pages(self, pages, table, computed, ends):
         """Where prefixes are cached a page is for the tokens of one piece, and what follows goes on in a copy of it, also if the
@@ -110,18 +109,16 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             for memory in self.memories:
                 memory.copy(sources, table[turning, 0].long())
 
-    def _make_room(self, rows, ends) -> bool:
-        """Requests that leave the context with their next token move back, before graphs run that are the same for all. Returns
-        whether any is longer than the context."""
+    def _make_room(self, rows, ends):
+        """Requests that leave the context with their next token move back, before graphs run that are the same for all."""
         layers = [layer.paged for memory in self.memories for layer in memory.layers[0]]
         context = layers[0].context
         if context is None or not (late := [i for i, end in enumerate(ends) if end > context.length]):
-            return False
+            return
         late = rows[late]
         if len(full := late[layers[0].full(late)]):
             for layer in layers:
                 layer.make_room(full)
-        return True
 
     def _prompts(self, requests, starts, lengths, computed, table) -> list[Prompts]:
         """Short pieces of nearly equal lengths enter together."""
