@@ -197,7 +197,8 @@ def test_training_leaves_less_of_the_cost_and_reports_it(recipe):
 
 @EVERY_RECIPE
 def test_a_layer_that_training_only_harms_keeps_the_weights_it_began_with(recipe, tmp_path, monkeypatch):
-    """Whether it was killed on the way or not."""
+    """Whether it was killed on the way or not. Weights that decayed at such a rate would be infinite."""
+    monkeypatch.setattr(layers, "FITS", {name: fit._replace(decay=0.0) for name, fit in layers.FITS.items()})
     begun = quick_training(recipe=replace(recipe, rate=0.0))
     harmed = quick_training(recipe=replace(recipe, rate=1e4))
     assert harmed.about["layers"]["harmed"]
@@ -302,7 +303,7 @@ def test_steps_take_the_settings_in_turns_with_what_is_evicted_from_the_windows_
 def test_the_gradient_of_each_layer_is_clipped_by_itself_unless_the_recipe_is_the_papers(recipe, monkeypatch):
     fits = {name: fit._replace(clip=fit.clip and 1e-6) for name, fit in layers.FITS.items()}
     monkeypatch.setattr(layers, "FITS", fits)
-    norms, step = [], torch.optim.Adam.step
+    norms, step = [], torch.optim.AdamW.step
 
     def look(adam):
         weights = [weight for group in adam.param_groups for weight in group["params"]]
@@ -310,7 +311,7 @@ def test_the_gradient_of_each_layer_is_clipped_by_itself_unless_the_recipe_is_th
         norms.extend(torch.cat([weight.grad.flatten() for weight in part]).norm().item() for part in of_layers)
         return step(adam)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
     quick_training(recipe=recipe)
     assert len(norms) == 3 * 5
     if recipe.family == "paper":
@@ -320,12 +321,14 @@ def test_the_gradient_of_each_layer_is_clipped_by_itself_unless_the_recipe_is_th
 
 
 @pytest.mark.parametrize("recipe", [replace(LAYERS, uses=8), replace(PAPER, uses=8)], ids=["exponential", "paper"])
-def test_steps_follow_the_recipes_learning_rate(recipe, monkeypatch):
+def test_steps_follow_the_recipes_learning_rate_and_decay(recipe, monkeypatch):
     """Forty steps. The paper's rate is halved after each quarter; the other's rises and falls once."""
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    groups, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda adam: groups.append(dict(adam.param_groups[0])) or step(adam))
     quick_training(recipe=recipe)
-    most = recipe.rate * layers.FITS[recipe.family].rate
+    fit, rates = layers.FITS[recipe.family], [group["lr"] for group in groups]
+    assert {group["weight_decay"] for group in groups} == {fit.decay}
+    most = recipe.rate * fit.rate
     if recipe.family == "paper":
         assert rates == pytest.approx(np.repeat(most * 0.5 ** np.arange(4), 10))
     else:
@@ -334,6 +337,16 @@ def test_steps_follow_the_recipes_learning_rate(recipe, monkeypatch):
         assert 0 < top < 39
         assert (np.diff(rates) * np.where(np.arange(39) < top, 1, -1) > 0).all()
         assert rates[-1] < 0.01 * most
+
+
+def test_weights_without_a_gradient_decay_by_their_rate_times_the_decay():
+    part = torch.nn.Linear(3, 2)
+    begun, descent = part.weight.detach().clone(), Descent([part], 0.1, 4, clip=None, decay=2.0)
+    rate = descent.adam.param_groups[0]["lr"]
+    part.weight.grad = torch.zeros_like(part.weight)
+    descent.take()
+    assert torch.allclose(part.weight, begun * (1 - 2 * rate))
+    assert rate > 0
 
 
 @pytest.mark.parametrize(("head_dim", "share"), [(8, 1.0), (64, 1.0), (128, 0.5)])

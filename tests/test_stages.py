@@ -219,14 +219,14 @@ def test_budgets_with_which_nothing_is_evicted_are_left_out():
 
 
 def test_the_gradient_of_the_joint_stage_is_cut_to_its_largest_over_all_layers(monkeypatch, tmp_path):
-    model, norms, step = make_model(num_hidden_layers=2).float(), [], torch.optim.Adam.step
+    model, norms, step = make_model(num_hidden_layers=2).float(), [], torch.optim.AdamW.step
     kernels = make_kernels(model, family="exponential").float()
 
     def look(adam):
         norms.append(torch.cat([weight.grad.flatten() for weight in kernels.parameters()]).norm().item())
         return step(adam)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
     monkeypatch.setattr(joint, "CLIP", 1e-5)
     settings = [setting(model, policy, kernels) for policy in (POLICY, Lambda(1, 3))]
     recipe = replace(RECIPE, joint_steps=3)

@@ -17,12 +17,20 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # the windows of a round, and which of
 
 class Descent:
     """Adam on parts of the kernels, with the schedule of its rate over so many steps: halved after each quarter, or rising and
-    falling once (one cycle). clip: the largest norm of the gradient of each part for itself, None for any."""
+    falling once (one cycle). clip: the largest norm of the gradient of each part for itself, None for any. decay: of weights."""
 
-    def __init__(self, parts: Sequence[torch.nn.Module], rate: float, steps: int, clip: float | None, halves: bool = False):
+    def __init__(
+        self,
+        parts: Sequence[torch.nn.Module],
+        rate: float,
+        steps: int,
+        clip: float | None,
+        halves: bool = False,
+        decay: float = 0.0,
+    ):
         self.kernels, self.clip = torch.nn.ModuleList(parts), clip
         self.kernels.requires_grad_()
-        self.adam = torch.optim.Adam(self.kernels.parameters(), lr=rate)
+        self.adam = torch.optim.AdamW(self.kernels.parameters(), lr=rate, weight_decay=decay)
         schedules = torch.optim.lr_scheduler
         self.schedule: Any = (
             schedules.StepLR(self.adam, max(1, steps // 4), gamma=0.5)

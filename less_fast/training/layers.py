@@ -55,7 +55,8 @@ def train_layers(
     """
     kernels: Any = settings[0].kernels
     fit, turns = FITS[recipe.family], rounds(len(windows), recipe)
-    descent = Descent(kernels.layers, recipe.scaled(fit.rate, kernels.sizes["head_dim"]), len(turns), fit.clip, fit.halves)
+    rate = recipe.scaled(fit.rate, kernels.sizes["head_dim"])
+    descent = Descent(kernels.layers, rate, len(turns), fit.clip, fit.halves, fit.decay)
 
     def read(rows: torch.Tensor) -> Held:
         layers = watch_each(model, windows[rows], (recipe.seed + rows).tolist(), fit.by_gradient)

@@ -13,16 +13,18 @@ RHO_RATE, JOINT_RATE = 1e-3, 5e-3  # learning rates of the stages of rho and of 
 
 class Fit(NamedTuple):
     """How layers of a family descend. halves: the rate is halved after each quarter of the steps; else it rises and falls once
-    (one cycle; Smith and Topin 2017). clip: the largest norm of a layer's gradient. dropout: on the first hidden layer."""
+    (one cycle; Smith and Topin 2017). clip: the largest norm of a layer's gradient. dropout: on the first hidden layer. decay: of
+    weights, in each step by so many times its rate (AdamW; Loshchilov and Hutter 2019)."""
 
     by_gradient: bool  # towards what an error costs the model's predictions; else the paper's mean squared error
     rate: float
     halves: bool
     clip: float | None
     dropout: float
+    decay: float
 
 
-FITS = {"paper": Fit(False, 1e-3, True, None, 0.3), "exponential": Fit(True, 1e-2, False, 1.0, 0.0)}
+FITS = {"paper": Fit(False, 1e-3, True, None, 0.3, 0.0), "exponential": Fit(True, 1e-2, False, 1.0, 0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(),
-    "exponential": Recipe("exponential", hidden=32, rho=RHO_HIDDEN, uses=6, joint_steps=75, curves=8, budgets=(0.4, 1.0, 2.0)),
+    "exponential": Recipe("exponential", hidden=32, rho=RHO_HIDDEN, uses=12, joint_steps=75, curves=8, budgets=(0.4, 1.0, 2.0)),
 }
 """How each family of learned kernels is trained, unless told otherwise."""
 
