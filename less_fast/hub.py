@@ -15,6 +15,8 @@ def locate(where) -> tuple[Path, Path]:
         if missing:
             raise FileNotFoundError(f"the folder {where} holds no kernels: {missing[0]} is missing")
         return folder / WEIGHTS, folder / CONFIG
+    if "/" not in str(where):
+        raise FileNotFoundError(f"no kernels at {where}: there is no such folder, and a repository of the hub is OWNER/NAME")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

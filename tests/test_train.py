@@ -66,6 +66,12 @@ def test_a_name_that_is_neither_folder_nor_repository_is_refused(monkeypatch):
         LessKernels.from_pretrained("nobody/nothing")
 
 
+def test_a_name_without_an_owner_is_refused_without_asking_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(FileNotFoundError, match=r"no kernels at fourier: there is no such folder, and .* OWNER/NAME"):
+        LessKernels.from_pretrained("fourier")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
