@@ -632,8 +632,7 @@ def test_too_little_text_or_time_for_a_training_is_refused(command, tmp_path, le
 
 
 @pytest.mark.parametrize("name", ["paper", "exponential", "perform"])
-def test_kernels_that_are_neither_controls_nor_anywhere_are_refused(command, story, monkeypatch, name):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_kernels_that_are_neither_controls_nor_anywhere_are_refused(command, story, name):
     code, _, err = command("compare", "--text", story, *SMALLEST, "--kernels", name)
     assert (code, f"no kernels at {name}" in err) == (2, True)
 

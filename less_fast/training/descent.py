@@ -17,7 +17,7 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # the windows of a round, and which of
 
 class Descent:
     """Adam on parts of the kernels, with the schedule of its rate over so many steps: halved after each quarter, or rising and
-    falling once (one cycle). clip: the largest norm of the gradient of each part for itself, None for any. decay: of weights."""
+    falling once (one cycle). clip: the largest norm of the gradient of each part for itself, None for any. decay: see Fit."""
 
     def __init__(
         self,
