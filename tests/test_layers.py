@@ -18,6 +18,7 @@ from less_fast.layer.parallel import dense, eviction_times, exact_part, low_rank
 from less_fast.training import joint, layers, retention, sensitivity, train
 from less_fast.training.descent import Descent, rounds, single_steps
 from less_fast.training.head_costs import measure
+from less_fast.training.recipe import Fit
 from less_fast.training.sensitivity import Watched, eviction_times_of, watch
 
 LAYERS = replace(RECIPE, joint_steps=0)
@@ -341,7 +342,7 @@ def test_steps_follow_the_recipes_learning_rate_and_decay(recipe, monkeypatch):
 
 def test_weights_without_a_gradient_decay_by_their_rate_times_the_decay():
     part = torch.nn.Linear(3, 2)
-    begun, descent = part.weight.detach().clone(), Descent([part], 0.1, 4, clip=None, decay=2.0)
+    begun, descent = part.weight.detach().clone(), Descent([part], Fit(0.1, decay=2.0, clip=None), 4)
     rate = descent.adam.param_groups[0]["lr"]
     part.weight.grad = torch.zeros_like(part.weight)
     descent.take()
@@ -355,9 +356,9 @@ def test_every_stage_takes_smaller_steps_for_wider_heads(monkeypatch, head_dim, 
     for module in (retention, layers, joint):
 
         class Seen(Descent):
-            def __init__(self, parts, rate, *rest, module=module, **more):
-                rates[module.__name__.rpartition(".")[2]] = rate
-                super().__init__(parts, rate, *rest, **more)
+            def __init__(self, parts, fit, steps, module=module):
+                rates[module.__name__.rpartition(".")[2]] = fit.rate
+                super().__init__(parts, fit, steps)
 
         monkeypatch.setattr(module, "Descent", Seen)
     model = make_model(head_dim=head_dim, num_hidden_layers=1).float()

@@ -24,6 +24,7 @@ from less_fast.setting import Setting
 from less_fast.text import windows
 from less_fast.training import retention, train
 from less_fast.training.joint import mean_divergence
+from less_fast.training.recipe import Fit
 from less_fast.training.retention import Seen, train_rho
 from less_fast.training.work import Work
 
@@ -183,7 +184,7 @@ def test_the_cross_entropies_of_rho_are_means_over_all_windows_and_moments(rho_o
 
 
 def test_a_rho_that_ends_farther_from_its_aim_than_it_began_is_what_it_began_as(monkeypatch):
-    monkeypatch.setattr(retention, "RHO_RATE", 4e1)
+    monkeypatch.setattr(retention, "RHO", Fit(4e1))
     harmed, still = (quick_training(recipe=replace(RHO, rate=rate)) for rate in (1.0, 0.0))
     figures = harmed.about["rho"]
     kept = [index for index in range(3) if figures["after"][index] == figures["before"][index]]

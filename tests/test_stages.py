@@ -16,6 +16,7 @@ from less_fast import H2O, Lambda, LessCache, LessError, Retention
 from less_fast.files import aside
 from less_fast.training import joint, layers, stages, train, work
 from less_fast.training.joint import distill, divergence
+from less_fast.training.recipe import Fit
 
 TABLES = replace(RECIPE, curves=2)
 
@@ -94,7 +95,7 @@ def test_budgets_below_every_table_leave_the_stage_under_tables_out():
 
 
 def test_a_joint_stage_that_only_harms_is_undone(monkeypatch):
-    monkeypatch.setattr(joint, "JOINT_RATE", 30.0)
+    monkeypatch.setattr(joint, "JOINT", Fit(30.0))
     harmed = quick_training()
     assert not harmed.about["joint"]["kept"]
     assert_equal_weights(harmed, quick_training(recipe=replace(RECIPE, joint_steps=0)))
@@ -102,7 +103,7 @@ def test_a_joint_stage_that_only_harms_is_undone(monkeypatch):
 
 def test_a_joint_stage_that_only_harms_is_undone_even_after_a_kill(tmp_path, monkeypatch):
     own, steps = joint.divergence, []
-    monkeypatch.setattr(joint, "JOINT_RATE", 30.0)
+    monkeypatch.setattr(joint, "JOINT", Fit(30.0))
 
     def dies(*arguments):
         steps.append(torch.is_grad_enabled())
@@ -227,7 +228,7 @@ def test_the_gradient_of_the_joint_stage_is_cut_to_its_largest_over_all_layers(m
         return step(adam)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
-    monkeypatch.setattr(joint, "CLIP", 1e-5)
+    monkeypatch.setattr(joint, "JOINT", joint.JOINT._replace(clip=1e-5))
     settings = [setting(model, policy, kernels) for policy in (POLICY, Lambda(1, 3))]
     recipe = replace(RECIPE, joint_steps=3)
     distill("joint", model, tokens(5, 20), tokens(1, 20), settings, settings[:1], recipe, work.Work(tmp_path, {}))

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from ..layer.checks import LessError
-from .recipe import Recipe
+from .recipe import Fit, Recipe
 from .work import Work
 
 CHECKPOINT = 10  # steps between two checkpoints
@@ -16,26 +16,17 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # the windows of a round, and which of
 
 
 class Descent:
-    """Adam on parts of the kernels, with the schedule of its rate over so many steps: halved after each quarter, or rising and
-    falling once (one cycle). clip: the largest norm of the gradient of each part for itself, None for any. decay: see Fit."""
+    """AdamW on parts of the kernels, with the schedule of its rate over so many steps: see Fit."""
 
-    def __init__(
-        self,
-        parts: Sequence[torch.nn.Module],
-        rate: float,
-        steps: int,
-        clip: float | None,
-        halves: bool = False,
-        decay: float = 0.0,
-    ):
-        self.kernels, self.clip = torch.nn.ModuleList(parts), clip
+    def __init__(self, parts: Sequence[torch.nn.Module], fit: Fit, steps: int):
+        self.kernels, self.clip = torch.nn.ModuleList(parts), fit.clip
         self.kernels.requires_grad_()
-        self.adam = torch.optim.AdamW(self.kernels.parameters(), lr=rate, weight_decay=decay)
+        self.adam = torch.optim.AdamW(self.kernels.parameters(), lr=fit.rate, weight_decay=fit.decay)
         schedules = torch.optim.lr_scheduler
         self.schedule: Any = (
             schedules.StepLR(self.adam, max(1, steps // 4), gamma=0.5)
-            if halves
-            else schedules.OneCycleLR(self.adam, rate, max(1, steps))
+            if fit.halves
+            else schedules.OneCycleLR(self.adam, fit.rate, max(1, steps))
         )
 
     def take(self) -> None:

@@ -16,10 +16,8 @@ from ..layer.parallel import dense, eviction_times, parallel
 from ..setting import Setting
 from .checks import check_setting, check_windows
 from .descent import Descent, descend, single_steps
-from .recipe import JOINT_RATE, Recipe
+from .recipe import JOINT, Recipe
 from .work import Work
-
-CLIP = 1.0  # the largest norm of a step's gradient
 
 
 def divergence(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> torch.Tensor:
@@ -65,7 +63,6 @@ def distill(
     Raises LessError if a loss is not finite. Unfinished work is saved under `name`.
     """
     kernels: Any = settings[0].kernels
-    rate = recipe.scaled(JOINT_RATE, kernels.sizes["head_dim"])
     start = copy.deepcopy(kernels.state_dict())
 
     def judge(when: str) -> list[float]:
@@ -76,7 +73,7 @@ def distill(
         return step_of_all(model, ids[rows], settings[step % len(settings)])
 
     before = work.once(f"{name}-before", lambda: {"divergences": judge("before")})["divergences"]
-    descent = Descent([kernels], rate, recipe.joint_steps, CLIP)
+    descent = Descent([kernels], recipe.scaled(JOINT, kernels.sizes["head_dim"]), recipe.joint_steps)
     turns = single_steps(len(windows), recipe.joint_steps, recipe)
     descend(name, descent, turns, lambda rows: windows[rows], loss, recipe.seed, work)
     after = judge("after")

@@ -54,9 +54,8 @@ def train_layers(
     Raises LessError if a layer loses nothing under the bare policy, or a loss is not finite. Unfinished work is saved.
     """
     kernels: Any = settings[0].kernels
-    fit, turns = FITS[recipe.family], rounds(len(windows), recipe)
-    rate = recipe.scaled(fit.rate, kernels.sizes["head_dim"])
-    descent = Descent(kernels.layers, rate, len(turns), fit.clip, fit.halves, fit.decay)
+    fit, turns = recipe.scaled(FITS[recipe.family], kernels.sizes["head_dim"]), rounds(len(windows), recipe)
+    descent = Descent(kernels.layers, fit, len(turns))
 
     def read(rows: torch.Tensor) -> Held:
         layers = watch_each(model, windows[rows], (recipe.seed + rows).tolist(), fit.by_gradient)

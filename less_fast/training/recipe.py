@@ -8,23 +8,28 @@ from ..layer.features import FAMILIES, MOST, RHO_HIDDEN, Learned
 from .checks import number
 
 LEARNED = [name for name, family in FAMILIES.items() if issubclass(family, Learned)]
-RHO_RATE, JOINT_RATE = 1e-3, 5e-3  # learning rates of the stages of rho and of all layers together
 
 
 class Fit(NamedTuple):
-    """How layers of a family descend. halves: the rate is halved after each quarter of the steps; else it rises and falls once
-    (one cycle; Smith and Topin 2017). clip: the largest norm of a layer's gradient. dropout: on the first hidden layer. decay: of
-    weights, in each step by so many times its rate (AdamW; Loshchilov and Hutter 2019)."""
+    """How a stage descends.
 
-    by_gradient: bool  # towards what an error costs the model's predictions; else the paper's mean squared error
+    rate: of learning. It rises and falls once (one cycle; Smith and Topin 2017); with `halves` it is halved after each quarter.
+    decay: of weights, in each step by so many times its rate (AdamW; Loshchilov and Hutter 2019).
+    clip: the largest norm of the gradient of each part for itself, None for any.
+    Of layers alone: dropout, on the first hidden layer; by_gradient, towards what an error costs the model's predictions, else
+    the paper's mean squared error.
+    """
+
     rate: float
-    halves: bool
-    clip: float | None
-    dropout: float
-    decay: float
+    decay: float = 0.0
+    clip: float | None = 1.0
+    halves: bool = False
+    dropout: float = 0.0
+    by_gradient: bool = True
 
 
-FITS = {"paper": Fit(False, 1e-3, True, None, 0.3, 0.0), "exponential": Fit(True, 1e-2, False, 1.0, 0.0, 1.0)}
+FITS = {"paper": Fit(1e-3, clip=None, halves=True, dropout=0.3, by_gradient=False), "exponential": Fit(1e-2, decay=1.0)}
+RHO, JOINT = Fit(1e-3), Fit(5e-3)  # the stages of rho and of all layers together
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ class Recipe:
         multiples = tuple(number("budgets of a recipe", multiple, 1e-3, 1e3) for multiple in self.budgets)
         object.__setattr__(self, "budgets", multiples)
 
-    def scaled(self, rate: float, head_dim: int) -> float:
-        """A learning rate for heads of so many numbers, less beyond 64: a step moves an exponent by each of them."""
-        return self.rate * rate * min(1.0, 64 / head_dim)
+    def scaled(self, fit: Fit, head_dim: int) -> Fit:
+        """The same at the recipe's rate, and less for heads of more than 64 numbers: a step moves an exponent by each of them."""
+        return fit._replace(rate=self.rate * fit.rate * min(1.0, 64 / head_dim))
 
 
 RECIPES = {

@@ -21,7 +21,7 @@ from ..layer.features import Rho
 from ..layer.parallel import dense
 from ..layer.policies import Retention
 from .descent import Descent, descend, rounds
-from .recipe import RHO_RATE, Recipe
+from .recipe import RHO, Recipe
 from .work import Work
 
 MOMENTS = 32  # of each text at which its tokens compete
@@ -104,7 +104,7 @@ def train_rho(
     """
     rhos: Any = [kernels.layers[index].rho for index in less_layers(model)]
     turns = rounds(len(windows), recipe)
-    descent = Descent(rhos, recipe.scaled(RHO_RATE, kernels.sizes["head_dim"]), len(turns), clip=1.0)
+    descent = Descent(rhos, recipe.scaled(RHO, kernels.sizes["head_dim"]), len(turns))
     begun = copy.deepcopy(rhos)
 
     def read(rows: torch.Tensor) -> list[Seen]:
