@@ -62,6 +62,7 @@ class PagedLayer:
             self.features = self.features.on(device, torch.promote_types(self.dtype, torch.float32))
         self.template = self.allocate(1, device)
         self.side_by_side = all(page.is_contiguous() for page in pages.values())
+        self.spanned: tuple[tuple[int, int] | None, LayerState] = None, self.template  # the pages of the last span, as a state
         if self.side_by_side:  # a page between others takes part in a step before it ever held anything
             for name, page in pages.items():
                 if name.endswith("free"):
@@ -110,7 +111,9 @@ class PagedLayer:
             out = self._extend(state, (q, k, v), None if real is None else real[:, None])
             self._write_step(state, rows)
             return out[:, :, 0]
-        state = self._state({name: page[slice(*span)] for name, page in self.pages.items()})
+        if span != self.spanned[0]:
+            self.spanned = span, self._state({name: page[slice(*span)] for name, page in self.pages.items()})
+        state = self.spanned[1]
         size, valid = span[1] - span[0], None
         if size > len(rows):  # the rows between are as pads, which leave no trace
             at = rows - span[0]
