@@ -140,6 +140,16 @@ def test_pads_of_a_graph_change_nothing(fill):
         assert torch.equal(page, before[name]), name
 
 
+def test_a_step_changes_the_pages_that_were_bound_last():
+    paged = PagedLayer(H2O(3, 2), None, (2, 1, 4), torch.float64)
+    for _ in range(2):
+        pages = pages_of(paged, False)
+        paged.bind(pages)
+        paged.reset(torch.arange(PAGES))
+        paged.decode(*(torch.ones(1, h, 4, dtype=torch.float64) for h in (2, 1, 1)), torch.tensor([1]), span=(1, 2))
+        assert pages["n"].tolist() == [0, 1] + [0] * (PAGES - 2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("policy", [H2O(5, 4), Lambda(2, 7), SnapKV(9, 4, 1)], ids=repr)
 def test_a_decoding_step_in_a_cuda_graph_computes_what_it_computes_outside(policy):
