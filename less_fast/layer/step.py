@@ -63,7 +63,7 @@ def _admit(state, q, k, v, valid, kinds):
     """Which tokens are broken (N, m), and all as they enter. q (N, H, G, m, D), k, v (N, H, m, D)."""
     m = k.shape[2]
     if m == 1:
-        largest = torch.linalg.vector_norm(torch.cat([q.flatten(1, 2), k, v], 1), torch.inf, (1, 3))  # (N, 1)
+        largest = torch.cat([q.flatten(1, 2), k, v], 1).abs_().amax((1, 3))  # (N, 1)
     else:
         largest = q.abs().amax((1, 2, 4)).maximum(k.abs().amax((1, 3))).maximum(v.abs().amax((1, 3)))  # (N, m)
     finite = largest.to(state.wide) <= LARGEST  # (N, m)
