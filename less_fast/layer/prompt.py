@@ -75,8 +75,7 @@ def _attend_to_all(policy: Policy, q, k, v, score, scale: float, wide: torch.dty
     heads, many = (1, 4 * QUERIES_AT_ONCE) if q.is_cpu and not policy.pooled else (H, QUERIES_AT_ONCE)  # at once
     room = q.new_empty(N * heads * G * min(many, m - begin) * m)
     for now in (slice(start, min(start + many, m)) for start in range(begin, m, many)):
-        slots = torch.arange(now.stop, device=q.device)
-        visible = slots <= slots[now, None]  # (b, E)
+        visible = torch.ones(now.stop - now.start, now.stop, dtype=torch.bool, device=q.device).tril_(now.start)  # (b, E)
         later = ~visible[:, now]  # (b, b)
         for some in (slice(head, head + heads) for head in range(0, H, heads)):
             queries = (q[:, some, :, now] * scale).reshape(N * heads, -1, D)  # (N h, G b, D)
