@@ -374,10 +374,12 @@ def test_ctrl_c_pressed_twice_or_at_the_prompt_ends_the_chat(command, talking, m
     presses_ctrl_c(2)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its jobs behind & ignore it
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nmore\n"))
-    code, _, err = command("chat", "--model", folder, "--max-new-tokens", 6, *TALK)
+    try:
+        code, _, err = command("chat", "--model", folder, "--max-new-tokens", 6, *TALK)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, turns_seen(err)) == (130, [])
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
 
     def interrupted(_):
         raise KeyboardInterrupt
