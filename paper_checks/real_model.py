@@ -270,8 +270,8 @@ def report(chosen) -> None:
     for record in records:
         part, dtype, rule, cache, budgets, context = (record[name] for name in NAMES)
         values = found[part, dtype, rule, cache, budgets, context]
-        alike = [other for other in records if other["cache"] == "bare" and (part, dtype) == (other["part"], other["dtype"])]
-        kept = {other["rule"]: other["kept"] for other in alike}
+        alike = [other for other in records if (part, dtype) == (other["part"], other["dtype"])]
+        kept = {other["rule"]: other["kept"] for other in alike if other["cache"] in ("bare", "less")}
         first = next((of for of in kept if kept[of] == kept.get(rule) and of.startswith("H2O(")), rule)
         row = {name: record[name] for name in (*NAMES, "kept", "seconds")} | {"figures": []}
         for name, own in values.items():

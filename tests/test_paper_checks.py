@@ -667,6 +667,18 @@ def test_a_pair_that_was_not_measured_has_no_score():
         noted.scores([((1,), (2,)), ((1,), (3,))])
 
 
+def test_the_gap_is_bare_h2os_even_for_a_policy_whose_bare_cache_was_not_measured(tables):
+    assert tables("prepare")[0] == 0
+    what = ("measure", "--parts", "perplexity", "--budgets", "10%")
+    assert tables(*what, "--policies", "h2o", "--caches", "full,bare")[0] == 0
+    assert tables(*what, "--policies", "retention", "--caches", "less,baseline+")[0] == 0
+    full, plain, *others = (row["figures"][0] for row in json.loads(tables("report")[2].read_text())["rows"])
+    for other in others:
+        wanted = (plain["value"] - other["value"]) / (plain["value"] - full["value"])
+        assert other["recovered"][0] == pytest.approx(wanted)
+    assert len(others) == 4
+
+
 def test_the_gap_is_bare_h2os_where_that_was_measured(tables):
     assert tables("prepare")[0] == 0
     assert (
