@@ -21,11 +21,10 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from less_fast import H2O, LessError
-from less_fast.demo import build_model
 from less_fast.measuring.compare import compare, table
 from less_fast.training import RECIPES, train
 
-from . import script
+from . import build_model, script
 
 LENGTH = 1024  # tokens of a window
 LEVELS = 32  # of brightness, and of the pulse

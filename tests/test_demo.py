@@ -195,7 +195,7 @@ def test_the_model_can_be_rebuilt_from_nothing(tmp_path, monkeypatch):
     arguments = ["--out", out, "--tokens", 2048, "--batch", 1]
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
     monkeypatch.setattr(sys, "argv", ["build_model", *map(str, arguments)])
-    runpy.run_module("less_fast.demo.build_model", run_name="__main__")
+    runpy.run_module("paper_checks.build_model", run_name="__main__")
     shutil.rmtree(library)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) == 2048

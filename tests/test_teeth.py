@@ -48,8 +48,8 @@ def the_virtual_token_is_not_weighed_against_the_largest_logit(patch):
 
     def without_the_largest(dots, hidden, *rest):
         largest = dots.masked_fill(hidden[:, :, None], -torch.inf).amax(-1, keepdim=True)
-        p, (logits, every) = weigh(dots, hidden, *rest)
-        return p, (logits - largest, every)
+        p, logits, every = weigh(dots, hidden, *rest)
+        return p, logits - largest, every
 
     for module in (decode, prompt):
         patch.setattr(module, "weigh", without_the_largest)

@@ -1,5 +1,8 @@
 """Requests that come and go in pages, as vLLM has them, compute what each computes alone in the reference. This needs no vLLM."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +151,22 @@ def test_a_step_changes_the_pages_that_were_bound_last():
         paged.reset(torch.arange(PAGES))
         paged.decode(*(torch.ones(1, h, 4, dtype=torch.float64) for h in (2, 1, 1)), torch.tensor([1]), span=(1, 2))
         assert pages["n"].tolist() == [0, 1] + [0] * (PAGES - 2)
+
+
+def test_pages_that_are_taken_back_are_free():
+    """The keys lie in memory of numpy's, which tells when nobody holds it."""
+    paged = PagedLayer(H2O(3, 2), None, (2, 1, 4), torch.float64)
+    pages = pages_of(paged, False)
+    keys = pages["0.k"].numpy().copy()
+    paged.bind(pages | {"0.k": torch.from_numpy(keys)})
+    paged.reset(torch.arange(PAGES))
+    paged.decode(*(torch.ones(1, h, 4, dtype=torch.float64) for h in (2, 1, 1)), torch.tensor([1]), span=(1, 2))
+    held = weakref.ref(keys)
+    del keys
+    assert held() is not None
+    paged.release()
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -1,6 +1,7 @@
 """The embedded model: a small Llama trained on the source of CPython's standard library, and its LESS kernels.
 
-`corpus` finds and splits the text, `build_model` trains the tokenizer and the model; this file only says where they lie.
+`corpus` finds and splits the text, paper_checks/build_model.py trained the tokenizer and the model on it; this file only says
+where they lie.
 """
 
 from pathlib import Path

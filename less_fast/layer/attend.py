@@ -23,12 +23,12 @@ class Logits(NamedTuple):
 
 def weigh(
     dots: torch.Tensor, hidden: torch.Tensor, real: torch.Tensor | None, softcap: float | None, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dots (N, H, G, m, S): scale q.k, in whose memory the logits are written; hidden (N, H, m, S) bool: what queries do not see;
     real (N, m) bool: False for queries that see nothing, None if there are none; sinks (H, G).
 
     Returns p (N, H, G, m, S), the softmax over the visible tokens and the sink, 0 for queries that see nothing; and for
-    `with_low_rank` all logits and their softmax, the sink's behind the others.
+    `with_low_rank` all logits and `every`, their softmax, the sink's behind the others.
     """
     logits = dots if softcap is None else torch.tanh(dots / softcap) * softcap
     logits = logits.masked_fill_(hidden[:, :, None], torch.finfo(logits.dtype).min)
@@ -37,18 +37,18 @@ def weigh(
         logits = torch.cat([logits, sink], -1)  # (N, H, G, m, S + 1)
     every = logits.softmax(-1)
     p = every[..., : dots.shape[-1]]
-    return p if real is None else p * real[:, None, None, :, None], (logits, every)
+    return p if real is None else p * real[:, None, None, :, None], logits, every
 
 
 def with_low_rank(
-    out: torch.Tensor, weighed: tuple[torch.Tensor, torch.Tensor], phi: torch.Tensor, mean: torch.Tensor, z: torch.Tensor
+    out: torch.Tensor, logits: torch.Tensor, every: torch.Tensor, phi: torch.Tensor, mean: torch.Tensor, z: torch.Tensor
 ) -> torch.Tensor:
-    """The attention out (N, H, G, m, D) over tokens of these logits, as `weigh` gives them, and over the virtual token.
+    """The attention out (N, H, G, m, D) over tokens and over the virtual token. logits, every: see `weigh`.
 
     phi (N, H G, m, R) of the queries, mean (N, H, R, D), which is H / z, and z (N, H, R). Where phi.z is 0 there is no virtual
     token.
     """
-    (N, heads, R, D), (logits, every) = mean.shape, weighed
+    N, heads, R, D = mean.shape
     weight = phi.to(z.dtype).reshape(N * heads, -1, R) * z.view(N * heads, 1, R)
     lse = logits.amax(-1, keepdim=True) - every.amax(-1, keepdim=True).log()  # (N, H, G, m, 1), their log-sum-exp
     mass = weight.sum(-1, keepdim=True)  # phi.z

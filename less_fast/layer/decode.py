@@ -21,10 +21,10 @@ def decode(part: Part, tokens: Tokens, n: torch.Tensor, logits: Logits) -> torch
     if tokens.real is not None:
         hidden = hidden | ~tokens.real[:, None, :, None]
     dots = slots.dot(tokens.q.to(slots.wide) * logits.scale)  # (N, H, G, 1, S)
-    p, weighed = weigh(dots, hidden, tokens.real, logits.softcap, logits.sinks)
+    p, found, every = weigh(dots, hidden, tokens.real, logits.softcap, logits.sinks)
     out = slots.mix(p)  # (N, H, G, 1, D)
     if R:
-        out = with_low_rank(out, weighed, kernels.phi(tokens.q.flatten(1, 2)), part.mean, part.z)
+        out = with_low_rank(out, found, every, kernels.phi(tokens.q.flatten(1, 2)), part.mean, part.z)
     score = before if policy.queries == 0 else policy.update(before, p, ~hidden)
     newest, slot = lowest(policy.rank(position, score, n[:, None, None]), position, empty, slots.layout)  # (N, H) each
     if score is not before or not slots.layout.even:

@@ -47,10 +47,10 @@ def _attend(part, tokens, k, v, position, score, logits, first):
         hidden = (held < 0) | (held > tokens.position[:, None, now, None])  # (N, H, b, E)
         scaled = (q.to(wide) * logits.scale).flatten(2, 3)  # (N, H, G b, D)
         dots = (scaled @ k[:, :, seen].to(wide).mT).unflatten(2, q.shape[2:4])  # (N, H, G, b, E)
-        p, weighed = weigh(dots, hidden, real, logits.softcap, logits.sinks)
+        p, found, every = weigh(dots, hidden, real, logits.softcap, logits.sinks)
         out = (p.flatten(2, 3) @ v[:, :, seen].to(wide)).unflatten(2, q.shape[2:4])  # (N, H, G, b, D)
         if part.z.shape[2] and not first:  # the first chunk finds the low-rank state empty
-            out = with_low_rank(out, weighed, part.kernels.phi(q.flatten(1, 2)), part.mean, part.z)
+            out = with_low_rank(out, found, every, part.kernels.phi(q.flatten(1, 2)), part.mean, part.z)
         blocks.append(out)
         if policy.queries != 0:
             score[:, :, seen] = policy.update(score[:, :, seen], p, ~hidden)

@@ -72,7 +72,7 @@ class LessMemory(nn.Module, MambaBase):
     def kv_cache(self, tensors: Sequence[torch.Tensor]) -> None:
         if not tensors:  # vLLM has measured, and takes them back
             for layer in self.layers[0]:
-                layer.paged.pages = {}
+                layer.paged.release()
             return
         (pages,) = tensors
         self.device = pages.device

@@ -44,7 +44,7 @@ class PagedLayer:
         self.logits, self.int8, self.movable = logits, int8, movable
         tensors = [(name, tuple(x.shape[1:]), x.dtype) for name, x in self.allocate(1, "meta").tensors().items()]
         self.parts: list[Part] = [part for part in tensors if prod(part[1])]  # of a bare policy mean and z hold nothing
-        self.pages: dict[str, torch.Tensor] = {}
+        self.release()
 
     @property
     def page_bytes(self) -> int:
@@ -55,14 +55,19 @@ class PagedLayer:
         """An empty state outside the pages."""
         return LayerState.allocate(self.rule, rows, *self.heads, self.features, self.dtype, device, self.movable, self.int8)
 
+    def release(self) -> None:
+        """Holds no pages any more."""
+        self.pages: dict[str, torch.Tensor] = {}
+        self.spanned: tuple[tuple[int, int], LayerState] | None = None  # pages that lie side by side, as one state, and where
+
     def bind(self, pages: dict[str, torch.Tensor]) -> None:
         """pages: for each name in `parts` a tensor (rows, *shape). The kernels go to their device."""
+        self.release()
         self.pages, device = pages, pages["n"].device
         if self.features is not None:
             self.features = self.features.on(device, torch.promote_types(self.dtype, torch.float32))
         self.template = self.allocate(1, device)
         self.side_by_side = all(page.is_contiguous() for page in pages.values())
-        self.spanned: tuple[tuple[int, int] | None, LayerState] = None, self.template  # the pages of the last span, as a state
         if self.side_by_side:  # a page between others takes part in a step before it ever held anything
             for name, page in pages.items():
                 if name.endswith("free"):
@@ -111,7 +116,7 @@ class PagedLayer:
             out = self._extend(state, (q, k, v), None if real is None else real[:, None])
             self._write_step(state, rows)
             return out[:, :, 0]
-        if span != self.spanned[0]:
+        if self.spanned is None or self.spanned[0] != span:
             self.spanned = span, self._state({name: page[slice(*span)] for name, page in self.pages.items()})
         state = self.spanned[1]
         size, valid = span[1] - span[0], None

@@ -1,4 +1,4 @@
-"""Rebuild the embedded tokenizer and model from nothing: python -m less_fast.demo.build_model
+"""Rebuild the embedded tokenizer and model from nothing: python -m paper_checks.build_model
 
 A byte-level BPE of 2048 tokens and a Llama of 3.7 million parameters, trained on the `train` split of the corpus. The
 `validation` split is watched on the way and measured at the end.
@@ -8,7 +8,6 @@ import argparse
 import datetime
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..text import tokenized, windows
-from . import MODEL, corpus
+from less_fast.demo import MODEL, corpus
+from less_fast.measuring import versions
+from less_fast.text import tokenized, windows
+
+from . import script
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -68,8 +69,8 @@ def main() -> None:
         "validation_history": history,
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "device": script.hardware(device.type),
+        "versions": versions(),
     }
     (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     replace_folder(options.out, partial)
@@ -194,7 +195,7 @@ def replace_folder(folder: Path, complete: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m less_fast.demo.build_model", description=__doc__.split("\n\n")[0])
+    parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, default=MODEL, help="folder that is made or replaced")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens in all, over several epochs")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
