@@ -2,7 +2,7 @@
 
 Prints each ratio of medians beside its bar, and writes the raw figures to paper_checks/results/performance.json; the contenders
 of a part take turns in one run, and parts that are not asked for stay there as they were. SPEED.md says what the figures
-mean, and what was not worth it. All but the last three are measured if none is named: real models come from packages of their
+mean, and what was not worth it. All but the last four are measured if none is named: real models come from packages of their
 own, and take longer to compile than all else. `--quick` runs them at a small size, with little compiled, to see that they run.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -28,7 +29,7 @@ from less_fast.hf.shipped import kernels_for
 from less_fast.layer.step import compiled, extend
 from less_fast.loading import AUTO, load_model
 from less_fast.measuring import versions
-from less_fast.measuring.bench import Row, decode, in_turns, prefill, row, without_tables
+from less_fast.measuring.bench import Row, decode, in_turns, maker, peak_of, prefill, row
 from less_fast.measuring.caches import fill
 
 from . import script
@@ -139,8 +140,9 @@ def end_to_end(length: int, rounds: int, compile: bool):
     """A Llama of 6 layers and hidden size 512 decodes 8 sequences with a budget of 5 %."""
     model, kernels = model_and_kernels()
     narrow = LessKernels(**sizes(model), hidden=64).requires_grad_(False)
-    contenders = {"bare": None, "LESS (the paper's kernels)": kernels, "LESS (hidden 64)": narrow}
-    rows = decode(model, half_and_half(length // 20), contenders, 8, length, rounds, compile)
+    learned = {"bare": None, "LESS (the paper's kernels)": kernels, "LESS (hidden 64)": narrow}
+    contenders = {name: maker(model, half_and_half(length // 20), own) for name, own in learned.items()}
+    rows = decode(model, contenders, 8, length, rounds, compile)
     took = seconds_of(rows)
     for name in [name for name in took if name.startswith("LESS")]:
         yield Bar(f"decoding, StaticCache / {name}", took["StaticCache"] / took[name], least=3)
@@ -153,9 +155,10 @@ def by_head(lengths: tuple[int, ...], rounds: int, compile: bool):
     model, _ = load_model("")
     kernels, raw = LessKernels.from_pretrained(KERNELS), []
     for length, least in zip(lengths, (1.3, 3.0)):
+        less = partial(maker, model, half_and_half(length // 20), kernels)
         for batch in (1, 8):
-            contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
-            rows = decode(model, half_and_half(length // 20), contenders, batch, length, rounds, compile)
+            contenders = {"LESS": less(budgets="uniform"), "LESS by head": less()}
+            rows = decode(model, contenders, batch, length, rounds, compile)
             took = seconds_of(rows)
             what = f"decoding, embedded model, {length} tokens, batch {batch}"
             for mode in ("", ", step compiled")[: 1 + compile]:
@@ -171,7 +174,8 @@ def real_model(length: int, least: float, rounds: int):
     """SmolLM2 decodes 4 sequences with its kernels and a budget of 5 %, by head; beside it what this machine can do at most."""
     model, _ = load_model("smollm2")
     kernels = kernels_for(model)
-    rows = decode(model, half_and_half(length // 20), {"LESS by head": kernels}, 4, length, rounds, compile=True)
+    contenders = {"LESS by head": maker(model, half_and_half(length // 20), kernels)}
+    rows = decode(model, contenders, 4, length, rounds, compile=True)
     took, what = seconds_of(rows), f"decoding, SmolLM2, {length} tokens, batch 4"
     for mode, static in {"": "", ", step compiled": ", compiled", ", compiled": ", compiled"}.items():
         ratio = took[f"StaticCache{static}"] / took[f"LESS by head{mode}"]
@@ -181,36 +185,57 @@ def real_model(length: int, least: float, rounds: int):
     yield [*rows, {"what": "limit", "length": length, "seconds": least_seconds}]
 
 
-def coder(cells: dict[tuple[int, int], tuple[float, float | None] | None], rounds: int):
-    """Qwen2.5-Coder-1.5B decodes with its kernels, Retention and a budget of 5 %, by head. cells: batch and length, and by how
-    much the full caches are to be slower, the dynamic one and the quicker static one. Then it reads a prompt."""
+def coder(batches: tuple[int, ...], lengths: tuple[int, ...], whole: set[tuple[int, int]], rounds: int):
+    """Qwen2.5-Coder-1.5B decodes with its kernels and a budget of 5 %: by head, exact and in eight bits, and beside that uniform
+    budgets and H2O. whole: the batches and lengths at which compiled code is measured, too."""
     model, _ = load_model("qwen2.5-coder-1.5b", dtype=AUTO)
     kernels, raw, most = kernels_for(model), [], machine(model.dtype)
-    for (batch, length), least in cells.items():
-        policy = Retention(32, 4).with_budget(length // 20)
-        contenders = {"LESS": without_tables(kernels), "LESS by head": kernels}
-        rows = decode(model, policy, contenders, batch, length, rounds, compile=True)
-        plain = decode(model, half_and_half(length // 20), {"H2O": without_tables(kernels)}, batch, length, rounds, compile=False)
-        took, beside, what = seconds_of(rows), seconds_of(plain), f"decoding, Qwen2.5-Coder-1.5B, {length} tokens, batch {batch}"
-        own = min(seconds for name, seconds in took.items() if name.startswith("LESS by head"))
+    asked = {(1, 1024): (0.95, None), (8, 4096): (1.5, 1.2), (8, 16384): (3, 2)}
+    for batch, length in product(batches, lengths):
+        by_head = partial(maker, model, Retention(32, 4).with_budget(length // 20), kernels)
+        contenders = {
+            "by head": by_head(),
+            "int8 by head": by_head(int8=True),
+            "uniform": by_head(budgets="uniform"),
+            "H2O uniform": maker(model, half_and_half(length // 20), kernels, budgets="uniform"),
+        }
+        rows = decode(model, contenders, batch, length, rounds, compile=(batch, length) in whole)
+        took, held, what = seconds_of(rows), {row.cache: row.bytes for row in rows}, f"Qwen, {batch} x {length}"
+        own = min((row for row in rows if row.cache.startswith("by head")), key=lambda row: row.seconds)
         static = min(seconds for name, seconds in took.items() if name.startswith("StaticCache"))
-        if least:
-            yield Bar(f"{what}, DynamicCache / the quickest LESS by head", took["DynamicCache"] / own, least=least[0])
-        if least and least[1]:
-            yield Bar(f"{what}, the quicker StaticCache / the quickest LESS by head", static / own, least=least[1])
-        yield Bar(f"{what}, by head / uniform", took["LESS by head"] / took["LESS"], most=1.1)
-        ratio = took["LESS"] / took["StaticCache"] / (beside["H2O"] / beside["StaticCache"])
-        yield Bar(f"{what}, Retention / H2O, each beside StaticCache", ratio, most=1.15)
-        fastest = next(row for row in rows if row.cache.startswith("LESS by head") and row.seconds == own)
-        least_seconds = limit(fastest, model, kernels, *most)
-        yield Bar(f"{what}, the quickest LESS by head / its limit", own / least_seconds, most=1.5)
-        raw += [*rows, *plain, {"what": "limit", "batch": batch, "length": length, "seconds": least_seconds}]
-    for policy in (half_and_half(204), Retention(32, 4).with_budget(204)):
-        rows = prefill(model, policy, {"LESS": kernels}, 1, 4096, max(3, rounds))
-        ratio = rows[1].seconds / rows[0].seconds
-        yield Bar(f"prefill, Qwen2.5-Coder-1.5B, 4096 tokens, {type(policy).__name__} / DynamicCache", ratio, most=1.1)
-        raw += [replace(row, what=f"prefill under {type(policy).__name__}") for row in rows]
+        dynamic_least, static_least = asked.get((batch, length), (None, None))
+        if dynamic_least:
+            yield Bar(f"{what}, DynamicCache / the quickest by head", took["DynamicCache"] / own.seconds, least=dynamic_least)
+        if static_least:
+            yield Bar(f"{what}, the quicker StaticCache / the quickest by head", static / own.seconds, least=static_least)
+        for mode in [mode for mode in ("", ", step compiled", ", compiled") if f"by head{mode}" in took]:
+            yield Bar(f"{what}, by head / uniform{mode}", took[f"by head{mode}"] / took[f"uniform{mode}"], most=1.1)
+            yield Bar(f"{what}, Retention / H2O{mode}", took[f"uniform{mode}"] / took[f"H2O uniform{mode}"], most=1.15)
+        least = limit(own, model, kernels, *most)
+        if batch == 8:
+            yield Bar(f"{what}, the quickest by head / its limit", own.seconds / least, most=1.5)
+        if length == 16384:
+            yield Bar(f"{what}, bytes of DynamicCache / by head", held["DynamicCache"] / held["by head"], least=15)
+        raw += [*rows, {"what": "limit", "batch": batch, "length": length, "seconds": least}]
     yield raw
+
+
+def coder_prompts(length: int, longest: int, rounds: int):
+    """The same model reads a prompt, and one so long that its memory tells."""
+    model, _ = load_model("qwen2.5-coder-1.5b", dtype=AUTO)
+    kernels, policies = kernels_for(model), (half_and_half(length // 20), Retention(32, 4).with_budget(length // 20))
+    contenders = {type(policy).__name__: maker(model, policy, kernels) for policy in policies}
+    rows = prefill(model, contenders, 1, length, rounds)
+    took = seconds_of(rows)
+    for name in contenders:
+        yield Bar(f"prompt, Qwen, {length} tokens, {name} / DynamicCache", took[name] / took["DynamicCache"], most=1.1)
+    cache, ids = contenders["Retention"](), torch.randint(model.config.vocab_size, (1, longest))
+    with torch.inference_mode():
+        start = time.perf_counter()
+        peak = peak_of(lambda: model(input_ids=ids, past_key_values=cache, logits_to_keep=1), model.device)
+        seconds = [time.perf_counter() - start]
+    yield Bar(f"prompt, Qwen, {longest} tokens, Retention, peak beside the weights, GB", peak / 1e9, most=4)
+    yield [*rows, row("prefill", "Retention", 1, longest, seconds, sum(cache.memory().values()), longest, peak)]
 
 
 def machine(dtype: torch.dtype = torch.float32, size: int = 4096) -> tuple[float, float]:
@@ -236,23 +261,27 @@ def limit(row: Row, model, kernels: LessKernels, moved: float, computed: float) 
 def prompts(length: int, rounds: int):
     """The same model reads a prompt, and one of four times the length."""
     model, kernels = model_and_kernels()
-    contenders = {"bare": None, "LESS": kernels}
-    rows = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
-    longer = prefill(model, half_and_half(length // 5), contenders, 1, 4 * length, 1)
+
+    def contenders(budget: int, **options):
+        policy = half_and_half(budget)
+        return {"bare": maker(model, policy, **options), "LESS": maker(model, policy, kernels, **options)}
+
+    rows = prefill(model, contenders(length // 20), 1, length, rounds)
+    longer = prefill(model, contenders(length // 5), 1, 4 * length, 1)
     took = seconds_of(rows)
     for name in ("bare", "LESS"):
         yield Bar(f"prefill, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.25)
     others = []
     for policy in (Lambda(4, length // 20 - 4), Retention(32, 4).with_budget(length // 20)):
         learned = model_and_kernels(rho=32)[1].without_state() if policy.needs == "rho" else None
-        others += prefill(model, policy, {"bare": learned}, 1, length, rounds)
+        others += prefill(model, {"bare": maker(model, policy, learned)}, 1, length, rounds)
         full, own = others[-2:]
         yield Bar(f"prefill, bare {type(policy).__name__} / DynamicCache", own.seconds / full.seconds, most=1.05)
     others += attention_prompt(length, half_and_half(length // 20), rounds)
     yield Bar("prefill, attention of a layer, H2O / SDPA", others[-1].seconds / others[-2].seconds, most=1.25)
-    chunked = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds, chunk=max(2, length // 8))
+    chunked = prefill(model, contenders(length // 20, chunk=max(2, length // 8)), 1, length, rounds)
     with busy():
-        beside = prefill(model, half_and_half(length // 20), contenders, 1, length, rounds)
+        beside = prefill(model, contenders(length // 20), 1, length, rounds)
     took = seconds_of(beside)
     for name in ("bare", "LESS"):
         yield Bar(f"prefill beside another process, {name} H2O / DynamicCache", took[name] / took["DynamicCache"], most=1.6)
@@ -328,7 +357,8 @@ def parts(quick: bool) -> dict[str, Iterator]:
         "stream": stream(200 if quick else 1_000_000),
         "smollm2": real_model(4096, 1.6, 2),
         "smollm2-long": real_model(8192, 2.5, 2),
-        "coder": coder({(1, 1024): (0.95, None), (8, 4096): (1.5, 1.2), (8, 16384): (3, 2)}, 1),
+        "coder": coder((1, 4, 8), (1024, 4096, 16384), {(1, 1024), (8, 4096)}, 1),
+        "coder-prompts": coder_prompts(4096, 32768, 3),
     }
 
 
@@ -342,7 +372,7 @@ def main():
     if strange := set(chosen.parts) - set(every):
         parser.error(f"no part is called {', '.join(sorted(strange))}: choose of {', '.join(every)}")
     print("| | measured | bar |\n|---|---|---|")
-    for name in chosen.parts or [*every][:-3]:
+    for name in chosen.parts or [*every][:-4]:
         *bars, raw = every[name]
         print(*bars, sep="\n", flush=True)
         if not chosen.quick:  # whoever stops it keeps what was measured

@@ -61,7 +61,8 @@ def test_a_states_age_shifts_what_it_holds_and_leaves_empty_slots_empty():
 def test_decoding_measures_every_cache_with_the_bytes_it_holds_and_leaves_the_model_as_it_was():
     model, policy = make_model(), H2O(3, 3)
     kernels = make_kernels(model)
-    rows = bench.decode(model, policy, {"bare": None, "LESS": kernels}, batch=2, length=40, rounds=1, compile=False)
+    contenders = {"bare": bench.maker(model, policy), "LESS": bench.maker(model, policy, kernels)}
+    rows = bench.decode(model, contenders, batch=2, length=40, rounds=1, compile=False)
     shape, token = sizes(model), 2 * 3 * 2 * 8 * 8  # k and v, 3 layers, 2 KV heads of 8, float64
     steps = (bench.WARM_UP + 1) * bench.BURST + 1
     assert {row.cache: row.bytes for row in rows} == {
@@ -98,7 +99,8 @@ def test_the_limit_of_a_step_is_the_slower_of_what_must_be_moved_and_what_must_b
 def test_a_cache_that_is_measured_has_seen_the_length(monkeypatch):
     caches = []
     monkeypatch.setattr(bench, "in_turns", lambda steps, *_: caches.extend(step.args[1] for step in steps.values()) or {})
-    bench.decode(make_model(), H2O(3, 3), {"bare": None}, 1, 40, 1, False)
+    model = make_model()
+    bench.decode(model, {"bare": bench.maker(model, H2O(3, 3))}, 1, 40, 1, False)
     assert [int(cache.get_seq_length()) for cache in caches] == [40, 40, 40]
     assert [layer.state.n.item() for layer in caches[-1].layers] == [40] * 3
 
@@ -137,10 +139,11 @@ def test_of_a_mixed_model_each_layer_is_filled_with_what_it_holds(name, monkeypa
     monkeypatch.setattr(bench, "in_turns", in_turns)
     equal_heads = name != "gemma4_text"  # if they differ, there are no kernels
     kernels = {"LESS": LessKernels(**sizes(model), rank=2, hidden=3)} if equal_heads else {}
-    rows = bench.decode(model, H2O(3, 3), {"bare": None, **kernels}, batch, LENGTH, 1, compile=False)
+    contenders = {name: bench.maker(model, H2O(3, 3), learned) for name, learned in {"bare": None, **kernels}.items()}
+    rows = bench.decode(model, contenders, batch, LENGTH, 1, compile=False)
     expected = {"DynamicCache": after_so_many_tokens(bench._twin(model), DynamicCache(config=model.config), batch)}
-    for contender, learned in {"bare": None, **kernels}.items():
-        expected[contender] = after_so_many_tokens(model, LessCache.for_model(model, H2O(3, 3), learned), batch)
+    for contender, make in contenders.items():
+        expected[contender] = after_so_many_tokens(model, make(), batch)
     told = {row.cache: row.bytes for row in rows}
     for contender, cache in expected.items():
         assert told[contender] == held_bytes(cache) // batch
@@ -171,7 +174,8 @@ def test_a_mixed_model_is_benchmarked_in_all_parts(name):
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
 def test_all_is_compiled_but_a_model_with_layers_that_grow(name):
-    makers = bench._makers(tiny(name), H2O(3, 3), {"bare": None}, 1, LENGTH, 8, True)
+    model = tiny(name)
+    makers = bench._makers(model, {"bare": bench.maker(model, H2O(3, 3))}, 1, LENGTH, 8, True)
     names = ["DynamicCache", "StaticCache", "StaticCache, compiled", "bare", "bare, step compiled", "bare, compiled"]
     assert [*makers] == [cache for cache in names if name == "llama" or ", compiled" not in cache]
 
@@ -198,7 +202,8 @@ def test_caches_with_a_budget_table_share_slices_of_the_kernels_which_are_counte
 
 def test_prefill_measures_every_cache_and_what_it_held_at_most():
     model = make_model()
-    rows = bench.prefill(model, H2O(3, 3), {"bare": None, "LESS": make_kernels(model)}, 2, 40, rounds=3)
+    contenders = {"bare": bench.maker(model, H2O(3, 3)), "LESS": bench.maker(model, H2O(3, 3), make_kernels(model))}
+    rows = bench.prefill(model, contenders, 2, 40, rounds=3)
     assert [(row.cache, row.batch, row.length) for row in rows] == [(name, 2, 40) for name in ("DynamicCache", "bare", "LESS")]
     assert {row.peak is None for row in rows} == {not Path("/proc/self/clear_refs").exists()}
     assert all(row.tokens_per_second == 2 * 40 / row.seconds for row in rows)
@@ -220,8 +225,8 @@ def test_speed_is_measured_beyond_the_windows_of_the_kernels_without_a_warning()
     kernels.about["window"] = 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = bench.decode(model, H2O(3, 3), {"LESS": kernels}, 1, 24, 1, compile=False)
-        rows += bench.prefill(model, H2O(3, 3), {"LESS": kernels}, 1, 24, 1)
+        contenders = {"LESS": bench.maker(model, H2O(3, 3), kernels)}
+        rows = bench.decode(model, contenders, 1, 24, 1, compile=False) + bench.prefill(model, contenders, 1, 24, 1)
     assert [row.cache for row in rows] == ["DynamicCache", "StaticCache", "LESS", "DynamicCache", "LESS"]
     assert kernels.window == 8
 

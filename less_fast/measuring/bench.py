@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.filesize import decimal
@@ -26,6 +27,7 @@ from ..layer.policies import Policy
 from .caches import held_bytes, lengthen
 from .compare import wait
 
+Contenders = Mapping[str, Callable[..., LessCache]]  # by name, what makes an empty cache: see `maker`
 WARM_UP = 3  # turns before the clock runs, in which code is compiled
 BURST = 8  # steps in one turn: a caller's next step finds the caches of the processor as its last one left them
 
@@ -61,29 +63,27 @@ def bench(
     length: tokens of each sequence before the measured ones, and of the prompt; rounds: turns of each cache; compile: measure
     compiled code as well. Raises LessError if LESS cannot serve the model.
     """
-    contenders = {"bare": kernels.without_state() if policy.needs == "rho" else None, "LESS": without_tables(kernels)}
+    bare = kernels.without_state() if policy.needs == "rho" else None
+    contenders = {"bare": maker(model, policy, bare), "LESS": maker(model, policy, kernels, budgets="uniform")}
     if kernels.budgets_for(policy) is not None:
-        contenders["LESS by head"] = kernels
+        contenders["LESS by head"] = maker(model, policy, kernels)
     rows = []
     for batch in batches:
         progress(f"decoding, batch {batch} ...")
-        rows += decode(model, policy, contenders, batch, length, rounds, compile)
+        rows += decode(model, contenders, batch, length, rounds, compile)
     progress("prefill ...")
-    return rows + prefill(model, policy, contenders, 1, length, rounds)
+    return rows + prefill(model, contenders, 1, length, rounds)
 
 
-def without_tables(kernels: LessKernels) -> LessKernels:
-    """The same kernels, weights shared, for uniform budgets."""
-    twin = copy.copy(kernels)
-    twin.curves = {}
-    return twin
+def maker(model: PreTrainedModel, policy: Policy, kernels: LessKernels | None = None, **options: Any) -> Callable[..., LessCache]:
+    """A contender: what makes an empty cache. options: as in LessCache.for_model.
 
-
-def boundless(kernels: LessKernels) -> LessKernels:
-    """The same kernels, weights shared, without a word on what texts they know: speed alone is measured, at any length."""
-    twin = copy.copy(kernels)
-    twin.about = {name: said for name, said in kernels.about.items() if name != "window"}
-    return twin
+    Any length will do, since the kernels do not say what texts they know: speed alone is measured.
+    """
+    if kernels:
+        kernels = copy.copy(kernels)  # weights are shared
+        kernels.about = {name: said for name, said in kernels.about.items() if name != "window"}
+    return partial(LessCache.for_model, model, policy, kernels, **options)
 
 
 def steps_of(rounds: int) -> int:
@@ -107,24 +107,16 @@ def in_turns(steps: Mapping[str, Callable], rounds: int, device: torch.device, b
 
 
 @torch.inference_mode()
-def decode(
-    model: PreTrainedModel,
-    policy: Policy,
-    contenders: dict[str, LessKernels | None],
-    batch: int,
-    length: int,
-    rounds: int,
-    compile: bool,
-) -> list[Row]:
+def decode(model: PreTrainedModel, contenders: Contenders, batch: int, length: int, rounds: int, compile: bool) -> list[Row]:
     """Tokens generated greedily, one by one, by sequences of `length` tokens: the whole model, end to end.
 
-    contenders: by name LessKernels or None, beside the full caches.
+    contenders: beside the full caches; compile: measure compiled code as well.
     """
     if compile:  # torch holds few variants of a model's code, and those of earlier measurements count
         torch._dynamo.reset()
     width = model.config.get_text_config(decoder=True).hidden_size
     torch.empty(batch, length, width, device=model.device)  # what no memory holds is refused before anything is computed
-    makers = _makers(model, policy, contenders, batch, length, steps_of(rounds) + 1, compile)
+    makers = _makers(model, contenders, batch, length, steps_of(rounds) + 1, compile)
     caches, steps = {}, {}
     for name, make in makers.items():
         network, caches[name] = make()
@@ -135,22 +127,11 @@ def decode(
 
 
 @torch.inference_mode()
-def prefill(
-    model: PreTrainedModel,
-    policy: Policy,
-    contenders: dict[str, LessKernels | None],
-    batch: int,
-    length: int,
-    rounds: int,
-    chunk: int | None = None,
-) -> list[Row]:
-    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model. contenders: as in decode;
-    chunk: how many tokens of it enter LESS's caches together, None for all."""
+def prefill(model: PreTrainedModel, contenders: Contenders, batch: int, length: int, rounds: int) -> list[Row]:
+    """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model."""
     twin, ids = _twin(model), _tokens(model, batch, length)
     makers: dict[str, tuple] = {"DynamicCache": (twin, lambda: DynamicCache(config=twin.config))}
-    for name, kernels in contenders.items():
-        own = kernels and boundless(kernels)
-        makers[name] = model, partial(LessCache.for_model, model, policy, own, chunk=chunk)
+    makers |= {name: (model, make) for name, make in contenders.items()}
 
     def read(network: PreTrainedModel, cache: Cache) -> float:
         start = time.perf_counter()
@@ -178,7 +159,7 @@ def row(
     return Row(what, cache, batch, length, middle, batch * tokens / middle, size, peak)
 
 
-def _makers(model, policy, contenders, batch, length, new, compile):
+def _makers(model, contenders, batch, length, new, compile):
     """By name, functions that make a network and, for it, a cache of `length` tokens: full ones, static with room for new
     tokens, then those of the contenders. A model that has layers of transformers' own is not compiled: with LESS they grow."""
     twin = _twin(model)
@@ -190,19 +171,19 @@ def _makers(model, policy, contenders, batch, length, new, compile):
     def static(network):
         return network, _filled(StaticCache(config=twin.config, max_cache_len=length + new), twin, batch, 1, length)
 
-    def less(network, kernels, step=False):
-        cache = LessCache.for_model(model, policy, kernels and boundless(kernels), compile=step)
-        return network, _filled(cache, model, batch, min(length, policy.budget + 1), length)
+    def less(network, make, **step):
+        cache = make(**step)
+        return network, _filled(cache, model, batch, min(length, cache.setting.policy.budget + 1), length)
 
     makers = {"DynamicCache": dynamic, "StaticCache": partial(static, twin)}
     if whole and twin._can_compile_fullgraph:
         makers["StaticCache, compiled"] = lambda: static(_compiled_model(twin))
-    for name, kernels in contenders.items():
-        makers[name] = partial(less, model, kernels)
-        if compile and policy.one_leaves:
-            makers[f"{name}, step compiled"] = partial(less, model, kernels, step=True)
+    for name, make in contenders.items():
+        makers[name] = partial(less, model, make)
+        if compile and make().setting.policy.one_leaves:
+            makers[f"{name}, step compiled"] = partial(less, model, make, compile=True)
             if whole:
-                makers[f"{name}, compiled"] = lambda kernels=kernels: less(_compiled_model(model), kernels)
+                makers[f"{name}, compiled"] = lambda make=make: less(_compiled_model(model), make)
     return makers
 
 
