@@ -12,18 +12,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from statistics import median
 
 import torch
 
-from less_fast import H2O, LayerKernels, LayerState, LessKernels, Retention
+from less_fast import H2O, LessKernels, Retention
 from less_fast.files import write_text
 from less_fast.hf.shipped import kernels_for
-from less_fast.layer.step import compiled
 from less_fast.loading import AUTO, load_model
 from less_fast.measuring import versions
 from less_fast.measuring.bench import Row, decode, in_turns, maker, peak_of, prefill, row
-from less_fast.measuring.caches import fill
 
 from . import script
 
@@ -92,7 +89,7 @@ def decoding(name: str, batches: tuple[int, ...], lengths: tuple[int, ...], also
             yield Bar(f"{what}, by head / its limit", own.seconds / least, most=1.5)
         if length == max(lengths):
             yield Bar(f"{what}, bytes of DynamicCache / by head", held["DynamicCache"] / held["by head"], least=15)
-        raw += [*rows, {"what": "limit", "batch": batch, "length": length, "seconds": least}]
+        raw += [*rows, {"what": "decode", "cache": "limit", "batch": batch, "length": length, "seconds": least}]
     yield raw
 
 
@@ -135,40 +132,17 @@ def limit(row: Row, model, kernels: LessKernels, moved: float, computed: float) 
     )
 
 
-def stream(tokens: int):
-    """One layer takes tokens one by one: does it slow down, does it grow?"""
-    kernels = LayerKernels(8, 8, 64, hidden=512).requires_grad_(False)
-    state = LayerState.allocate(half_and_half(409), 1, 8, 8, 64, kernels=kernels)
-    fill(state, 410)
-    token, parts = [torch.randn(1, 8, 1, 64) for _ in "qkv"], []
-    step = compiled(state, token[0])
-    held = sum(state.memory().values())
-    for _ in range(10):
-        spent = []
-        for _token in range(tokens // 10):
-            start = time.perf_counter()
-            step(state, *token)
-            spent.append(time.perf_counter() - start)
-        parts.append(median(spent))
-    assert state.n.item() == 410 + tokens // 10 * 10
-    yield Bar(f"{tokens:,} tokens through a layer, time per token of the last tenth / the first", parts[-1] / parts[0], most=1.1)
-    yield Bar("bytes held afterwards / before", sum(state.memory().values()) / held, least=1, most=1)
-    yield [{"what": "stream", "tokens": tokens, "seconds": parts}]
-
-
 def parts(quick: bool) -> dict[str, Iterator]:
     """What is measured, by name: each gives bars, and in the end its raw figures."""
     if quick:
         return {
             "embedded": decoding("", (1,), (256,), set(), {(1, 256): (1.3, 1)}, 1),
             "embedded-prompts": prompts("", 128, 256, 1.25, 1, 1),
-            "stream": stream(200),
         }
     small = (1, 8), (1024, 4096)
     return {
         "embedded": decoding("", *small, {*product(*small)}, {(8, 1024): (3, 1.3), (8, 4096): (12, 3)}, 10),
         "embedded-prompts": prompts("", 4096, 16384, 1.25, 1, 5),
-        "stream": stream(1_000_000),
         "smollm2": decoding("smollm2", (4,), (4096, 8192), {(4, 4096)}, {(4, 4096): (1.6, 1.6), (4, 8192): (2.5, 2.5)}, 2),
         "coder": decoding(
             "qwen2.5-coder-1.5b", (1, 4, 8), (1024, 4096, 16384), {(1, 1024), (8, 4096)},
@@ -187,12 +161,21 @@ def main():
     every, embedded = parts(chosen.quick), [*parts(True)]
     if strange := set(chosen.parts) - set(every):
         parser.error(f"no part is called {', '.join(sorted(strange))}: choose of {', '.join(every)}")
-    print("| | measured | bar |\n|---|---|---|")
     for name in chosen.parts or embedded:
         *bars, raw = every[name]
-        print(*bars, sep="\n", flush=True)
+        print("| | measured | bar |", "|---|---|---|", *bars, sep="\n")
+        rows = [row if isinstance(row, dict) else asdict(row) for row in raw]
+        print(f"\n{table(rows)}\n", flush=True)
         if not chosen.quick:  # whoever stops it keeps what was measured
-            write(name, bars, [row if isinstance(row, dict) else asdict(row) for row in raw])
+            write(name, bars, rows)
+
+
+def table(rows: list[dict]) -> str:
+    """Milliseconds: a line for each cache, a column for each batch and length."""
+    found = {(row["cache"], f"{row['batch']} x {row['length']:,}"): row["seconds"] for row in rows}
+    caches, columns = (list(dict.fromkeys(names)) for names in zip(*found))
+    lines = [[cache, *(f"{found[cache, at] * 1e3:,.2f}" if (cache, at) in found else "" for at in columns)] for cache in caches]
+    return script.markdown(["ms", *columns], lines)
 
 
 def write(name: str, bars: list[Bar], rows: list[dict]) -> None:

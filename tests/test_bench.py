@@ -1,5 +1,6 @@
 """The benchmark measures what it says: caches as full as they claim, in turns, with their memory."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from both_paths import heads_of
 from models import make_kernels, make_model
 from transformers import DynamicCache
 
-from less_fast import H2O, LayerState, LessCache, LessKernels, SnapKV, Window
+from less_fast import H2O, LayerState, LessCache, LessKernels, SnapKV, Window, loading
 from less_fast.hf.architecture import sizes
 from less_fast.hf.cache import LessLayer
 from less_fast.measuring import bench, caches
 from less_fast.measuring.caches import held_bytes
 from less_fast.setting import Setting
-from paper_checks import performance
+from paper_checks import gpu, performance
 from paper_checks.architectures import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -217,6 +218,40 @@ def test_speed_is_measured_beyond_the_windows_of_the_kernels_without_a_warning()
         rows = bench.decode(model, contenders, 1, 24, 1, compile=False) + bench.prefill(model, contenders, 1, 24, 1)
     assert [row.cache for row in rows] == ["DynamicCache", "StaticCache", "LESS", "DynamicCache", "LESS"]
     assert kernels.window == 8
+
+
+def test_each_cache_is_measured_alone_at_the_largest_batch_that_fits(monkeypatch):
+    model, alone, tried = make_model(), bench.alone, []
+
+    def in_little_memory(model, contenders, name, batch, *others):
+        tried.append((name, batch))
+        if batch > (2 if name.endswith("Cache") else 8):
+            raise torch.OutOfMemoryError
+        return alone(model, contenders, name, batch, *others)
+
+    monkeypatch.setattr(gpu, "alone", in_little_memory)
+    rows = gpu.largest(model, {"LESS": bench.maker(model, H2O(3, 3))}, 40, 1, most=8)
+    assert tried == [*((name, batch) for name in gpu.CACHES for batch in (1, 2, 4)), *(("LESS", batch) for batch in (1, 2, 4, 8))]
+    assert [(row.cache, row.batch) for row in rows] == [("DynamicCache", 2), ("StaticCache", 2), ("LESS", 8)]
+    assert rows[-1].bytes == Setting.of(sizes(model), range(3), H2O(3, 3)).memory(torch.float64)
+
+
+def test_the_script_for_a_gpu_runs_at_a_small_size(monkeypatch, tmp_path):
+    monkeypatch.setitem(loading.SHAPES, "small", make_model().config)
+    out = tmp_path / "found.json"
+    words = ["--model", "small", "--device", "cpu", "--length", "64", "--rounds", "1", "--most", "2", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words, "--out", str(out)])
+    assert gpu.main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    names = ["DynamicCache", "StaticCache", "LESS, H2O", "LESS, Retention"]
+    for part, measured in {
+        "step, 8": names,
+        "step, eight bits": names,
+        "prompt": [names[0], *names[2:]],
+        "largest batch": names,
+    }.items():
+        assert [row["cache"] for row in rows if row["part"] == part] == measured
+    assert {row["batch"] for row in rows if row["part"] == "largest batch"} == {2}
 
 
 def test_the_script_runs_at_a_small_size_and_writes_nothing():

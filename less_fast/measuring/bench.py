@@ -127,6 +127,15 @@ def decode(model: PreTrainedModel, contenders: Contenders, batch: int, length: i
 
 
 @torch.inference_mode()
+def alone(model: PreTrainedModel, contenders: Contenders, name: str, batch: int, length: int, rounds: int) -> Row:
+    """The same of one cache, DynamicCache, StaticCache or one of the contenders, while no other is in memory."""
+    network, cache = _makers(model, contenders, batch, length, steps_of(rounds) + 1, False)[name]()
+    step = partial(_next_token, network, cache, _tokens(model, batch, 1))
+    spent = in_turns({name: step}, rounds, model.device)[name]
+    return row("decode alone", name, batch, length, spent, held_bytes(cache) // batch)
+
+
+@torch.inference_mode()
 def prefill(model: PreTrainedModel, contenders: Contenders, batch: int, length: int, rounds: int) -> list[Row]:
     """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model."""
     twin, ids = _twin(model), _tokens(model, batch, length)
