@@ -28,12 +28,7 @@ from .text import dataset_texts, read_text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
 
-SHAPES: dict[str, PretrainedConfig] = {
-    "llama-2-7b": LlamaConfig(max_position_embeddings=4096),
-    "llama-2-13b": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, max_position_embeddings=4096
-    ),
-}
+SHAPES: dict[str, PretrainedConfig] = {"llama-2-7b": LlamaConfig(max_position_embeddings=4096)}
 """Well-known shapes by name: costs do not depend on the values of the weights."""
 
 

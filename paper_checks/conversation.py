@@ -77,8 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=script.Path, help="results/conversation_MODEL.json by default")
     chosen = parser.parse_args(arguments)
     out = chosen.out or script.results_of("conversation", chosen.model)
-    about = {name: value for name, value in vars(chosen).items() if name != "out"}
-    return script.run("conversation", lambda: measure(chosen, partial(script.write, out, about)))
+    return script.run("conversation", lambda: measure(chosen, partial(script.write, out, vars(chosen))))
 
 
 if __name__ == "__main__":

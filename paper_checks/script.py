@@ -41,8 +41,9 @@ def known(what: str, asked: Iterable[str], names: Iterable[str]) -> None:
 
 
 def write(out: Path, about: dict, rows: object) -> None:
-    """The rows as JSON, with what they are about and the versions that made them."""
-    write_text(out, json.dumps({"about": about | {"versions": versions()}, "rows": rows}, indent=1) + "\n")
+    """The rows as JSON, with what they are about, but for `out`, and the versions that made them."""
+    about = {name: said for name, said in about.items() if name != "out"} | {"versions": versions()}
+    write_text(out, json.dumps({"about": about, "rows": rows}, indent=1, default=str) + "\n")
 
 
 def hardware(device: str = "cpu") -> str:

@@ -9,6 +9,7 @@ answer of a fixed length, then the next. Where vLLM is installed (VLLM.md).
 import argparse
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions, version
 from itertools import count
@@ -80,6 +82,27 @@ def asked(address: str, folder: str, clients: int, prompt: int, answer: int, eac
     return {name: found[key] for name, key in FIGURES.items()}
 
 
+def first_token(address: str, prompt: list[int]) -> float:
+    """Milliseconds until a prompt of these tokens has its first new one."""
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0}).encode()
+    start = time.perf_counter()
+    urllib.request.urlopen(urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})).read()
+    return round((time.perf_counter() - start) * 1e3, 2)
+
+
+def long_prompts(address: str, length: int, short: int, drawn: random.Random) -> dict[str, float]:
+    """Milliseconds until the first token: of a prompt of so many random tokens, of the same again, and of a short one that comes
+    while another long one enters."""
+    one, other, little = (drawn.choices(range(1000), k=count) for count in (length, length, short))
+    found = {"new": first_token(address, one), "again": first_token(address, one)}
+    with ThreadPoolExecutor() as pool:
+        entering = pool.submit(first_token, address, other)
+        time.sleep(found["new"] / 10e3)  # a tenth of the way
+        found["short, beside a long one"] = first_token(address, little)
+        entering.result()
+    return found
+
+
 def room(address: str, length: int, less: bool) -> int:
     """How many sequences of that length fit at once, by vLLM's own count of its pages."""
     told = urllib.request.urlopen(f"{address}/metrics").read().decode()
@@ -97,6 +120,7 @@ def main() -> int:
     parser.add_argument("--answers", default="1024,4096", help="tokens of an answer")
     parser.add_argument("--each", type=int, default=1, help="prompts that a client sends in a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
+    parser.add_argument("--long", type=int, default=4096, help="tokens of a long prompt; 0 measures none")
     parser.add_argument("--gigabytes", type=int, default=4, help="that each server has for its caches")
     parser.add_argument("--dtype", default="bfloat16")
     return script.run("serving", lambda: measure(parser.parse_args()))
@@ -105,32 +129,41 @@ def main() -> int:
 def measure(chosen: argparse.Namespace) -> None:
     folder = unpacked(chosen.model) or str(MODEL)
     answers, counts = ([int(part) for part in text.split(",")] for text in (chosen.answers, chosen.clients))
-    longest = str(chosen.prompt + max(answers) + 16)
+    longest = str(max(chosen.prompt + max(answers), chosen.long) + 16)
     shared = ["--served-model-name", "m", "--dtype", chosen.dtype, "--max-model-len", longest, "--max-num-seqs", str(max(counts))]
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *shared]
     less = [sys.executable, "-m", "less_fast", "serve", folder, "--budget", str(chosen.budget), *shared]
     rows = []
     seeds = count()
     with server(plain, chosen.gigabytes) as one, server(less, chosen.gigabytes) as other:
-        for address in (one, other):
+        servers = {"vLLM": one, "LESS": other}
+        for address in servers.values():
             asked(address, folder, 1, chosen.prompt, 16, 1, next(seeds))  # what is compiled or allocated first
+        long: dict[str, list] = {name: [] for name in servers}
+        for turn in range(1 + chosen.rounds if chosen.long else 0):
+            for name, address in servers.items():
+                waited = long_prompts(address, chosen.long, chosen.prompt, random.Random(turn))
+                long[name] += [waited] * (turn > 0)  # the first warms up
         for answer in answers:
             for clients in counts:
-                turns: dict[str, list] = {"vLLM": [], "LESS": []}
+                turns: dict[str, list] = {name: [] for name in servers}
                 for turn in range(chosen.rounds):
-                    both, seed = [*zip((one, other), turns.values())], next(seeds)
-                    for address, said in both if turn % 2 == 0 else both[::-1]:
-                        said.append(asked(address, folder, clients, chosen.prompt, answer, chosen.each, seed))
-                for (name, said), address in zip(turns.items(), (one, other)):
+                    seed = next(seeds)
+                    for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
+                        said = asked(servers[name], folder, clients, chosen.prompt, answer, chosen.each, seed)
+                        turns[name].append(said)
+                for name, address in servers.items():
+                    said = turns[name]
                     row = {"cache": name, "clients": clients, "prompt": chosen.prompt, "answer": answer, "turns": said}
                     row |= {figure: round(median(turn[figure] for turn in said), 2) for figure in FIGURES}
                     row["sequences per GiB"] = room(address, chosen.prompt + answer, name == "LESS") // chosen.gigabytes
                     rows.append(row)
-                about = {name: str(value) for name, value in vars(chosen).items()} | {"hardware": script.hardware()}
-                about["vllm"] = version(packages_distributions()["vllm"][0])
-                script.write(chosen.out, about, rows)
+                about = vars(chosen) | {"hardware": script.hardware(), "vllm": version(packages_distributions()["vllm"][0])}
+                script.write(chosen.out, about | {"long prompts, first token, ms": long}, rows)
     names = ["cache", "clients", "answer", *FIGURES, "sequences per GiB"]
     print(script.markdown(names, [[str(row[name]) for name in names] for row in rows]))
+    for name, waited in long.items():
+        print(f"{name}, first token of long prompts, ms:", waited)
 
 
 if __name__ == "__main__":

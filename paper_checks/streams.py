@@ -61,7 +61,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--compile", action="store_true", help="steps: faster in long streams on a CPU, after a minute")
     parser.add_argument("--out", type=script.Path, help="results/streams_MODEL.json by default")
     chosen = parser.parse_args(arguments)
-    about = {name: value for name, value in vars(chosen).items() if name not in ("text", "out")}
+    about = {name: value for name, value in vars(chosen).items() if name != "text"}
     out = chosen.out or script.results_of("streams", chosen.model)
     return script.run("streams", lambda: script.write(out, about, measure(chosen)))
 

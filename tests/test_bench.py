@@ -1,6 +1,5 @@
 """The benchmark measures what it says: caches as full as they claim, in turns, with their memory."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from both_paths import heads_of
 from models import make_kernels, make_model
 from transformers import DynamicCache
 
-from less_fast import H2O, LayerState, LessCache, LessKernels, SnapKV, Window, loading
+from less_fast import H2O, LayerState, LessCache, LessKernels, Retention, SnapKV, extend
 from less_fast.hf.architecture import sizes
 from less_fast.hf.cache import LessLayer
+from less_fast.hf.shipped import kernels_for
+from less_fast.loading import load_model
 from less_fast.measuring import bench, caches
 from less_fast.measuring.caches import held_bytes
 from less_fast.setting import Setting
-from paper_checks import gpu, performance
+from paper_checks import performance
 from paper_checks.architectures import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -39,21 +39,9 @@ def test_a_row_has_the_median_and_all_tokens_of_the_batch():
     assert (row.seconds, row.tokens_per_second) == (3.0, 3 * 10 / 3.0)
 
 
-@pytest.mark.parametrize("wide", [1, 8], ids=["together", "apart"])  # of nine heads each budget has tensors of its own
-@pytest.mark.parametrize(("length", "kept"), [(3, range(3)), (6, range(6)), (50, range(44, 50))])
-def test_a_filled_state_is_one_after_so_many_tokens(length, kept, wide):
-    state = LayerState.allocate([Window(2), *[Window(6)] * wide], 2, 1 + wide, 1 + wide, 4)
-    caches.fill(state, length)
-    assert state.n.tolist() == [length] * 2
-    for row in range(2):
-        narrow, *windows = (head.position.tolist() for head in heads_of(state, row))
-        assert windows == [list(kept)] * wide
-        assert narrow == list(kept)[-2:]
-
-
 def test_a_states_age_shifts_what_it_holds_and_leaves_empty_slots_empty():
     state = LayerState.allocate(H2O(2, 2), 1, 1, 1, 4)
-    caches.fill(state, 3)
+    extend(state, *torch.randn(3, 1, 1, 3, 4))
     caches.age(state, 10)
     assert state.n.tolist() == [13]
     assert sorted(state.parts[0].slots.positions().flatten().tolist()) == [-1, -1, 10, 11, 12]
@@ -161,6 +149,23 @@ def test_a_mixed_model_is_benchmarked_in_all_parts(name):
     ]
 
 
+def test_only_by_head_has_a_table_of_budgets(monkeypatch):
+    model, _ = load_model("")
+    kernels, found = kernels_for(model), {}
+    monkeypatch.setattr(bench, "decode", lambda _, contenders, *others: found.update(contenders) or [])
+    monkeypatch.setattr(bench, "prefill", lambda *_: [])
+    bench.bench(model, Retention(32, 4), kernels, [1], LENGTH, 1, compile=False)
+    assert {name: make().setting.budgets is not None for name, make in found.items()} == {
+        "bare": False, "LESS": False, "LESS by head": True,
+    }  # fmt: skip
+
+
+def test_a_contender_is_made_with_its_options():
+    model = make_model().float()
+    make = bench.maker(model, H2O(3, 3), make_kernels(model).float(), int8=True, chunk=2)
+    assert (make().setting.int8, make().setting.chunk, make(compile=True).setting.int8) == (True, 2, True)
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
 def test_all_is_compiled_but_a_model_with_layers_that_grow(name):
     model = tiny(name)
@@ -218,40 +223,6 @@ def test_speed_is_measured_beyond_the_windows_of_the_kernels_without_a_warning()
         rows = bench.decode(model, contenders, 1, 24, 1, compile=False) + bench.prefill(model, contenders, 1, 24, 1)
     assert [row.cache for row in rows] == ["DynamicCache", "StaticCache", "LESS", "DynamicCache", "LESS"]
     assert kernels.window == 8
-
-
-def test_each_cache_is_measured_alone_at_the_largest_batch_that_fits(monkeypatch):
-    model, alone, tried = make_model(), bench.alone, []
-
-    def in_little_memory(model, contenders, name, batch, *others):
-        tried.append((name, batch))
-        if batch > (2 if name.endswith("Cache") else 8):
-            raise torch.OutOfMemoryError
-        return alone(model, contenders, name, batch, *others)
-
-    monkeypatch.setattr(gpu, "alone", in_little_memory)
-    rows = gpu.largest(model, {"LESS": bench.maker(model, H2O(3, 3))}, 40, 1, most=8)
-    assert tried == [*((name, batch) for name in gpu.CACHES for batch in (1, 2, 4)), *(("LESS", batch) for batch in (1, 2, 4, 8))]
-    assert [(row.cache, row.batch) for row in rows] == [("DynamicCache", 2), ("StaticCache", 2), ("LESS", 8)]
-    assert rows[-1].bytes == Setting.of(sizes(model), range(3), H2O(3, 3)).memory(torch.float64)
-
-
-def test_the_script_for_a_gpu_runs_at_a_small_size(monkeypatch, tmp_path):
-    monkeypatch.setitem(loading.SHAPES, "small", make_model().config)
-    out = tmp_path / "found.json"
-    words = ["--model", "small", "--device", "cpu", "--length", "64", "--rounds", "1", "--most", "2", "--no-compile"]
-    monkeypatch.setattr(sys, "argv", ["gpu", *words, "--out", str(out)])
-    assert gpu.main() == 0
-    rows = json.loads(out.read_text())["rows"]
-    names = ["DynamicCache", "StaticCache", "LESS, H2O", "LESS, Retention"]
-    for part, measured in {
-        "step, 8": names,
-        "step, eight bits": names,
-        "prompt": [names[0], *names[2:]],
-        "largest batch": names,
-    }.items():
-        assert [row["cache"] for row in rows if row["part"] == part] == measured
-    assert {row["batch"] for row in rows if row["part"] == "largest batch"} == {2}
 
 
 def test_the_script_runs_at_a_small_size_and_writes_nothing():

@@ -64,7 +64,7 @@ def bench(
     compiled code as well. Raises LessError if LESS cannot serve the model.
     """
     bare = kernels.without_state() if policy.needs == "rho" else None
-    contenders = {"bare": maker(model, policy, bare), "LESS": maker(model, policy, kernels, budgets="uniform")}
+    contenders = {"bare": maker(model, policy, bare, budgets="uniform"), "LESS": maker(model, policy, kernels, budgets="uniform")}
     if kernels.budgets_for(policy) is not None:
         contenders["LESS by head"] = maker(model, policy, kernels)
     rows = []
@@ -127,15 +127,6 @@ def decode(model: PreTrainedModel, contenders: Contenders, batch: int, length: i
 
 
 @torch.inference_mode()
-def alone(model: PreTrainedModel, contenders: Contenders, name: str, batch: int, length: int, rounds: int) -> Row:
-    """The same of one cache, DynamicCache, StaticCache or one of the contenders, while no other is in memory."""
-    network, cache = _makers(model, contenders, batch, length, steps_of(rounds) + 1, False)[name]()
-    step = partial(_next_token, network, cache, _tokens(model, batch, 1))
-    spent = in_turns({name: step}, rounds, model.device)[name]
-    return row("decode alone", name, batch, length, spent, held_bytes(cache) // batch)
-
-
-@torch.inference_mode()
 def prefill(model: PreTrainedModel, contenders: Contenders, batch: int, length: int, rounds: int) -> list[Row]:
     """A prompt of `length` tokens into an empty cache, with the memory that takes beside the model."""
     twin, ids = _twin(model), _tokens(model, batch, length)
@@ -180,8 +171,8 @@ def _makers(model, contenders, batch, length, new, compile):
     def static(network):
         return network, _filled(StaticCache(config=twin.config, max_cache_len=length + new), twin, batch, 1, length)
 
-    def less(network, make, **step):
-        cache = make(**step)
+    def less(network, make, step=False):
+        cache = make(compile=step)
         return network, _filled(cache, model, batch, min(length, cache.setting.policy.budget + 1), length)
 
     makers = {"DynamicCache": dynamic, "StaticCache": partial(static, twin)}
@@ -190,7 +181,7 @@ def _makers(model, contenders, batch, length, new, compile):
     for name, make in contenders.items():
         makers[name] = partial(less, model, make)
         if compile and make().setting.policy.one_leaves:
-            makers[f"{name}, step compiled"] = partial(less, model, make, compile=True)
+            makers[f"{name}, step compiled"] = partial(less, model, make, step=True)
             if whole:
                 makers[f"{name}, compiled"] = lambda make=make: less(_compiled_model(model), make)
     return makers

@@ -5,7 +5,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..hf.cache import LessCache, LessLayer, bytes_of
 from ..layer.state import LayerState
-from ..layer.step import extend
 
 
 def held_bytes(cache: Cache) -> int:
@@ -75,18 +74,6 @@ def grow(layer: DynamicLayer, k: torch.Tensor, v: torch.Tensor, tokens: int) -> 
     for many in (tokens - 1, min(tokens, 1)):
         if many > 0:
             layer.update(*(torch.randn(*x.shape[:2], many, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v)))
-
-
-def fill(state: LayerState, length: int) -> None:
-    """Brings an empty state to what it is after `length` tokens, as far as speed can tell: as many random ones as it holds."""
-    most = max(policy.budget for policy in state.policies()) + 1
-    N, D, dtype = len(state.n), state.head_dim, state.wide if state.int8 else state.parts[0].slots.k.dtype
-    q, k, v = (
-        torch.randn(N, heads, min(length, most), D, device=state.device).to(dtype)
-        for heads in (state.query_heads, state.kv_heads, state.kv_heads)
-    )  # (N, H, m, D)
-    extend(state, q, k, v)
-    age(state, length - min(length, most))
 
 
 def age(state: LayerState, tokens: int) -> None:
