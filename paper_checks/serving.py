@@ -129,8 +129,8 @@ def main() -> int:
 def measure(chosen: argparse.Namespace) -> None:
     folder = unpacked(chosen.model) or str(MODEL)
     answers, counts = ([int(part) for part in text.split(",")] for text in (chosen.answers, chosen.clients))
-    longest = str(max(chosen.prompt + max(answers), chosen.long) + 16)
-    shared = ["--served-model-name", "m", "--dtype", chosen.dtype, "--max-model-len", longest, "--max-num-seqs", str(max(counts))]
+    longest, most = max(chosen.prompt + max(answers), chosen.long) + 16, max(*counts, 2)  # a short prompt beside a long one
+    shared = ["--served-model-name", "m", "--dtype", chosen.dtype, "--max-model-len", str(longest), "--max-num-seqs", str(most)]
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *shared]
     less = [sys.executable, "-m", "less_fast", "serve", folder, "--budget", str(chosen.budget), *shared]
     rows = []
