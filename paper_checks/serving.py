@@ -3,7 +3,8 @@
     python -m paper_checks.serving --model qwen2.5-coder-1.5b --out FILE
 
 Two servers run side by side and take turns: while one is asked, the other waits. Every client sends random tokens and takes an
-answer of a fixed length, then the next. Where vLLM is installed (VLLM.md).
+answer of a fixed length, then the next. Before that come long prompts: new, once more, and one that a short one finds entering.
+Where vLLM is installed (VLLM.md).
 """
 
 import argparse
