@@ -102,6 +102,21 @@ def compared(speaker, kernels):
     return rows, clock.seconds
 
 
+def test_the_wider_the_model_and_the_longer_its_windows_the_fewer_go_through_it_together(speaker, monkeypatch):
+    model, ids = speaker
+    passes = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda *call: passes.append(tuple(call[2]["input_ids"].shape)), with_kwargs=True
+    )
+    full = next(contenders(model, [], {}))
+    for together, length in ((2, ids.shape[1]), (4, ids.shape[1] // 2), (1, 3 * ids.shape[1])):
+        monkeypatch.setattr(measuring, "NUMBERS_AT_ONCE", 2 * ids.shape[1] * model.config.hidden_size)
+        windows, passes[:] = ids.repeat(1, 3)[:4, :length], []
+        measuring.token_losses(model, windows, full)
+        assert passes[-1] == (together, length)
+    hook.remove()
+
+
 @pytest.fixture(scope="module")
 def groups(compared):
     """The rows of each policy, its bare row first; and the full cache's."""

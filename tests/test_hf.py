@@ -21,6 +21,7 @@ from transformers import set_seed
 import less_ref
 from less_fast import H2O, TOVA, FastGen, Lambda, LessCache, LessError, Retention, Scissorhands, SnapKV, Window
 from less_fast.hf.architecture import attention_modules
+from less_fast.layer.attend import Logits
 
 
 @pytest.fixture
@@ -190,6 +191,23 @@ def test_memory_is_constant_while_the_text_grows(model):
     generate(model, ids, cache, new=40)
     assert cache.memory() == before
     assert sum(before.values()) > 0
+
+
+def test_the_first_keys_find_room_for_all_layers_and_a_layer_of_another_size_for_itself(model):
+    first, second, third = LessCache.for_model(model, H2O(3, 3)).less_layers
+
+    def attend(layer, kv_heads):
+        q, k = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, kv_heads))
+        assert layer.attend(q, k, k, None, Logits()).shape == q.shape
+        assert (layer.state.kv_heads, int(layer.state.n[0])) == (kv_heads, 9)
+
+    attend(first, 2)
+    held = second.state
+    assert not held.n.any()
+    assert third.state is not None
+    attend(second, 2)
+    assert second.state is held
+    attend(third, 4)
 
 
 def test_a_reset_cache_is_a_new_cache(model):

@@ -24,7 +24,12 @@ NO_CROP = (
 
 
 class LessLayer(TaggingLayer):
-    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come; `clock` the cache's."""
+    """One attention layer of a LessCache. `state` is its LayerState, allocated when the first keys come; `clock` the cache's.
+
+    together: the cache's layers that have no state yet, the same list in all of them. The first keys of one allocate them all:
+    made one by one between what a prompt computes, small lasting tensors tear up memory that large passing ones need (at
+    SmolLM2's size 1 GB, by head). guessed: the state is as large as another layer's keys ask, and its own have not come.
+    """
 
     def __init__(
         self,
@@ -36,8 +41,11 @@ class LessLayer(TaggingLayer):
         clock: Clock,
         context: Context | None = None,
         int8: bool = False,
+        together: list["LessLayer"] | None = None,
     ):
         super().__init__(by_sdpa)
+        self.together, self.guessed = [] if together is None else together, False
+        self.together.append(self)
         self.policy, self.kernels, self.chunk, self.context, self.int8 = policy, kernels, chunk, context, int8
         fixed = all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
         self.is_compileable = fixed and not by_sdpa and context is None
@@ -52,12 +60,24 @@ class LessLayer(TaggingLayer):
         """An empty state, and the kernels on its device."""
         if self.kernels is not None:
             self.kernels = self.kernels.on(device, torch.promote_types(dtype, torch.float32))
-        self.dtype, self.device, self.is_initialized = dtype, device, True
+        self.dtype, self.device, self.is_initialized, self.guessed = dtype, device, True, False
         sizes, movable = (batch, query_heads, kv_heads, head_dim), self.context is not None
         self.state = LayerState.allocate(self.policy, *sizes, self.kernels, dtype, device, movable, self.int8)
         if not self.clock.begun:
             self.clock.begin(batch, device)
         self.pin_addresses()
+
+    def _find_room(self, *sizes) -> None:
+        """A state for the first keys; sizes as `allocate` takes them."""
+        for layer in self.together:
+            if layer.state is None:
+                layer.allocate(*sizes)
+                layer.guessed = True
+        self.together.clear()
+        state = self.state
+        if sizes != (len(state.n), state.query_heads, state.kv_heads, state.head_dim, self.dtype, self.device):
+            self.allocate(*sizes)  # not like the first
+        self.guessed = False
 
     def pin_addresses(self) -> None:
         """CUDA graphs may only change what stays at its address."""
@@ -67,8 +87,8 @@ class LessLayer(TaggingLayer):
 
     def attend(self, query, key, value, valid, logits):
         (N, query_heads, m, D), kv_heads = query.shape, key.shape[1]
-        if self.state is None:
-            self.allocate(N, query_heads, kv_heads, D, key.dtype, key.device)
+        if self.state is None or self.guessed:
+            self._find_room(N, query_heads, kv_heads, D, key.dtype, key.device)
         step, kinds, self.kinds = extend, self.kinds, None
         if self.chunk == 1 and (m > 1 or self.compile):  # compiled, one token is laid out as those of longer pieces
             step = partial(stream, compile=self.compile)

@@ -21,7 +21,8 @@ from ..setting import Setting
 from .caches import held_bytes
 from .reading import LOGITS_AT_ONCE, body_and_head
 
-ROWS_AT_ONCE = 64  # windows in one forward pass
+ROWS_AT_ONCE = 64  # windows in one forward pass, at most
+NUMBERS_AT_ONCE = 2**24  # of the hidden states of such a pass, at most: all else that a layer computes grows with them
 DECODED = 16  # tokens over which the decoding speed is measured
 DECODED_ROWS = 8  # sequences that are decoded together
 
@@ -216,11 +217,14 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Cont
 
 
 @torch.inference_mode()
-def token_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender, rows: int = ROWS_AT_ONCE) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender, rows: int | None = None) -> torch.Tensor:
     """Negative log-likelihood of the tokens of windows (W, T) after the first, streaming: (W, T - 1) float32, on the CPU.
 
-    rows: windows in one forward pass.
+    rows: windows in one forward pass; None: as many as fit into some GB.
     """
+    if rows is None:
+        hidden = model.config.get_text_config(decoder=True).hidden_size
+        rows = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // (windows.shape[1] * hidden)))
     (body, head), losses = body_and_head(model), []
     for ids in windows.to(model.device).split(rows):
         cache = None if contender.cache == "full" else contender.make(1)
