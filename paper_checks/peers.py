@@ -8,7 +8,8 @@ kvpress asks for an older transformers than LESS, so it has an environment of it
 QuantizedCache, whose backend is not among our requirements, is measured there as well. Without one our side alone is measured.
 Each side is a process; both read the same file of tokens, and their caches take turns, one pass of one side, one of the other.
 
-A pass: half of each window of held-out text is the prompt, the rest is decoded token by token, the true token fed each time.
+A pass: the first 512 tokens of each window of held-out text are the prompt, --steps more are decoded, the true token fed each
+time.
 Quality: nats of the decoded tokens. Speed: tokens over the seconds that the model took for all of them, the median of the rounds.
 
 Equal tokens: the largest number that a KV head holds between steps. DecodingPress compresses to `target_size` every
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-AGREE = 1e-3  # by how much perplexities of full caches may differ
+AGREE = {"float32": 1e-3, "bfloat16": 0.05}  # by how much perplexities of full caches may differ
 WARM_UP = 12  # steps before the clock runs, in which code is compiled
 VARIANTS = 64  # compiled variants of one piece of code that torch may hold: one for each contender and batch
 SPECIAL = 10  # the interval in the example of kvpress's documentation
@@ -58,23 +59,25 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: windows of `length` tokens, half of them prompt, under a budget, in batches, so many times each."""
+    """What is measured: prompts of so many tokens and steps behind them, under a budget, in batches, so many times each. Of the
+    caches all, or those with one of the words `only` in their name; the full ones always."""
 
-    length: int
+    prompt: int
+    steps: int
     budget: int
     batches: tuple[int, ...]
     rounds: int
     threads: int
     compile: bool
+    only: tuple[str, ...] = ()
 
     @property
-    def prompt(self) -> int:
-        return self.length // 2
+    def length(self) -> int:
+        """Tokens of a window: the last is only predicted."""
+        return self.prompt + self.steps + 1
 
-    @property
-    def steps(self) -> int:
-        """Tokens that are fed while decoding; the last of a window is only predicted."""
-        return self.length - self.prompt - 1
+    def wants(self, cache: str) -> bool:
+        return not self.only or cache == FULL or any(word in cache for word in self.only)
 
 
 @dataclass
@@ -160,10 +163,10 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def load(folder: str) -> Any:
-    """The model of a folder, float32."""
+    """The model of a folder, in the dtype that its weights have there."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 
@@ -174,7 +177,7 @@ def python_of(environment: Path) -> Path:
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.contiguous().numpy().tobytes())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
@@ -182,8 +185,8 @@ def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]
     """The caches of transformers, then bare policies and LESS."""
     from transformers import DynamicCache, StaticCache
 
-    from less_fast import LessCache, LessKernels
-    from less_fast.demo import KERNELS
+    from less_fast import LessCache
+    from less_fast.hf.shipped import kernels_for
     from less_fast.setting import POLICIES
 
     def static():
@@ -197,7 +200,10 @@ def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]
     yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
     if setup.compile:
         yield Contender("StaticCache, compiled", static)
-    ours, kernels = load(folder), LessKernels.from_pretrained(KERNELS)
+    ours = load(folder)
+    kernels = kernels_for(ours)
+    if kernels is None:
+        raise Refused("there are no kernels in the package for this model: choose one that has some")
     ours_whole = torch.compile(ours, fullgraph=True, dynamic=False)
     policies = {name: POLICIES[name].with_budget(setup.budget) for name in ("h2o", "retention", "tova", "lambda")}
     tables = {name: kernels.budgets_for(policies[name]) for name in ("h2o", "retention")}
@@ -282,12 +288,13 @@ def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]]
     torch.set_num_threads(setup.threads)
     torch._dynamo.config.recompile_limit = VARIANTS  # a compiled model beyond it is an error, because fullgraph is asked for
     ids, model = torch.from_numpy(np.load(options["tokens"])), load(options["model"])
-    contenders = list(make(model, options["model"], setup))
+    contenders = [one for one in make(model, options["model"], setup) if setup.wants(one.cache)]
     releases = {library: version(library) for library in ("torch", "transformers", *libraries)}
     answer(
         {
             "versions": releases | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "tokens": digest([ids]),
             "weights": digest(weight for _, weight in sorted(model.state_dict().items())),
             "contenders": [contender.about() for contender in contenders],
@@ -299,7 +306,8 @@ def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]]
         number, batch, first = json.loads(line)
         contender, windows = contenders[number], ids[first : first + batch]
         if (number, batch) not in warm:
-            decode(contender.make(), windows, setup.prompt, min(WARM_UP, setup.steps))
+            before = min(setup.prompt, 2 * setup.budget)  # behind a shorter prompt the same code runs
+            decode(contender.make(), windows[:, setup.prompt - before :], before, min(WARM_UP, setup.steps))
             warm.add((number, batch))
         before = graphs["unique_graphs"]
         measured = decode(contender.make(), windows, setup.prompt, setup.steps)
@@ -348,6 +356,7 @@ def check_sides(sides: list[Side]) -> None:
     for what, of in {
         "tokens": lambda about: about["tokens"],
         "weights": lambda about: about["weights"],
+        "dtypes": lambda about: about["dtype"],
         "numbers of threads": lambda about: about["threads"],
         "releases of torch": lambda about: about["versions"]["torch"],
         "releases of Python": lambda about: about["versions"]["python"],
@@ -375,7 +384,7 @@ def measure(sides: list[Side], setup: Setup, progress: Callable[[str], object] =
     return results
 
 
-def rows_of(results: list[dict[str, Any]], setup: Setup) -> list[dict[str, Any]]:
+def rows_of(results: list[dict[str, Any]], setup: Setup, dtype: str) -> list[dict[str, Any]]:
     """A row for each contender. Refused if full caches differ, or a cache held more tokens than it may.
 
     nats: mean over the windows of the largest batch; worse: the nats above those of our DynamicCache on the same windows. Both
@@ -403,7 +412,7 @@ def rows_of(results: list[dict[str, Any]], setup: Setup) -> list[dict[str, Any]]
         row["perplexity"] = math.exp(row["nats"])
         if row["budget"] is None and "Quantized" not in row["cache"]:
             apart = abs(row["perplexity"] - math.exp(full.mean()))
-            if not apart <= AGREE:
+            if not apart <= AGREE[dtype]:
                 raise Refused(f"{row['cache']} of {row['side']} is a full cache, and its perplexity is {apart:.4g} off another's")
         row["bytes"] = max(measured["bytes"] for measured in passes[largest])
         row["speed"] = {
@@ -430,20 +439,20 @@ def markdown(rows: list[dict[str, Any]], setup: Setup) -> str:
     return table(headings, lines)
 
 
-def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
-    """What is written: about both sides, and the rows. environment: kvpress's, None without it."""
-    from transformers import AutoTokenizer
-
+def compare(name: str, setup: Setup, environment: Path | None) -> dict[str, Any]:
+    """What is written: about both sides, and the rows. name: of the model; environment: kvpress's, None without it."""
     from less_fast.demo import MODEL, corpus
+    from less_fast.gguf import unpacked
+    from less_fast.loading import load_tokenizer
     from less_fast.text import windows
 
     texts = [text for _, text in corpus.documents("test")]
-    ids = windows(AutoTokenizer.from_pretrained(MODEL), texts, setup.length, setup.rounds * max(setup.batches))  # (W, T)
+    ids = windows(load_tokenizer(name), texts, setup.length, setup.rounds * max(setup.batches))  # (W, T)
     sides: list[Side] = []
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, ids.numpy())
-        options = {"setup": asdict(setup), "tokens": str(tokens), "model": str(MODEL)}
+        options = {"setup": asdict(setup), "tokens": str(tokens), "model": unpacked(name) or str(MODEL)}
         try:
             sides.append(Side(OURS, sys.executable, options))
             if environment is not None:
@@ -453,14 +462,16 @@ def compare(setup: Setup, environment: Path | None) -> dict[str, Any]:
         finally:
             for side in sides:
                 side.close()
-    text = f"standard library, test ({corpus.digest('test')})"
-    return {"setup": asdict(setup), "text": text, "sides": {side.name: side.about for side in sides}} | {
-        "rows": rows_of(results, setup)
-    }
+    about = {"model": name or "embedded", "text": f"standard library, test ({corpus.digest('test')})", "setup": asdict(setup)}
+    rows = rows_of(results, setup, sides[0].about["dtype"])
+    return about | {"sides": {side.name: side.about for side in sides}, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="one with kernels in the package; the embedded model by default")
+    parser.add_argument("--steps", type=int, default=511, help="tokens that are decoded behind a prompt")
+    parser.add_argument("--only", action="append", default=[], help="a word in the names of the caches that are measured")
     parser.add_argument("--out", type=Path, help="file for the raw figures; none are written without it")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
@@ -469,8 +480,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    if chosen.rounds < 1 or chosen.threads < 1:
-        parser.error("--rounds and --threads are at least 1")
+    if min(chosen.rounds, chosen.threads, chosen.steps) < 1:
+        parser.error("--rounds, --steps and --threads are at least 1")
     if chosen.side:
         serve(chosen.side, chosen.options)
         return 0
@@ -478,15 +489,15 @@ def main(arguments: list[str] | None = None) -> int:
     from less_fast.files import write_text
     from paper_checks.script import hardware
 
-    setup = Setup(1024, 51, (1, 8), chosen.rounds, chosen.threads, True)
+    setup = Setup(512, chosen.steps, 51, (1, 8), chosen.rounds, chosen.threads, True, tuple(chosen.only))
     if chosen.quick:
-        setup = replace(setup, length=128, budget=13, batches=(1, 2), rounds=1, compile=False)
+        setup = replace(setup, prompt=64, steps=63, budget=13, batches=(1, 2), rounds=1, compile=False)
     try:
         if chosen.environment and not python_of(chosen.environment).is_file():
             raise Refused(f"{chosen.environment} is no environment of Python: make one as --help says")
         if chosen.out is not None:
             chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"hardware": hardware()} | compare(setup, chosen.environment)
+        record = {"hardware": hardware()} | compare(chosen.model, setup, chosen.environment)
     except (Refused, LessError, OSError) as error:
         print(f"peers: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from less_fast.layer import step
 from paper_checks import peers
 from paper_checks.peers import Contender, Pass, Refused, Setup
 
-SETUP = Setup(length=40, budget=6, batches=(1, 2), rounds=2, threads=1, compile=False)
+SETUP = Setup(prompt=20, steps=19, budget=6, batches=(1, 2), rounds=2, threads=1, compile=False)
 
 
 def test_its_own_side_is_measured_where_kvpress_has_no_environment(tmp_path, capsys):
@@ -111,7 +111,7 @@ def result(cache, one, two, side="LESS", budget=None, equal=True, held=6, second
 
 def test_rows_are_means_over_windows_beside_the_full_cache_and_medians_over_rounds():
     results = [result("DynamicCache", 1.0, 2.0), result("H2O", 1.5, 2.1, budget=6, seconds=(1.0, 3.0))]
-    full, row = peers.rows_of(results, SETUP)
+    full, row = peers.rows_of(results, SETUP, "float32")
     assert (full["nats"], full["worse"], full["worse_stderr"]) == (1.5, 0, 0)
     assert (row["windows"], row["nats"], row["worse"]) == pytest.approx((4, 1.8, 0.3))
     assert row["worse_stderr"] == pytest.approx(torch.tensor([0.5, 0.1] * 2).std().item() / 2)
@@ -123,22 +123,22 @@ def test_rows_are_means_over_windows_beside_the_full_cache_and_medians_over_roun
 
 def test_full_caches_that_differ_are_refused_and_a_quantized_one_may():
     ours = result("DynamicCache", 1.0, 1.0)
-    peers.rows_of([ours, result("DynamicCache", 1.0 + 1e-4, 1.0 + 1e-4, "kvpress")], SETUP)
-    peers.rows_of([ours, result("QuantizedCache, hqq, 4 bits", 1.1, 1.1, "kvpress")], SETUP)
+    peers.rows_of([ours, result("DynamicCache", 1.0 + 1e-4, 1.0 + 1e-4, "kvpress")], SETUP, "float32")
+    peers.rows_of([ours, result("QuantizedCache, hqq, 4 bits", 1.1, 1.1, "kvpress")], SETUP, "float32")
     for wrong in (1.001, float("nan")):
         with pytest.raises(Refused, match="DynamicCache of kvpress is a full cache"):
-            peers.rows_of([ours, result("DynamicCache", wrong, wrong, "kvpress")], SETUP)
+            peers.rows_of([ours, result("DynamicCache", wrong, wrong, "kvpress")], SETUP, "float32")
 
 
 def test_more_tokens_than_the_budget_are_refused_where_they_should_be_equal():
     ours, more = result("DynamicCache", 1.0, 1.0), dict(budget=6, held=7)
     with pytest.raises(Refused, match="A held 7 tokens, and its budget is 6"):
-        peers.rows_of([ours, result("A", 1.0, 1.0, **more)], SETUP)
-    row = peers.rows_of([ours, result("A", 1.0, 1.0, equal=False, **more)], SETUP)[1]
+        peers.rows_of([ours, result("A", 1.0, 1.0, **more)], SETUP, "float32")
+    row = peers.rows_of([ours, result("A", 1.0, 1.0, equal=False, **more)], SETUP, "float32")[1]
     assert "7 (budget 6)" in peers.markdown([row], SETUP)
 
 
-ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "versions": {"torch": "2", "python": "3"}}
+ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "dtype": "float32", "versions": {"torch": "2", "python": "3"}}
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,7 @@ ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "versions": {"torch": "2",
     [
         ({"tokens": "c"}, "tokens"),
         ({"weights": "c"}, "weights"),
+        ({"dtype": "bfloat16"}, "dtypes"),
         ({"threads": 2}, "numbers of threads"),
         ({"versions": {"torch": "3", "python": "3"}}, "releases of torch"),
         ({"versions": {"torch": "2", "python": "4"}}, "releases of Python"),
@@ -178,6 +179,25 @@ def test_sides_take_turns():
 def test_what_is_no_environment_is_refused(tmp_path, capsys):
     assert peers.main(["--quick", "--environment", str(tmp_path)]) == 2
     assert "is no environment of Python: make one as --help says" in capsys.readouterr().err
+
+
+def test_those_caches_are_measured_that_are_asked_for_and_the_full_ones():
+    some, caches = replace(SETUP, only=("Knorm", "LESS")), ["DynamicCache", "KnormPress", "A with LESS", "H2O"]
+    assert [cache for cache in caches if some.wants(cache)] == caches[:3]
+    assert all(SETUP.wants(cache) for cache in caches)
+
+
+def test_full_caches_in_16_bits_may_differ_by_more():
+    both = [result("DynamicCache", 1.0, 1.0), result("DynamicCache", 1.01, 1.01, "kvpress")]
+    peers.rows_of(both, SETUP, "bfloat16")
+    with pytest.raises(Refused, match="is a full cache"):
+        peers.rows_of(both, SETUP, "float32")
+
+
+def test_a_model_without_kernels_is_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(Refused, match="no kernels in the package for this model"):
+        list(peers.our_contenders(None, str(tmp_path), SETUP))
 
 
 def test_more_windows_than_the_text_has_are_refused(capsys):
