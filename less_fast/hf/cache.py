@@ -102,7 +102,8 @@ class LessCache(WatchedCache):
             raise LessError(f"steps of {policy} cannot be compiled, because their shapes change: leave compile out")
         shards = {index: setting.shard(index, rank, world_size) for index in served}
         contexts = [None] * len(served) if context is None else [Context(context, rotary) for rotary in rotaries(model)]
-        clock, together = Clock(), []
+        clock = Clock()
+        together: list[LessLayer] = []
         use_less_attention(model)
         layers = {
             index: LessLayer(*shard, chunk, compile, calls_sdpa(model), clock, within, int8, together)
