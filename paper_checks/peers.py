@@ -162,11 +162,11 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def load(folder: str) -> Any:
-    """The model of a folder, in the dtype that its weights have there."""
+def load(folder: str, dtype: torch.dtype) -> Any:
+    """The model of a folder."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 
@@ -200,7 +200,7 @@ def our_contenders(model: Any, folder: str, setup: Setup) -> Iterator[Contender]
     yield Contender(FULL, lambda: Pass(model, model, DynamicCache(config=model.config)))
     if setup.compile:
         yield Contender("StaticCache, compiled", static)
-    ours = load(folder)
+    ours = load(folder, model.dtype)
     kernels = kernels_for(ours)
     if kernels is None:
         raise Refused("there are no kernels in the package for this model: choose one that has some")
@@ -287,14 +287,14 @@ def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]]
     setup = Setup(**options["setup"])
     torch.set_num_threads(setup.threads)
     torch._dynamo.config.recompile_limit = VARIANTS  # a compiled model beyond it is an error, because fullgraph is asked for
-    ids, model = torch.from_numpy(np.load(options["tokens"])), load(options["model"])
+    ids, model = torch.from_numpy(np.load(options["tokens"])), load(options["model"], getattr(torch, options["dtype"]))
     contenders = [one for one in make(model, options["model"], setup) if setup.wants(one.cache)]
     releases = {library: version(library) for library in ("torch", "transformers", *libraries)}
     answer(
         {
             "versions": releases | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": options["dtype"],
             "tokens": digest([ids]),
             "weights": digest(weight for _, weight in sorted(model.state_dict().items())),
             "contenders": [contender.about() for contender in contenders],
@@ -356,7 +356,6 @@ def check_sides(sides: list[Side]) -> None:
     for what, of in {
         "tokens": lambda about: about["tokens"],
         "weights": lambda about: about["weights"],
-        "dtypes": lambda about: about["dtype"],
         "numbers of threads": lambda about: about["threads"],
         "releases of torch": lambda about: about["versions"]["torch"],
         "releases of Python": lambda about: about["versions"]["python"],
@@ -443,7 +442,7 @@ def compare(name: str, setup: Setup, environment: Path | None) -> dict[str, Any]
     """What is written: about both sides, and the rows. name: of the model; environment: kvpress's, None without it."""
     from less_fast.demo import MODEL, corpus
     from less_fast.gguf import unpacked
-    from less_fast.loading import load_tokenizer
+    from less_fast.loading import AUTO, dtype_named, load_tokenizer
     from less_fast.text import windows
 
     texts = [text for _, text in corpus.documents("test")]
@@ -452,7 +451,8 @@ def compare(name: str, setup: Setup, environment: Path | None) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, ids.numpy())
-        options = {"setup": asdict(setup), "tokens": str(tokens), "model": unpacked(name) or str(MODEL)}
+        dtype = str(dtype_named(AUTO, name)).removeprefix("torch.")
+        options = {"setup": asdict(setup), "tokens": str(tokens), "model": unpacked(name) or str(MODEL), "dtype": dtype}
         try:
             sides.append(Side(OURS, sys.executable, options))
             if environment is not None:

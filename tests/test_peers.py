@@ -57,7 +57,7 @@ def test_what_can_be_compiled_is_before_the_clock_runs_and_predicts_the_same(tmp
     monkeypatch.setattr(step, "_compiled", cache(step._compiled.__wrapped__))  # nothing of other tests, nor for them
     monkeypatch.setattr(sys, "stdin", (request for each in [requests] for request in each()))
     setup = replace(SETUP, compile=True)
-    options = {"setup": asdict(setup), "tokens": str(tmp_path / "tokens.npy"), "model": str(MODEL)}
+    options = {"setup": asdict(setup), "tokens": str(tmp_path / "tokens.npy"), "model": str(MODEL), "dtype": "float32"}
     with torch._dynamo.config.patch(recompile_limit=peers.VARIANTS):
         peers._serve(peers.OURS, options, said.append)
     static, plain, *compiled = [measured["nats"] for measured in said[1:]]
@@ -138,7 +138,7 @@ def test_more_tokens_than_the_budget_are_refused_where_they_should_be_equal():
     assert "7 (budget 6)" in peers.markdown([row], SETUP)
 
 
-ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "dtype": "float32", "versions": {"torch": "2", "python": "3"}}
+ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "versions": {"torch": "2", "python": "3"}}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,6 @@ ABOUT = {"tokens": "a", "weights": "b", "threads": 1, "dtype": "float32", "versi
     [
         ({"tokens": "c"}, "tokens"),
         ({"weights": "c"}, "weights"),
-        ({"dtype": "bfloat16"}, "dtypes"),
         ({"threads": 2}, "numbers of threads"),
         ({"versions": {"torch": "3", "python": "3"}}, "releases of torch"),
         ({"versions": {"torch": "2", "python": "4"}}, "releases of Python"),
@@ -195,9 +194,10 @@ def test_full_caches_in_16_bits_may_differ_by_more():
 
 
 def test_a_model_without_kernels_is_refused(tmp_path):
-    make_model().save_pretrained(tmp_path)
+    model = make_model()
+    model.save_pretrained(tmp_path)
     with pytest.raises(Refused, match="no kernels in the package for this model"):
-        list(peers.our_contenders(None, str(tmp_path), SETUP))
+        list(peers.our_contenders(model, str(tmp_path), SETUP))
 
 
 def test_more_windows_than_the_text_has_are_refused(capsys):
