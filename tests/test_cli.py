@@ -762,15 +762,34 @@ def test_serve_starts_the_command_that_it_prints(command, monkeypatch):
     started = []
     monkeypatch.setattr(talking_commands, "find_spec", lambda name: name == "vllm")
     monkeypatch.setattr(talking_commands.os, "execve", lambda *process: started.append(process))
+    monkeypatch.setattr(talking_commands.os, "environ", {"HOME": "here"})
     code, _, err = command("serve", MODEL, "--budget", 51, "--port", 9000, "--dtype", "float32")
-    (program, arguments, environment), printed = started[0], shlex.split(err)
+    (program, arguments, environment), (long, room, *printed) = started[0], shlex.split(err)
     assert (code, program, arguments[1:]) == (0, sys.executable, printed[1:])
+    assert environment == {"HOME": "here"} | dict(setting.split("=") for setting in (long, room))
+    assert (long, room) == ("VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "VLLM_CPU_KVCACHE_SPACE=4")
     assert printed[:5] == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)]
     assert printed[-4:] == ["--port", "9000", "--dtype", "float32"]
     said = dict(zip(printed[5:9:2], map(json.loads, printed[6:10:2])))
     less = {"less": {"budget": 51}}
     assert said == {"--hf-overrides": {"architectures": ["LessLlamaForCausalLM"]}, "--additional-config": less}
-    assert environment.items() > dict(os.environ).items() or "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in os.environ
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--gpu-memory-utilization=0.5"], {}),
+        (["--kv-cache-memory-bytes", "9G"], {}),
+        ([], {"VLLM_CPU_KVCACHE_SPACE": "7"}),
+    ],
+)
+def test_serve_leaves_memory_as_the_user_sets_it(command, monkeypatch, words, environment):
+    started = []
+    monkeypatch.setattr(talking_commands, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(talking_commands.os, "execve", lambda *process: started.append(process))
+    monkeypatch.setattr(talking_commands.os, "environ", environment)
+    assert command("serve", MODEL, *words)[2].startswith("VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 python -m vllm")
+    assert started[0][2] == environment | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
 
 
 def test_serve_says_what_is_missing(command, monkeypatch):

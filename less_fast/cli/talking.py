@@ -122,9 +122,13 @@ def serve(
     command += ["--additional-config", json.dumps({"less": {"budget": tokens}})]
     command += ["--served-model-name", model] * (where != model)
     command += words.args
-    errors.print(f"python {shlex.join(command)}", soft_wrap=True, markup=False, highlight=False)
-    longer = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # LESS itself refuses texts that are too long for it
-    os.execve(sys.executable, [sys.executable, *command], longer | dict(os.environ))
+    ours = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # LESS itself refuses texts that are too long for it
+    if not {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} & {word.partition("=")[0] for word in words.args}:
+        ours["VLLM_CPU_KVCACHE_SPACE"] = "4"  # GiB; vLLM wants nearly all of the memory, and may find less free and stop
+    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    said = shlex.join([*(f"{name}={value}" for name, value in ours.items()), "python", *command])
+    errors.print(said, soft_wrap=True, markup=False, highlight=False)
+    os.execve(sys.executable, [sys.executable, *command], ours | dict(os.environ))
 
 
 def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
