@@ -60,7 +60,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Setup:
     """What is measured: prompts of so many tokens and steps behind them, under a budget, in batches, so many times each. Of the
-    caches all, or those with one of the words `only` in their name; the full ones always."""
+    caches all, or those with one of the words `only` in their name; DynamicCache always."""
 
     prompt: int
     steps: int
@@ -306,8 +306,8 @@ def _serve(name: str, options: dict[str, Any], answer: Callable[[dict[str, Any]]
         number, batch, first = json.loads(line)
         contender, windows = contenders[number], ids[first : first + batch]
         if (number, batch) not in warm:
-            before = min(setup.prompt, 2 * setup.budget)  # behind a shorter prompt the same code runs
-            decode(contender.make(), windows[:, setup.prompt - before :], before, min(WARM_UP, setup.steps))
+            short = min(setup.prompt, 2 * setup.budget)  # behind a shorter prompt the same code runs
+            decode(contender.make(), windows[:, setup.prompt - short :], short, min(WARM_UP, setup.steps))
             warm.add((number, batch))
         before = graphs["unique_graphs"]
         measured = decode(contender.make(), windows, setup.prompt, setup.steps)
@@ -471,7 +471,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="one with kernels in the package; the embedded model by default")
     parser.add_argument("--steps", type=int, default=511, help="tokens that are decoded behind a prompt")
-    parser.add_argument("--only", action="append", default=[], help="a word in the names of the caches that are measured")
+    parser.add_argument(
+        "--only", action="append", default=[], help="a word in the names of the caches that are measured; may be repeated"
+    )
     parser.add_argument("--out", type=Path, help="file for the raw figures; none are written without it")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each cache, on other windows each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")

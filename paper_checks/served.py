@@ -24,7 +24,7 @@ from less_fast.loading import load_kernels, load_model
 
 from . import script
 
-CHUNK = 256  # tokens in a piece of a prompt behind vLLM (VLLM.md)
+CHUNK = 256  # tokens in a piece of a prompt: that of less_fast/vllm/asked.py, which only its own room imports
 
 
 def talk(client, name: str, tokens: int, letters: int, new: int) -> list[dict]:
@@ -49,7 +49,7 @@ def talk(client, name: str, tokens: int, letters: int, new: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def again(model: PreTrainedModel, make: Callable[[], LessCache], turns: list[dict], chunk: int = CHUNK) -> list[list[int]]:
+def again(model: PreTrainedModel, make: Callable[[], LessCache], turns: list[dict], chunk: int) -> list[list[int]]:
     """What a LessCache says to the prompts of the turns, each as long as the answer there. make: an empty cache.
 
     Prompts enter in pieces of `chunk` tokens, the whole ones through one cache while a prompt goes on from the one before.
@@ -75,15 +75,19 @@ def again(model: PreTrainedModel, make: Callable[[], LessCache], turns: list[dic
 def measure(chosen, write: Callable[[list], None]) -> None:
     import openai
 
-    client = openai.OpenAI(base_url=chosen.address, api_key="none", timeout=3600)
-    turns = talk(client, chosen.model, chosen.tokens, chosen.letters, chosen.new)
     model, _ = load_model(chosen.model)  # float32
     kernels = load_kernels(model, "")
     if kernels is None:
         raise LessError(f"there are no kernels for {chosen.model} in the package: choose a model that has some")
-    make = partial(LessCache.for_model, model, budget=chosen.budget, chunk=CHUNK, context=kernels.window)
+    chunk = min(CHUNK, kernels.window // 2)  # as the server's setting has it
+    make = partial(LessCache.for_model, model, budget=chosen.budget, chunk=chunk, context=kernels.window)
+    client = openai.OpenAI(base_url=chosen.address, api_key="none", timeout=3600)
+    try:
+        turns = talk(client, chosen.model, chosen.tokens, chosen.letters, chosen.new)
+    except openai.OpenAIError as error:
+        raise LessError(f"the server at {chosen.address} does not answer as it should: {error}") from error
     rows = []
-    for turn, tokens in zip(turns, again(model, make, turns)):
+    for turn, tokens in zip(turns, again(model, make, turns, chunk)):
         same = next((index for index, pair in enumerate(zip(turn["answer"], tokens)) if len({*pair}) > 1), len(tokens))
         rows.append({"prompt": len(turn["prompt"]), "answer": len(tokens), "same": same})
         rows[-1] |= {"text": turn["text"], "seconds": turn["seconds"]}

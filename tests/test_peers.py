@@ -180,7 +180,7 @@ def test_what_is_no_environment_is_refused(tmp_path, capsys):
     assert "is no environment of Python: make one as --help says" in capsys.readouterr().err
 
 
-def test_those_caches_are_measured_that_are_asked_for_and_the_full_ones():
+def test_those_caches_are_measured_that_are_asked_for_and_dynamic_cache():
     some, caches = replace(SETUP, only=("Knorm", "LESS")), ["DynamicCache", "KnormPress", "A with LESS", "H2O"]
     assert [cache for cache in caches if some.wants(cache)] == caches[:3]
     assert all(SETUP.wants(cache) for cache in caches)

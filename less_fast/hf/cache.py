@@ -106,7 +106,7 @@ class LessCache(WatchedCache):
         together: list[LessLayer] = []
         use_less_attention(model)
         layers = {
-            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), clock, within, int8, together)
+            index: LessLayer(*shard, chunk, compile, calls_sdpa(model), clock, together, within, int8)
             for (index, shard), within in zip(shards.items(), contexts)
         }
         cache = cls(layers=layers_with(model, layers))

@@ -39,13 +39,13 @@ class LessLayer(TaggingLayer):
         compile: bool,
         by_sdpa: bool,
         clock: Clock,
+        together: list["LessLayer"],
         context: Context | None = None,
         int8: bool = False,
-        together: list["LessLayer"] | None = None,
     ):
         super().__init__(by_sdpa)
-        self.together, self.guessed = [] if together is None else together, False
-        self.together.append(self)
+        self.together, self.guessed = together, False
+        together.append(self)
         self.policy, self.kernels, self.chunk, self.context, self.int8 = policy, kernels, chunk, context, int8
         fixed = all(rule.one_leaves for rule in (policy if isinstance(policy, list) else [policy]))
         self.is_compileable = fixed and not by_sdpa and context is None

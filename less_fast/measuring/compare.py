@@ -220,7 +220,7 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Cont
 def token_losses(model: PreTrainedModel, windows: torch.Tensor, contender: Contender, rows: int | None = None) -> torch.Tensor:
     """Negative log-likelihood of the tokens of windows (W, T) after the first, streaming: (W, T - 1) float32, on the CPU.
 
-    rows: windows in one forward pass; None: as many as fit into some GB.
+    rows: windows in one forward pass; None: the fewer, the longer they are and the wider the model (NUMBERS_AT_ONCE).
     """
     if rows is None:
         hidden = model.config.get_text_config(decoder=True).hidden_size
