@@ -44,6 +44,17 @@ def test_the_joint_stage_minimises_the_divergence_from_the_full_cache_to_the_str
     assert divergence(model, ids, setting(model, policy, kernels)).item() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_joint_step_on_texts_one_by_one_has_the_gradients_of_all_together():
+    model, ids, found = make_model().float(), tokens(3, 25), []
+    for step in (joint.step_of_all, lambda *three: (loss := divergence(*three)).backward() or loss.item()):
+        kernels = make_kernels(model, family="exponential").float().requires_grad_()
+        loss = step(model, ids, setting(model, H2O(3, 2), kernels))
+        found.append([torch.tensor(loss), *(weight.grad for weight in kernels.parameters() if weight.grad is not None)])
+    assert len(found[0]) > 5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
 def test_the_joint_stage_reduces_the_divergence_that_it_reports(uninterrupted):
     model, held_out = make_model().float(), tokens(4, 30, seed=1)
     figures = uninterrupted.about["joint"]
@@ -74,14 +85,13 @@ def test_the_stage_under_tables_judges_by_the_tables_of_its_own_curves(monkeypat
 
 
 def test_every_step_takes_other_windows_and_the_next_budget(monkeypatch):
-    seen, own = [], joint.divergence
+    seen, own = [], joint.step_of_all
 
     def look(model, ids, setting):
-        if torch.is_grad_enabled():
-            seen.append((ids.tolist(), setting.policy))
+        seen.append((ids.tolist(), setting.policy))
         return own(model, ids, setting)
 
-    monkeypatch.setattr(joint, "divergence", look)
+    monkeypatch.setattr(joint, "step_of_all", look)
     windows = tokens(30, 30)
     train(make_model().float(), windows, tokens(4, 30, seed=1), POLICY, RECIPE)
     taken = [row for ids, _ in seen for row in ids]
@@ -102,17 +112,17 @@ def test_a_joint_stage_that_only_harms_is_undone(monkeypatch):
 
 
 def test_a_joint_stage_that_only_harms_is_undone_even_after_a_kill(tmp_path, monkeypatch):
-    own, steps = joint.divergence, []
+    own, steps = joint.step_of_all, []
     monkeypatch.setattr(joint, "JOINT", Fit(30.0))
 
     def dies(*arguments):
-        steps.append(torch.is_grad_enabled())
-        if sum(steps) > 11:  # the checkpoint after ten steps is written
+        steps.append(1)
+        if len(steps) > 11:  # the checkpoint after ten steps is written
             raise Killed
         return own(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(joint, "divergence", dies)
+        patch.setattr(joint, "step_of_all", dies)
         with pytest.raises(Killed):
             quick_training(tmp_path)
     harmed = quick_training(tmp_path)

@@ -83,7 +83,11 @@ def distill(
 
 
 def step_of_all(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> float:
-    """Leaves the gradients of the divergence of texts ids (N, T) in the kernels; returns it."""
-    found = divergence(model, ids, setting)
-    found.backward(inputs=[*setting.kernels.parameters()])
-    return found.item()
+    """Leaves the gradients of the divergence of texts ids (N, T) in the kernels; returns it. Texts enter one after the other,
+    because on the way back each holds much memory."""
+    found = 0.0
+    for one in ids.split(1):
+        loss = divergence(model, one, setting) / len(ids)
+        loss.backward(inputs=[*setting.kernels.parameters()])
+        found += loss.item()
+    return found

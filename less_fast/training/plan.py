@@ -191,7 +191,7 @@ def probe(
     timed("a step of the layers", lambda: step_of_layers((layers, [bare]), one, [largest], 0, by_gradient), 0)
     step = taken
     if recipe.joint_steps:
-        need = bytes_of_joint(model, window, largest) * recipe.batch
+        need = bytes_of_joint(model, window, largest)
         if free is not None and need > HELD * free:
             tell(f"all layers together would hold {need / 1e9:.0f} GB, more than there is: that is left out")
             return Costs(rho_read, rho_step, reading, evicting, step, None)
@@ -218,7 +218,7 @@ def bytes_of_reading(model: PreTrainedModel, window: torch.Tensor) -> int:
 
 
 def bytes_of_joint(model: PreTrainedModel, window: torch.Tensor, setting: Setting) -> int:
-    """What the backward pass of a joint step on a window (1, T) holds."""
+    """What the backward pass of a joint step holds, which takes windows (1, T) one after the other."""
     return bytes_of_graph(model, window, lambda ids: divergence(model, ids, setting))
 
 
