@@ -6,13 +6,13 @@ import math
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +33,7 @@ CARRIED = {
 }
 """Models by a short name: SmolLM2-135M-Instruct and Qwen2.5-Coder-1.5B-Instruct."""
 LISTING = "unpacked.json"  # the files of a folder with their sizes, written last: one that lacks some is made anew
+LOCK = ".lock"  # held by the process that unpacks: another one waits, and finds the folder
 
 
 def unpacked(model: str) -> str:
@@ -53,7 +54,10 @@ def unpacked(model: str) -> str:
         return model
     folder = cache_folder() / f"{name}-{_digest(parts)[:12]}"
     if not _is_whole(folder):
-        _unpack(parts, folder, dtype)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(LOCK)):
+            if not _is_whole(folder):
+                _unpack(parts, folder, dtype)
     return str(folder)
 
 
@@ -99,17 +103,18 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _unpack(parts: Sequence[Path], folder: Path, dtype: torch.dtype) -> None:
-    """Written aside, then renamed, in the place of one that is not whole; if another process was faster, its folder stays.
-    Several parts are joined beside it, and that file is gone at the end.
+    """Written aside, then renamed, in the place of one that is not whole; several parts are joined there first. What a killed
+    process left is removed.
 
     LessError if the file is broken, or lacks some of the weights.
     """
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise LessError(f"a GGUF file needs the library {missing[0]}: pip install 'less-kv[gguf]'")
-    aside, file = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}"), parts[0]
+    aside, file = folder.with_name(f".{folder.name}"), parts[0]
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir()
         if len(parts) > 1:
             file = aside / "joined.gguf"
             with file.open("wb") as joined:
@@ -134,13 +139,8 @@ def _unpack(parts: Sequence[Path], folder: Path, dtype: torch.dtype) -> None:
         network.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_text(aside / LISTING, json.dumps({part.name: part.stat().st_size for part in aside.iterdir()}))
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not _is_whole(folder):
-                raise
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
     except (OSError, LessError):
         raise
     except Exception as error:  # whatever transformers and gguf say of a file that is broken

@@ -1,6 +1,7 @@
 """Models that come as one file, and the kernels that come with the package."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -54,8 +55,8 @@ def test_a_file_is_unpacked_once_and_loads_as_its_model(cache, one_file):
     assert tokenizer("def f(")["input_ids"]
     assert load_config(str(file)).model_type == "llama"
     assert len(read) == 2
-    (folder,) = cache.iterdir()
-    assert folder.name.startswith("small-")
+    (name,) = made(cache)
+    assert name.startswith("small-")
     assert load_kernels(model, "").sizes == LessKernels.from_pretrained(KERNELS).sizes
 
 
@@ -74,15 +75,25 @@ def test_after_an_error_there_is_no_folder(cache, one_file, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
     with pytest.raises(OSError, match="no space left"):
         gguf.unpacked(str(one_file[0]))
-    assert not [*cache.iterdir()]
+    assert not made(cache)
 
 
-def test_a_folder_that_another_process_made_meanwhile_stays(cache, one_file):
-    gguf._unpack([one_file[0]], cache / "small", torch.float32)
-    made = (cache / "small").stat().st_ino
-    gguf._unpack([one_file[0]], cache / "small", torch.float32)
-    assert (cache / "small").stat().st_ino == made
-    assert [path.name for path in cache.iterdir()] == ["small"]
+def test_two_at_once_unpack_it_once_and_what_a_killed_one_left_is_gone(cache, one_file):
+    file, read, _ = one_file
+    left = cache / f".small-{gguf._digest([file])[:12]}" / "joined.gguf"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of")
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(gguf.unpacked, [str(file)] * 2)
+    assert one == other
+    assert len(read) == 2  # model and tokenizer
+    assert made(cache) == [Path(one).name]
+    assert not Path(one, "joined.gguf").exists()
+
+
+def made(cache):
+    """The names of all that lies in a cache, but for the lock."""
+    return sorted(path.name for path in cache.iterdir() if path.name != gguf.LOCK)
 
 
 @pytest.mark.parametrize("harm", ["a file is gone", "a file is shorter", "it was made before there were listings"])
@@ -112,7 +123,7 @@ def test_a_file_that_lacks_weights_is_refused_and_nothing_is_kept(cache, one_fil
     for _ in range(2):
         with pytest.raises(LessError, match=r"lacks 2 of the weights \(model.layers.2.mlp.*join them first"):
             gguf.unpacked(str(file))
-    assert not [*cache.rglob("*")]
+    assert not made(cache)
 
 
 @pytest.fixture
@@ -141,7 +152,7 @@ def test_a_model_in_parts_is_joined_in_their_order_and_loads_in_its_own_dtype(ca
     assert model.dtype == torch.bfloat16
     assert load_model("small", dtype="float32")[0].dtype == torch.float32
     assert len(read) == 2
-    (folder,) = cache.iterdir()
+    (folder,) = (cache / name for name in made(cache))
     assert folder.name.startswith("small-")
     assert not [*folder.glob("*.gguf")]
     assert f"unpacking {folder.name} once: 1 MB in {folder}" in capsys.readouterr().err  # half a million numbers
@@ -173,7 +184,7 @@ def test_a_broken_file_is_refused(cache, tmp_path, monkeypatch):
     (tmp_path / "broken.gguf").write_bytes(b"not at all")
     with pytest.raises(LessError, match="no model can be read from"):
         gguf.unpacked(str(tmp_path / "broken.gguf"))
-    assert not cache.exists() or not [*cache.iterdir()]
+    assert not made(cache)
 
 
 @pytest.mark.parametrize("name", ["", "some/folder", "owner/name"])
