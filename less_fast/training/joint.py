@@ -83,8 +83,7 @@ def distill(
 
 
 def step_of_all(model: PreTrainedModel, ids: torch.Tensor, setting: Setting) -> float:
-    """Leaves the gradients of the divergence of texts ids (N, T) in the kernels; returns it. Texts enter one after the other,
-    because on the way back each holds much memory."""
+    """Leaves the gradients of the divergence of texts ids (N, T) in the kernels; returns it. Only one text's graph is held."""
     found = 0.0
     for one in ids.split(1):
         loss = divergence(model, one, setting) / len(ids)

@@ -218,7 +218,7 @@ def bytes_of_reading(model: PreTrainedModel, window: torch.Tensor) -> int:
 
 
 def bytes_of_joint(model: PreTrainedModel, window: torch.Tensor, setting: Setting) -> int:
-    """What the backward pass of a joint step holds, which takes windows (1, T) one after the other."""
+    """What the backward pass of a joint step on one window (1, T) holds."""
     return bytes_of_graph(model, window, lambda ids: divergence(model, ids, setting))
 
 
