@@ -602,7 +602,6 @@ def spoiled(tmp_path):
         (["generate", "\udcff"], "the prompt holds bytes that are no UTF-8 text"),
         (["bench", "--batch", "99999999999999999999"], "--batch takes whole numbers of at least 1"),
         (["bench", "--batch", "1000000", "--length", "100000000"], "there is not so much memory here"),
-        (["plan", "--memory", "inf"], "--memory is a number of gigabytes, not inf"),
         (["train", "--policy", "lambda", "--budget", "8", "--length", "64"], "a budget of 3 leaves no recent tokens"),
         (["allocate", "--kernels", "none", "--out", "x"], "say which with --kernels"),
         (["allocate", "--kernels", str(KERNELS), "--out", "/dev/null"], "File exists: '/dev/null'"),

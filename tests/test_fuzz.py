@@ -219,7 +219,6 @@ COMMANDS = {
     "generate --max-new-tokens 3": ON_DEVICE | {"prompt": "x =", "--kernels": "kernels", "--budget": 8, "--temperature": 0.7},
     "bench --no-compile --rounds 1": ON_MODEL
     | {"--device": "cpu", "--kernels": "kernels", "--budget": 8, "--batch": 1, "--length": 32},
-    "plan": ON_MODEL | {"--family": "exponential", "--budget": 8, "--batch": 1, "--length": 32, "--memory": 1},
     "train": ON_MODEL
     | {
         "--text": "story.txt",
@@ -310,7 +309,6 @@ def test_a_command_with_any_options_is_done_or_refused(home, command, data):
     ("command", "names"),
     [
         ("generate --max-new-tokens 3", ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]),
-        ("plan", ["model/config.json"]),
         ("allocate", ["kernels/config.json", "kernels/kernels.safetensors", "story.txt"]),
         ("import-official", ["official/layer_0.pth"]),
     ],

@@ -153,7 +153,7 @@ def test_the_readme_is_read_once():
     assert len(text.encode()) <= 10_000
 
 
-HELP = ["compare", "generate", "chat", "bench", "plan", "train", "allocate", "import-official"]
+HELP = ["compare", "generate", "chat", "bench", "train", "allocate", "import-official"]
 
 
 @pytest.mark.parametrize("command", HELP)

@@ -1,6 +1,5 @@
-"""compare, bench and plan: what caches are worth, and what they cost."""
+"""compare and bench: what caches are worth, and what they cost."""
 
-import math
 import os
 from dataclasses import asdict
 from typing import Annotated
@@ -14,10 +13,9 @@ from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
 from ..layer.features import RHO_HIDDEN
-from ..loading import check_length, dtype_named, load_config, load_kernels, load_model, load_shape, load_texts
+from ..loading import check_length, load_kernels, load_model, load_shape, load_texts
 from ..measuring import bench as benchmark
 from ..measuring import compare as comparison
-from ..measuring import plan as planning
 from ..setting import best_policy, policy_named
 from ..text import windows as cut_windows
 from ..training import RECIPES
@@ -151,30 +149,3 @@ def bench(
     title = f"{model or 'embedded'} model, {length} tokens, {rule}, {spelled(network.dtype)}"
     note = f"medians, on {hardware}, {record['threads']} threads; speed: against the first line of each part"
     report(record, as_json, benchmark.table(rows, title), note)
-
-
-@app.command()
-def plan(
-    model: options.ShapeOption = "",
-    policy: options.PolicyOption = options.PolicyName("h2o"),
-    budget: options.BudgetOption = "5%",
-    family: options.FamilyOption = options.FamilyName("exponential"),
-    batch: Annotated[int, typer.Option(min=1, max=options.LONGEST, help="Sequences that are decoded together.")] = 1,
-    length: Annotated[int, typer.Option(min=1, max=options.LONGEST, help="Tokens of each sequence, the prompt's too.")] = 4096,
-    dtype: Annotated[options.Dtype, typer.Option(help="Of weights, keys and values.")] = options.Dtype("float16"),
-    memory: Annotated[float, typer.Option(min=0.0, help="Gigabytes (10^9 bytes) on the device; 0: ignore.")] = 0.0,
-    as_json: options.JsonOption = False,
-) -> None:
-    """What a model costs with the full cache and with LESS, by counting, without running or loading it."""
-    if not math.isfinite(memory):
-        raise LessError(f"--memory is a number of gigabytes, not {memory}")
-    rule, recipe, kind = policy_named(policy.value, budget, length), RECIPES[family.value], dtype_named(dtype.value, model)
-    most = int(memory * 1e9) or None
-    costs = planning.plan(load_config(model), rule, recipe.rank, recipe.hidden, batch, length, kind, most, family.value)
-    title = f"{model or 'embedded'} in {spelled(kind)}, {length:,} tokens, batch {batch}, {rule}"
-    report(
-        {"model": model or "embedded", "policy": repr(rule), "batch": batch, "length": length, **asdict(costs)},
-        as_json,
-        planning.table(costs, title, memory),
-        f"A step with this cache moves less than with the full one from {costs.break_even:,} tokens on.",
-    )

@@ -43,7 +43,6 @@ CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the deco
 Int8Option = Annotated[bool, typer.Option("--int8", help="Keys and values in eight bits: half the bytes.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16 or float16.")]
-FamilyOption = Annotated[FamilyName, typer.Option("--family", help="The kernels: exponential ones, or the paper's.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Random seed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]
