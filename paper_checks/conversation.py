@@ -3,7 +3,8 @@
     python -m paper_checks.conversation --model qwen2.5-coder-1.5b
 
 The first turn tells a few facts. Then come questions about the functions of Python's standard library, and at the end the facts
-are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them, with LESS and with the full cache.
+are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them. LESS talks; then the full cache reads the same
+conversation and is asked for the same facts.
 """
 
 import random
@@ -30,6 +31,7 @@ BEGINNING = (
 )
 ASKED = ("What is my name?", "What is my project called?", "What must my project never do?")
 SHOWN = 10  # turns between two lines that are printed
+PIECE = 1024  # tokens that the full cache reads at once, so that reading takes little memory
 
 
 def questions(count: int, seed: int) -> list[str]:
@@ -40,31 +42,45 @@ def questions(count: int, seed: int) -> list[str]:
     return [question[:400] for question in found]
 
 
+def held(conversation: Conversation) -> dict[str, int]:
+    return {"tokens": conversation.ids.shape[1], "bytes": held_bytes(conversation.cache)}
+
+
 @torch.inference_mode()
-def talk(model, tokenizer, cache, turns: list[str], new: int) -> dict:
-    """The whole conversation: bytes and tokens behind each turn, and what was said about its beginning."""
-    conversation, behind, start = Conversation(model, tokenizer, cache), [], time.perf_counter()
-    for number, turn in enumerate([BEGINNING, *turns]):
+def talk(conversation: Conversation, turns: list[str], new: int) -> list[dict[str, int]]:
+    """Tokens and bytes behind each turn."""
+    behind, start = [], time.perf_counter()
+    for number, turn in enumerate(turns):
         conversation.answer(turn, new, do_sample=False)
-        behind.append({"tokens": conversation.ids.shape[1], "bytes": held_bytes(cache)})
+        behind.append(held(conversation))
         if number % SHOWN == 0:
             print(f"turn {number + 1}: {behind[-1]}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    said = {question: conversation.answer(question, new, do_sample=False) for question in ASKED}
-    return {"said": said, "behind": behind, "seconds": round(time.perf_counter() - start, 1)}
+    return behind
+
+
+@torch.inference_mode()
+def asked(conversation: Conversation, new: int, **options) -> dict:
+    """What is said about the beginning, and what is held then."""
+    start = time.perf_counter()
+    said = {question: conversation.answer(question, new, do_sample=False, **options) for question in ASKED}
+    return {"said": said, "seconds": round(time.perf_counter() - start, 1)} | held(conversation)
 
 
 def measure(chosen, write) -> None:
-    """write: what is known so far, after each conversation."""
+    """write: what is known so far, after each cache was asked."""
     model, tokenizer = load_model(chosen.model, dtype=AUTO)
     kernels = load_kernels(model, "")
     policy, context = best_policy(kernels, chosen.budget), trained_length(model, kernels)
-    caches = {"LESS": LessCache.for_model(model, policy, kernels, context=context), "full": DynamicCache(config=model.config)}
-    rows, turns = [], questions(chosen.turns - 1, chosen.seed)
-    for name, cache in caches.items():
-        rows.append({"cache": name} | ({"policy": repr(policy), "context": context} if name == "LESS" else {}))
-        rows[-1] |= talk(model, tokenizer, cache, turns, chosen.new)
-        print(f"{name}: {rows[-1]['behind'][-1]}", *(f"{one}\n  {said}" for one, said in rows[-1]["said"].items()), sep="\n")
-        write(rows)
+    less = Conversation(model, tokenizer, LessCache.for_model(model, policy, kernels, context=context))
+    behind = talk(less, [BEGINNING, *questions(chosen.turns - 1, chosen.seed)], chosen.new)
+    full = Conversation(model, tokenizer, DynamicCache(config=model.config))
+    full.ids, full.shown, full.messages = less.ids, less.shown, [*less.messages]
+    row = {"cache": "LESS", "policy": repr(policy), "context": context, "behind": behind} | asked(less, chosen.new)
+    write(rows := [row])
+    rows.append({"cache": "full"} | asked(full, chosen.new, prefill_chunk_size=PIECE))
+    write(rows)
+    for row in rows:
+        print(f"{row['cache']}: {row['tokens']} tokens, {row['bytes']} bytes", *map(": ".join, row["said"].items()), sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
