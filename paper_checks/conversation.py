@@ -3,8 +3,8 @@
     python -m paper_checks.conversation --model qwen2.5-coder-1.5b
 
 The first turn tells a few facts. Then come questions about the functions of Python's standard library, and at the end the facts
-are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them. LESS talks; then the full cache reads the same
-conversation and is asked for the same facts.
+are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them. LESS talks; then the full cache reads the
+same conversation and is asked for the same facts.
 """
 
 import random

@@ -14,7 +14,7 @@ from strategies import ANY_ATTENTION, ANY_POLICY, ANY_SLOTS, EVICTING, cases, ch
 import less_fast
 import less_ref
 from less_fast import H2O, FastGen, Lambda, LayerState, LessCache, LessError, Retention, Window
-from less_fast.hf.positions import rotaries, trained_length
+from less_fast.hf.positions import fitting, rotaries, trained_length
 from less_fast.layer.context import Context, Rotary
 from paper_checks.architectures import tiny
 
@@ -278,6 +278,21 @@ def test_layers_without_positions_have_no_frequencies_and_the_others_the_models_
     found = rotaries(tiny("smollm3"))
     assert [len(rotary.frequencies) for rotary in found] == [4, 4, 4, 0]
     assert found[0].frequencies == tuple(tiny("smollm3").model.rotary_emb.inv_freq.double().tolist())
+
+
+@pytest.mark.parametrize(("others", "found"), [(1, True), (9, False)])
+def test_positions_are_told_by_most_tokens_since_rounding_may_change_one_altogether(others, found):
+    turned, later = Rotary((1.0, 0.1)), 64
+    here = [torch.randn(1, 2, 16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    there = [*(turned.turn(x, torch.tensor([[[later]]])) for x in here[:2]), here[2].clone()]
+    for x in there:
+        x[:, :, :others] += 9
+    arguments = [torch.tensor(turned.frequencies, dtype=torch.float64)], [here], [there], later, "this"
+    if found:
+        assert fitting(*arguments) == [turned]
+    else:
+        with pytest.raises(LessError, match="not rotary"):
+            fitting(*arguments)
 
 
 def test_a_state_that_moved_under_inference_mode_is_reset_outside_of_it():

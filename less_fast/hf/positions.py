@@ -15,8 +15,9 @@ from .identity import FAR, NEAR, observed
 from .watch import keepers_of_positions, rotates_in_another_way_beyond
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-"""By how much queries, keys and values that were turned may differ from the model's own, by their norms: what the layers before
-round adds up (in bfloat16 to 8 % in SmolLM2's 30 layers), and what is turned in another way differs by as much as it is."""
+"""By how much queries, keys and values that were turned may differ from the model's own, by the norms of most tokens. What the
+layers before round adds up: in bfloat16 to 5 % in the layers of SmolLM2 and of Qwen2.5-Coder-1.5B, where it changes one token of
+sixteen altogether. What is turned in another way differs by as much as it is: there by 63 % and more."""
 
 
 def rotaries(model: PreTrainedModel) -> list[Rotary]:
@@ -70,8 +71,9 @@ def can_move(model: PreTrainedModel) -> bool:
 
 
 def _error(rotary, here, there, later):
-    """By how much q, k and v of a text that stands `later` differ from those of the text here, q and k turned: the largest, by
-    their norms."""
+    """By how much q, k and v of a text that stands `later` differ from those of the text here, q and k turned: the largest of the
+    three, each the median over the tokens of the difference's norm by the token's."""
     later = later.to(here[0].device)
     turned = *(rotary.turn(x, later[:, None]) for x in here[:2]), here[2]
-    return max(((x - wanted).norm() / wanted.norm().clamp(min=1e-30)).item() for x, wanted in zip(turned, there))
+    pairs = ([y.float().square().sum((0, 1, 3)).sqrt() for y in (x - wanted, wanted)] for x, wanted in zip(turned, there))
+    return max((apart / size.clamp(min=1e-30)).median().item() for apart, size in pairs)
