@@ -54,7 +54,14 @@ class LessKernels(nn.Module):
         self.sizes |= dict(rank=ranks if several else ranks[0], hidden=hidden, family=family)
         self.sizes |= {} if rho is None else dict(rho=integer("the hidden width of rho", rho, 1, MOST))
         self.about, self.curves = {} if about is None else about, {} if curves is None else curves
-        self._check_about()
+        if not isinstance(self.about, dict) or not isinstance(self.curves, dict):
+            raise LessError(f"about and curves are dicts, not {self.about!r} and {self.curves!r}")
+        for name, known in self.curves.items():
+            if not isinstance(known, Curves):
+                raise LessError(f"the curves of {name} are no Curves, but {known!r}")
+            for costs in (known.bare, known.less or known.bare):
+                if len(costs) != layers or any(len(layer) not in (0, kv_heads) for layer in costs):
+                    raise LessError(f"the curves of {name} do not fit {layers} layers of {kv_heads} KV heads")
         if not isinstance(family, str) or family not in FAMILIES:
             raise LessError(f"no family of kernels is called {family!r}: choose one of {', '.join(FAMILIES)}")
         if len(ranks) != layers:
@@ -66,18 +73,6 @@ class LessKernels(nn.Module):
         )
         for layer, each in zip(self.layers, ranks) if rho else ():
             layer.rho = Rho(query_heads, kv_heads, head_dim, rho) if each or family == "none" else None
-
-    def _check_about(self):
-        """LessError unless what is known of the kernels is of the right shape, and can be written."""
-        layers, kv_heads = self.sizes["layers"], self.sizes["kv_heads"]
-        if not isinstance(self.about, dict) or not isinstance(self.curves, dict):
-            raise LessError(f"about and curves are dicts, not {self.about!r} and {self.curves!r}")
-        for name, curves in self.curves.items():
-            if not isinstance(curves, Curves):
-                raise LessError(f"the curves of {name} are no Curves, but {curves!r}")
-            for costs in (curves.bare, curves.less or curves.bare):
-                if len(costs) != layers or any(len(layer) not in (0, kv_heads) for layer in costs):
-                    raise LessError(f"the curves of {name} do not fit {layers} layers of {kv_heads} KV heads")
 
     def budgets_for(self, policy: Policy, less: bool = True) -> Table | None:
         """The budget table (layers x KV heads) that gives the KV heads policy.budget tokens on average where they do most.

@@ -42,11 +42,6 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def default_device() -> str:
-    """cuda if there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def dtype_named(name: str, model: str) -> torch.dtype:
     """The dtype of that name for a model's weights and its cache; auto: float32, or what the model is unpacked in."""
     if name == AUTO:

@@ -17,7 +17,7 @@ from strategies import cases, padded, policies, slices
 import less_fast
 import less_ref
 from less_fast.layer import features, prompt
-from less_fast.layer.policies import _bits_set, _later
+from less_fast.layer.policies import _later
 from less_fast.setting import POLICIES
 
 
@@ -221,9 +221,11 @@ def test_what_fastgen_calls_enough_ends_at_the_same_number_in_both_paths(kinds, 
     assert fastgen_choices(less_fast.FastGen(1, 0, 0, recovery + 2e-7), kinds, dtype) == (5, 5)
 
 
-def test_ones_are_counted_in_every_int64_that_a_history_can_be():
+def test_scissorhands_counts_the_ones_of_the_longest_history():
     numbers = [0, 1, 2**51, 2**52 - 1, *np.random.default_rng(0).integers(0, 2**52, 200).tolist()]
-    assert _bits_set(torch.tensor(numbers)).tolist() == [bin(number).count("1") for number in numbers]
+    position, last = torch.full((1, 1, len(numbers)), 0), less_fast.Scissorhands(4, 1, 52)
+    ranks = last.rank(position, torch.tensor(numbers)[None, None], torch.tensor(9))
+    assert (-ranks[0, 0]).tolist() == [bin(number).count("1") for number in numbers]
 
 
 def test_only_real_queries_count_as_later():

@@ -17,7 +17,7 @@ from less_fast import H2O, LayerState, LessError, LessKernels, Retention
 from less_fast import extend as less_extend
 from less_fast.demo import KERNELS, corpus
 from less_fast.hf.architecture import sizes
-from less_fast.layer.features import Rho
+from less_fast.layer.features import NoState, Rho
 from less_fast.loading import load_model
 from less_fast.measuring.compare import contenders
 from less_fast.setting import Setting
@@ -63,7 +63,10 @@ def test_rhos_of_some_heads_and_of_layers_together_say_what_each_says():
     said = Rho.join([one, other])(q, k, v)
     assert_close(said[:, :3], one(q[:, :3], k[:, :3], v[:, :3]), 1e-6)  # float32
     assert_close(said[:, 3:], other(q[:, 3:], k[:, 3:], v[:, 3:]), 1e-6)
-    assert_close(one.of_heads([2, 0])(q[:, [2, 0]], k[:, [2, 0]], v[:, [2, 0]]), said[:, [2, 0]], 1e-6)
+    alone = NoState(6, 3, 4)
+    alone.rho = one
+    some = alone.select_heads([2, 0]).rho
+    assert_close(some(q[:, [2, 0]], k[:, [2, 0]], v[:, [2, 0]]), said[:, [2, 0]], 1e-6)
 
 
 def test_rho_is_trained_towards_the_largest_attention_that_each_token_is_still_to_get():

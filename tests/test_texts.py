@@ -65,18 +65,19 @@ def test_the_three_files_are_written_and_chats_stand_under_the_template(tmp_path
     assert "has no chat template" in capsys.readouterr().err
 
 
-def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_the_full_cache_ever_more(tmp_path, capsys):
-    model, tokenizer = make_talking()
+@pytest.mark.parametrize("budget", [9, 900])
+def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_the_full_cache_reads_the_same_text(budget, tmp_path, capsys):
+    model, tokenizer = make_talking(max_position_embeddings=2000)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    options = ["--model", str(tmp_path / "model"), "--turns", "5", "--new", "4", "--budget", "9"]
+    options = ["--model", str(tmp_path / "model"), "--turns", "5", "--new", "4", "--budget", str(budget)]
     assert conversation.main([*options, "--out", str(tmp_path / "out.json")]) == 0
     less, full = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["cache"] for row in (less, full)] == ["LESS", "full"]
-    for row in (less, full):
-        assert list(row["said"]) == list(conversation.ASKED)
-        assert len(row["behind"]) == 5
-        assert [one["tokens"] for one in row["behind"]] == sorted({one["tokens"] for one in row["behind"]})
+    assert [*less["said"]] == [*full["said"]] == [*conversation.ASKED]
+    behind = [one["tokens"] for one in less["behind"]]
+    assert len(behind) == 5 and behind == sorted({*behind})
     assert len({one["bytes"] for one in less["behind"]}) == 1
-    assert len({one["bytes"] for one in full["behind"]}) == 5
+    if budget > less["tokens"]:  # nothing is evicted
+        assert (less["said"], less["tokens"]) == (full["said"], full["tokens"])
     assert "turn 1: " in capsys.readouterr().err

@@ -4,15 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..budgets import table as budget_table
 from ..kernels import LessKernels, make_folder
 from ..layer.checks import LessError
 from ..layer.features import RHO_HIDDEN
-from ..loading import check_length, default_device, load_kernels, load_model, load_texts
+from ..loading import AUTO, check_length, load_kernels, load_model, load_texts
 from ..measuring import versions
-from ..setting import POLICIES
+from ..setting import policy_named
 from ..text import windows as cut_windows
 from ..training import recipe_of, tables
 from ..training import train as train_kernels
@@ -25,13 +26,10 @@ from .options import (
     BudgetOption,
     DatasetOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
-    FamilyName,
     LengthOption,
     ModelOption,
     OverwriteOption,
-    PolicyName,
     PolicyOption,
     SeedOption,
     TextOption,
@@ -46,17 +44,15 @@ def train(
     text: TextOption = [],
     out: Annotated[Path, typer.Option(help="Folder for the kernels.")] = Path("less-kernels"),
     hours: Annotated[float, typer.Option(min=0.0, help="Time limit: what does not fit is left out.")] = 6.0,
-    family: Annotated[
-        FamilyName | None, typer.Option(metavar="NAME", help="exponential, the default, or paper: the paper's own recipe.")
-    ] = None,
+    family: Annotated[str, typer.Option(metavar="NAME", help="exponential, the default, or paper: the paper's own recipe.")] = "",
     policy: Annotated[
-        PolicyName | None, typer.Option(metavar="NAME", help="What they are trained for; retention (paper: h2o) by default.")
-    ] = None,
+        str, typer.Option(metavar="NAME", help="What they are trained for; retention (paper: h2o) by default.")
+    ] = "",
     budget: BudgetOption = "5%",
     length: LengthOption = 1024,
     start: Annotated[str, typer.Option(help="Folder or hub name of kernels to go on with.")] = "",
     seed: SeedOption = 0,
-    dtype: DtypeOption = Dtype("auto"),
+    dtype: DtypeOption = AUTO,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Trains kernels for a model, on a GPU if there is one. It measures the model and the machine, says what it will do, and does
@@ -66,14 +62,12 @@ def train(
     """
     check_free(out, overwrite)
     number("--hours", hours, 0, 1e6)
-    known = family or FamilyName("exponential")
-    name = policy.value if policy else "h2o" if known.value == "paper" else "retention"
-    rule = evicting(name, budget, length)
+    rule = evicting(policy or ("h2o" if family == "paper" else "retention"), budget, length)
     check_streamed(rule)
-    recipe = recipe_of(known.value, seed=seed, rho=RHO_HIDDEN if rule.needs == "rho" else None)
+    recipe = recipe_of(family or "exponential", seed=seed, rho=RHO_HIDDEN if rule.needs == "rho" else None)
     rules_in_turns(rule, recipe, length)
     texts, source = load_texts(text, "", "train")
-    network, tokenizer = load_model(model, default_device(), dtype.value)
+    network, tokenizer = load_model(model, "cuda" if torch.cuda.is_available() else "cpu", dtype)
     check_length(network, length)
     make_folder(out)  # what cannot be written should be known before the training
     begin = load_kernels(network, start) if start else None
@@ -81,7 +75,7 @@ def train(
         theirs = {name: begin.sizes[name] for name in ("rank", "hidden", "rho") if name in begin.sizes}
         if isinstance(theirs["rank"], list):  # 0 for layers that LESS does not serve
             theirs["rank"] = max(theirs["rank"])
-        recipe = recipe_of(family.value if family else begin.sizes["family"], seed=seed, **{"rho": recipe.rho} | theirs)
+        recipe = recipe_of(family or begin.sizes["family"], seed=seed, **{"rho": recipe.rho} | theirs)
     windows = cut_windows(tokenizer, texts, length, seed=seed)[: MOST + MOST // JUDGES]
     judges = max(1, len(windows) // (JUDGES + 1))
     if text and len(windows) < 2:
@@ -116,14 +110,14 @@ def allocate(
     model: ModelOption = "",
     text: TextOption = [],
     dataset: DatasetOption = "",
-    policy: PolicyOption = PolicyName("h2o"),
+    policy: PolicyOption = "h2o",
     length: LengthOption = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows that are measured.")] = 8,
     refine: Annotated[
         str, typer.Option(help="Budgets whose tables are refined by trial, separated by commas; curves there are used again.")
     ] = "",
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype("auto"),
+    dtype: DtypeOption = AUTO,
     seed: SeedOption = 0,
 ) -> None:
     """Measures what each KV head costs at each budget under a policy, with kernels and without, and stores it with the kernels.
@@ -134,11 +128,11 @@ def allocate(
         raise LessError("budget tables come with kernels: say which with --kernels")
     if out is None and not Path(kernels).is_dir():
         raise LessError(f"{kernels} is no folder, so say with --out where the kernels with their curves shall go")
-    rule = POLICIES[policy.value]
+    rule = policy_named(policy, 32)  # curves are of all budgets
     check_policy(rule)
-    refined = [evicting(policy.value, budget, length) for budget in refine.split(",") if budget]
+    refined = [evicting(policy, budget, length) for budget in refine.split(",") if budget]
     texts, _ = load_texts(text, dataset, "train", 8 * length * windows)
-    network, tokenizer = load_model(model, device, dtype.value)
+    network, tokenizer = load_model(model, device, dtype)
     check_length(network, length)
     learned = load_kernels(network, kernels, seed)
     make_folder(out or kernels)  # what cannot be written should be known before the measuring

@@ -13,7 +13,7 @@ from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
 from ..layer.features import RHO_HIDDEN
-from ..loading import check_length, load_kernels, load_model, load_shape, load_texts
+from ..loading import AUTO, check_length, load_kernels, load_model, load_shape, load_texts
 from ..measuring import bench as benchmark
 from ..measuring import compare as comparison
 from ..setting import best_policy, policy_named
@@ -31,30 +31,26 @@ def compare(
         typer.Option(help=options.WHICH_KERNELS + "May be repeated. Those of the package by default."),
     ] = [],
     policy: Annotated[
-        options.PolicyOrBest,
+        str,
         typer.Option(metavar="NAME", help=f"Of all rows; best: H2O uniform, the best by head. {options.POLICY_NAMES}."),
-    ] = options.PolicyOrBest(options.BEST),
+    ] = options.BEST,
     budgets: Annotated[
         str, typer.Option(help="What each KV head keeps: tokens, or a share of the length, separated by commas.")
     ] = "5%",
     text: options.TextOption = [],
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows that are measured.")] = 64,
+    length: options.LengthOption = 1024,
+    windows: Annotated[int, typer.Option(min=2, help="Windows that are measured.")] = 64,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("auto"),
+    dtype: options.DtypeOption = AUTO,
     seed: options.SeedOption = 0,
     as_json: options.JsonOption = False,
 ) -> None:
     """Full cache, bare policy, Baseline+ and LESS side by side: perplexity, bytes held, tokens per second."""
-    if length < 32:
-        raise LessError(f"--length must be at least 32 tokens, not {length}")
-    if windows < 2:
-        raise LessError(f"--windows must be at least 2 for a standard error, not {windows}")
-    best = policy.value == options.BEST
-    policies = [evicting("h2o" if best else policy.value, budget, length) for budget in budgets.split(",")]
+    best = policy == options.BEST
+    policies = [evicting("h2o" if best else policy, budget, length) for budget in budgets.split(",")]
     texts, source = load_texts(text, "", "test")
-    network, tokenizer = load_model(model, device, dtype.value)
+    network, tokenizer = load_model(model, device, dtype)
     check_length(network, length)
     names = {str(KERNELS): "ours", str(PAPER_KERNELS): "the paper's", "": "ours"}
     candidates = {
@@ -105,20 +101,20 @@ def compare(
 def bench(
     model: options.ShapeOption = "",
     kernels: Annotated[str, typer.Option(help="Folder or hub name of kernels; random ones by default.")] = "",
-    policy: options.PolicyOption = options.PolicyName("h2o"),
+    policy: options.PolicyOption = "h2o",
     budget: options.BudgetOption = "5%",
     batch: Annotated[str, typer.Option(help="Sequences that are decoded together, separated by commas.")] = "1,8",
     length: Annotated[int, typer.Option(min=32, max=options.LONGEST, help="Tokens before the measured ones.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache: 8 tokens, or a prompt.")] = 4,
     compile: Annotated[bool, typer.Option(help="Measure compiled code, too: a minute more.")] = True,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("auto"),
+    dtype: options.DtypeOption = AUTO,
     as_json: options.JsonOption = False,
 ) -> None:
     """Speed and memory of full caches, the bare policy and LESS, in turns, on random tokens: decoding, prefill."""
-    rule = policy_named(policy.value, budget, length)
+    rule = policy_named(policy, budget, length)
     if rule.needs == "kinds":
-        raise LessError(f"bench measures policies of fixed shape, and {policy.value} is none: choose another policy")
+        raise LessError(f"bench measures policies of fixed shape, and {policy} is none: choose another policy")
     try:
         batches = [int(number) for number in batch.split(",")]
     except ValueError:
@@ -126,7 +122,7 @@ def bench(
     if min(batches) < 1 or max(batches) > options.LONGEST:
         raise LessError(f"--batch takes whole numbers of at least 1, separated by commas, not {batch!r}")
     torch.manual_seed(0)
-    network = load_shape(model, device, dtype.value)
+    network = load_shape(model, device, dtype)
     check_length(network, length + benchmark.steps_of(rounds))
     learned = load_kernels(network, kernels) if kernels else None
     if learned is None:

@@ -1,23 +1,16 @@
 """The options that several commands have."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..gguf import CARRIED
-from ..loading import AUTO, DTYPES, SHAPES
+from ..loading import SHAPES
 from ..setting import POLICIES
-from ..training import RECIPES
 
 LONGEST = 2**31 - 2  # positions are int32
 BEST = "best"
-
-PolicyName = Enum("PolicyName", {name: name for name in POLICIES}, type=str)  # type: ignore[misc]
-PolicyOrBest = Enum("PolicyOrBest", {name: name for name in (BEST, *POLICIES)}, type=str)  # type: ignore[misc]
-FamilyName = Enum("FamilyName", {name: name for name in RECIPES}, type=str)  # type: ignore[misc]
-Dtype = Enum("Dtype", {name: name for name in (AUTO, *DTYPES)}, type=str)  # type: ignore[misc]
 
 WHICH_MODEL = f"Folder, GGUF file or hub name of a model, or {' or '.join(CARRIED)}"
 ModelOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}; the embedded one by default.")]
@@ -25,9 +18,9 @@ ShapeOption = Annotated[str, typer.Option("--model", help=f"{WHICH_MODEL}, or {'
 WHICH_KERNELS = "Folder or hub name of kernels; none; or performer, elu: controls. "
 KernelsOption = Annotated[str, typer.Option("--kernels", help=WHICH_KERNELS + "Those of the package by default.")]
 POLICY_NAMES = ", ".join(POLICIES)
-PolicyOption = Annotated[PolicyName, typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: {POLICY_NAMES}.")]
+PolicyOption = Annotated[str, typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: {POLICY_NAMES}.")]
 BestOption = Annotated[
-    PolicyOrBest,
+    str,
     typer.Option("--policy", metavar="NAME", help=f"Which tokens are kept: best (by head, for these kernels), {POLICY_NAMES}."),
 ]
 BudgetOption = Annotated[str, typer.Option("--budget", help="What each KV head keeps: tokens, or a share of the length.")]
@@ -42,7 +35,7 @@ TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the decoding step first.")]
 Int8Option = Annotated[bool, typer.Option("--int8", help="Keys and values in eight bits: half the bytes.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Of model and cache: float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="N", help="Random seed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace kernels that are in the folder already.")]

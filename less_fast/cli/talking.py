@@ -20,7 +20,7 @@ from ..hf import LessCache
 from ..hf.positions import can_move, trained_length
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
-from ..loading import check_length, first_line, load_config, load_kernels, load_model
+from ..loading import AUTO, check_length, first_line, load_config, load_kernels, load_model
 from ..measuring.caches import describe, describe_briefly
 from ..setting import best_policy, policy_named, tokens_of
 from ..text import Printer, beginning, ends
@@ -35,14 +35,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The beginning of the text; - reads it from standard input.")],
     model: options.ModelOption = "",
     kernels: options.KernelsOption = "",
-    policy: options.BestOption = options.PolicyOrBest("best"),
+    policy: options.BestOption = options.BEST,
     budget: options.TokensOption = "64",
     max_new_tokens: options.NewTokensOption = 256,
     temperature: options.TemperatureOption = 0.7,
     compile: options.CompileOption = False,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("auto"),
+    dtype: options.DtypeOption = AUTO,
     seed: options.SeedOption = 0,
 ) -> None:
     """Streams text in constant memory, then says what the cache holds.
@@ -78,14 +78,14 @@ def chat(
     model: Annotated[str, typer.Option("--model", help=f"{options.WHICH_MODEL}: one that was trained to chat.")] = "smollm2",
     system: Annotated[str, typer.Option("--system", help="What the model is told before the first turn.")] = "",
     kernels: options.KernelsOption = "",
-    policy: options.BestOption = options.PolicyOrBest("best"),
+    policy: options.BestOption = options.BEST,
     budget: options.TokensOption = "256",
     max_new_tokens: options.NewTokensOption = 512,
     temperature: options.TemperatureOption = 0.7,
     compile: options.CompileOption = False,
     int8: options.Int8Option = False,
     device: options.DeviceOption = "cpu",
-    dtype: options.DtypeOption = options.Dtype("auto"),
+    dtype: options.DtypeOption = AUTO,
     seed: options.SeedOption = 0,
 ) -> None:
     """Talks in constant memory: each line is a turn, of which only what is new goes through the model.
@@ -135,9 +135,10 @@ def _loaded(model, kernels, policy, budget, compile, int8, device, dtype, seed):
     """The model, its tokenizer, and a function that makes a cache for texts of so many tokens: beyond what the model and the
     kernels were trained for it stays within that, if the model's positions allow it."""
     tokens = tokens_of(budget)
-    network, tokenizer = load_model(model, device, dtype.value)
+    asked = None if policy == options.BEST else policy_named(policy, tokens)
+    network, tokenizer = load_model(model, device, dtype)
     learned = load_kernels(network, kernels, seed)
-    rule = best_policy(learned, tokens) if policy.value == options.BEST else policy_named(policy.value, tokens)
+    rule = asked or best_policy(learned, tokens)
     kinds = token_kinds(tokenizer) if rule.needs == "kinds" else None
 
     def cache_for(length):

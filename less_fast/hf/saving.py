@@ -88,7 +88,10 @@ def load(
         device = device_of(modules.get(index), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
-                _fill(layer, held, layer_heads, model.dtype if layer.int8 else held["0.k"].dtype, device)
+                shape, dtype = held["0.mean"].shape, model.dtype if layer.int8 else held["0.k"].dtype
+                layer.allocate(shape[0], *layer_heads, shape[3], dtype, device)
+                layer.state.take_over(held)
+                layer.pin_addresses()
             elif held:
                 _fill_window(path, layer, held, length, device)
     if (clock := cache.clock).begun:
@@ -113,14 +116,6 @@ def _tensors_of(layer) -> dict[str, torch.Tensor]:
     if layer.state is None:
         return {}
     return layer.state.tensors()
-
-
-def _fill(layer, held, heads, dtype, device):
-    """dtype: of keys and values, which slots in eight bits do not tell."""
-    N, _, _, D = held["0.mean"].shape
-    layer.allocate(N, *heads, D, dtype, device)
-    layer.state.take_over(held)
-    layer.pin_addresses()
 
 
 def _fill_window(path, layer, held, length, device):

@@ -4,12 +4,12 @@ A layer never sees token ids, so the kinds of the new tokens travel with them th
 """
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from .checks import LessError, integer
+from .checks import LessError
 from .policies import Policy, best_first, ordered_sum
 
 
@@ -36,10 +36,12 @@ class FastGen(Policy):
     score_shape: ClassVar[tuple[int, ...]] = (5,)
     needs: ClassVar[str] = "kinds"
     one_leaves: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ("frequent", "local")
 
     def __post_init__(self):
         self._check(budget=1, frequent=0, local=0)
-        self._check_share("recovery")
+        if isinstance(self.recovery, bool) or not isinstance(self.recovery, int | float) or not 0 < self.recovery <= 1:
+            raise LessError(f"recovery of FastGen must be a number above 0 and at most 1, not {self.recovery!r}")
         if self.frequent + self.local > self.budget:
             raise LessError(f"FastGen needs frequent + local within the budget, not {self}")
 
@@ -88,12 +90,6 @@ class FastGen(Policy):
         order = best_first(attention.masked_fill(~others, -torch.inf), position)
         most = torch.zeros_like(member).scatter(2, order[..., : self.frequent], True)
         return member | (choice >= 3) & others & most | (choice == 5)
-
-    def with_budget(self, budget: int) -> "FastGen":
-        """The same shares of frequent and local tokens, rounded down."""
-        budget = integer("a budget", budget)
-        share = {name: budget * getattr(self, name) // self.budget for name in ("frequent", "local")}
-        return replace(self, budget=budget, **share)
 
 
 def token_kinds(tokenizer) -> torch.Tensor:

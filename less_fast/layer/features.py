@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import elu, gelu
+from torch.nn.functional import dropout, elu, gelu
 
 from .checks import LessError, integer
 
@@ -21,6 +21,8 @@ class Features(nn.Module):
     need it (Retention); None without."""
 
     LEAST_RANK = 1
+    OF_HEADS: tuple[str, ...] = ("rho.",)
+    """How the names of weights begin that heads have each for itself."""
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int):
         super().__init__()
@@ -46,17 +48,20 @@ class Features(nn.Module):
         kernels, phi.z; both (N, Hq, L)."""
 
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
-        """The kernels of these KV heads and of the query heads that read them. Without weights of their own heads differ in rho
-        alone."""
+        """The kernels of these KV heads and of the query heads that read them: themselves for all heads, or if heads do not
+        differ, else a copy of the weights that all who ask share."""
         heads = tuple(kv_heads)
-        if self.rho is None or heads == tuple(range(self.kv_heads)):
-            return self
-        return self._shared(heads, lambda: self._with_rho_of(heads))
+        own = [name for name in self.state_dict() if name.startswith(self.OF_HEADS)]
+        return self._shared(heads, lambda: self._of_heads(heads, own)) if own and heads != tuple(range(self.kv_heads)) else self
 
-    def _with_rho_of(self, heads):
-        part = copy.deepcopy(self)
-        part.rho = self.rho.of_heads(heads)
-        return part
+    def _of_heads(self, heads, own):
+        part, G = copy.deepcopy(self), self.query_heads // self.kv_heads
+        query_heads = [head * G + a for head in heads for a in range(G)]
+        part.query_heads, part.kv_heads = len(query_heads), len(heads)
+        for name in own:
+            weight = part.get_parameter(name)
+            weight.data = weight.data[query_heads if name.startswith("q") else list(heads)]
+        return part.requires_grad_(False)
 
     def without_state(self) -> "Features":
         """Rho alone: for the bare policy, where what is evicted is forgotten."""
@@ -92,36 +97,17 @@ class Features(nn.Module):
 class Learned(Features):
     """Kernels with weights: those whose names begin with q are of the query heads, those with k of the KV heads."""
 
+    OF_HEADS = ("q", "k", "rho.")
+
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int, least: int):
         super().__init__(query_heads, kv_heads, head_dim, rank)
         self.hidden = integer("the hidden width of kernels", hidden, least, MOST)
         self.dropout = 0.0  # on the hidden layer, in train mode
 
-    @property
-    def _group(self):
-        return self.query_heads // self.kv_heads
-
     def _hidden_layer(self, x, weight):
         """x (H, N m, D) -> (H, N m, h): one matrix product for each head, weights never expanded."""
         hidden = gelu(torch.bmm(x, weight))
-        if self.training and self.dropout > 0:
-            hidden = hidden * _dropout_mask(hidden, self.dropout)
-        return hidden
-
-    def select_heads(self, kv_heads):
-        """Themselves for all heads, else a copy of the weights that all who ask share."""
-        heads = tuple(kv_heads)
-        return self if heads == tuple(range(self.kv_heads)) else self._shared(heads, lambda: self._copy_of(heads))
-
-    def _copy_of(self, heads):
-        query_heads = [head * self._group + a for head in heads for a in range(self._group)]
-        with torch.device("meta"):  # where nothing random is drawn
-            part = type(self)(len(query_heads), len(heads), self.head_dim, self.rank, self.hidden)
-        part = part.to_empty(device=self.q1.device).to(self.q1.dtype).requires_grad_(False)
-        for name, weight in part.named_parameters():  # before rho is there
-            weight.copy_(getattr(self, name).detach()[query_heads if name.startswith("q") else list(heads)])
-        part.rho = self.rho and self.rho.of_heads(heads)
-        return part.train(self.training)
+        return dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
 
 class PaperKernels(Learned):
@@ -247,19 +233,9 @@ class Rho(nn.Module):
             weight.data = torch.cat([part.get_parameter(name).data for part in parts])
         return whole
 
-    def of_heads(self, kv_heads: Sequence[int]) -> "Rho":
-        """A copy for these KV heads."""
-        part = copy.deepcopy(self)
-        for weight in part.parameters():
-            weight.data = weight.data[list(kv_heads)]
-        return part
-
 
 class Control(Features):
     """Kernels without training, the same function for queries and keys and for all heads. To compare with."""
-
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, hidden: int | None = None):
-        super().__init__(query_heads, kv_heads, head_dim, rank)
 
     def psi(self, k):
         return self.phi(k)
@@ -320,12 +296,3 @@ def _by_head(x):
 def _by_row(features, x):
     """features (H, N m, R) of x (N, H, m, D) -> (N, H, m, R)."""
     return features.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
-
-
-def _dropout_mask(x, rate):
-    """0 or 1 / (1 - rate) in the shape of x. One random byte decides each element (so the rate is a multiple of 1/256): on
-    a CPU, drawing a random float for each takes a third of the whole training step."""
-    dropped = round(rate * 256)
-    longs = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), device=x.device)
-    keep = longs.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return keep.to(x.dtype).mul_(256 / (256 - dropped))

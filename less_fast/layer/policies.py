@@ -39,6 +39,8 @@ class Policy:
     """What born needs: the "kinds" of the tokens, integers that `extend` is given; or "rho", which some kernels have."""
     by_head: ClassVar[tuple[str, ...]] = ()
     """Fields that may differ from head to head: then rank finds a tensor (H, 1) there. Heads that differ in others go apart."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields that keep their share of the budget when it changes."""
     pooled: ClassVar[bool] = False
     """True: scores are pooled over the layer; all its KV heads must follow the policy, and H is all of them."""
     score_dtype: ClassVar[torch.dtype | None] = None
@@ -63,8 +65,10 @@ class Policy:
         raise NotImplementedError
 
     def with_budget(self, budget: int) -> "Policy":
-        """The same policy for another budget."""
-        return replace(self, budget=budget)  # type: ignore[type-var]
+        """The same policy for another budget; its shares are rounded down."""
+        budget = integer("a budget", budget)
+        shares = {name: budget * getattr(self, name) // self.budget for name in self.shares}
+        return replace(self, budget=budget, **shares)  # type: ignore[type-var]
 
     def is_scaled(self, other: "Policy") -> bool:
         """Whether they are one policy at two budgets, but for rounding."""
@@ -86,12 +90,6 @@ class Policy:
             value = integer(f"{name} of {type(self).__name__}", getattr(self, name), smallest)
             if name in {field.name for field in fields(self)}:  # type: ignore[arg-type]
                 object.__setattr__(self, name, value)
-
-    def _check_share(self, name: str) -> None:
-        """LessError if the field is no number above 0 and at most 1."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise LessError(f"{name} of {type(self).__name__} must be a number above 0 and at most 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -208,6 +206,7 @@ class Scissorhands(Policy):
     history: int
     score_dtype: ClassVar[torch.dtype] = torch.int64
     by_head: ClassVar[tuple[str, ...]] = ("budget", "recent")
+    shares: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __post_init__(self):
         self._check(budget=1, recent=0, history=1)
@@ -226,13 +225,9 @@ class Scissorhands(Policy):
         shift = real.sum(-1, keepdim=True).clamp(max=self.history)  # (N, H, 1)
         return ((score << shift) + (below * bit[..., None]).sum(2)) & (2**self.history - 1)
 
-    def with_budget(self, budget: int) -> "Scissorhands":
-        """The same share of recent tokens, rounded down."""
-        budget = integer("a budget", budget)
-        return replace(self, budget=budget, recent=budget * self.recent // self.budget)
-
     def rank(self, position, score, n):
-        return (-_bits_set(score)).masked_fill(position >= n - self.recent, torch.iinfo(score.dtype).max)
+        below = sum((score >> bit) & 1 for bit in range(self.history))  # (N, H, S)
+        return (-below).masked_fill(position >= n - self.recent, torch.iinfo(score.dtype).max)
 
 
 @dataclass(frozen=True)
@@ -302,6 +297,7 @@ class Retention(Policy):
     needs: ClassVar[str] = "rho"
     score_shape: ClassVar[tuple[int, ...]] = (6,)
     by_head: ClassVar[tuple[str, ...]] = ("budget", "recent")
+    shares: ClassVar[tuple[str, ...]] = ("recent",)
 
     FADING = (0.9, 0.99)
     LEAST = 1e-4
@@ -334,11 +330,6 @@ class Retention(Policy):
         short, long = (score[..., 4:] + self.LEAST).log_().unbind(-1)
         worth = torch.addcmul(a, b, age.log_(), value=-1).addcmul_(c, short).addcmul_(d, long)
         return worth.masked_fill_(position >= n - self.recent, torch.inf)
-
-    def with_budget(self, budget: int) -> "Retention":
-        """The same share of recent tokens, rounded down."""
-        budget = integer("a budget", budget)
-        return replace(self, budget=budget, recent=budget * self.recent // self.budget)
 
 
 def kind_of(policy: Policy) -> Hashable:
@@ -383,11 +374,3 @@ def ordered_sum(x):
 def _later(real):
     """For each query, how many real ones come after it: real (..., m) bool -> (..., m)."""
     return real.sum(-1, keepdim=True) - real.cumsum(-1)
-
-
-def _bits_set(bits):
-    """How many bits are set in each int64, by adding neighbours: bits, pairs, fours, then all bytes at once."""
-    bits = bits - ((bits >> 1) & 0x5555555555555555)
-    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return (bits * 0x0101010101010101) >> 56

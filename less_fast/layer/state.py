@@ -3,7 +3,7 @@
 While tokens arrive only `step.py`, `decode.py`, `prompt.py` and `context.py` change what is in them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -154,9 +154,6 @@ class LayerState:
         """Holds these tensors from now on, on its own device."""
         self.__dict__.update(vars(self.hold({name: x.to(self.device) for name, x in tensors.items()})))
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: change(x) for name, x in self.tensors().items()}
-
     def memory(self) -> dict[str, int]:
         """Bytes held, measured from the tensors: entries, low_rank and bookkeeping, for the whole batch. Which slots are whose
         is known once for all layers and caches, and not counted."""
@@ -179,7 +176,7 @@ class LayerState:
     @torch.no_grad()
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search, or another batch size: rows may be longer or shorter)."""
-        self.take_over(self._each(lambda x: x.index_select(0, rows)))
+        self.take_over({name: x.index_select(0, rows) for name, x in self.tensors().items()})
 
     @classmethod
     @torch.inference_mode(False)
@@ -246,7 +243,8 @@ def check_fit(policy, query_heads: int, kv_heads: int, head_dim: int, kernels: F
     """The policy of each KV head. LessError if sizes, policies and kernels are none or do not fit each other."""
     for what, size in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
         integer(what, size)
-    need_kernels(kernels)
+    if kernels is not None and not isinstance(kernels, Features):
+        raise LessError(f"the kernels of a layer are LayerKernels, an element of LessKernels.layers, or None: not {kernels!r}")
     policies = list(policy) if isinstance(policy, Sequence) else [policy] * kv_heads
     for rule in policies:
         need_policy(rule)
@@ -284,9 +282,3 @@ def need_policy(policy) -> Policy:
     if type(policy).__hash__ is None:
         raise LessError(f"{policy!r} may change, and heads of equal policies lie together: make it @dataclass(frozen=True)")
     return policy
-
-
-def need_kernels(kernels) -> None:
-    """LessError for anything that is neither the kernels of one layer nor None."""
-    if kernels is not None and not isinstance(kernels, Features):
-        raise LessError(f"the kernels of a layer are LayerKernels, an element of LessKernels.layers, or None: not {kernels!r}")

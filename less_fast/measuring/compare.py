@@ -94,7 +94,9 @@ def compare(
         lost = contender.cache == "bare" and contender.budgets == "uniform"
         if lost:
             bare[contender.asked] = loss
-        gap_of = contender.asked if contender.asked in bare else _of_budget(bare, contender.asked)
+        asked = contender.asked
+        same = (policy for policy in bare if asked and policy.budget == asked.budget)  # another one of this budget
+        gap_of = asked if asked in bare else next(same, None)
         gains = gap_of is not None and not lost and bare[gap_of].mean() > full.mean()
         recovered, recovered_stderr = share_recovered(full, bare[gap_of], loss) if gains else (None, None)
         equal = losses.get(("baseline+", contender.budgets, contender.plus), full)
@@ -121,11 +123,6 @@ def compare(
         )
         progress(rows[-1])
     return rows
-
-
-def _of_budget(bare, asked):
-    """The first of the policies with the budget of the one that was asked for, or None."""
-    return None if asked is None else next((policy for policy in bare if policy.budget == asked.budget), None)
 
 
 def share_recovered(

@@ -147,17 +147,12 @@ def probe(
     kernels: Any = copy.deepcopy(settings[0].kernels)
     kernels.requires_grad_()
     settings = [replace(setting, kernels=kernels) for setting in settings]
-    T, largest, one = (
-        window.shape[1],
-        max(settings, key=lambda one: one.policy.budget),
-        torch.zeros(1, dtype=torch.int64, device="cpu"),
-    )
-    by_gradient, taken = FITS[recipe.family].by_gradient, 0.0
+    T, largest = window.shape[1], max(settings, key=lambda one: one.policy.budget)
+    one, by_gradient = torch.zeros(1, dtype=torch.int64, device="cpu"), FITS[recipe.family].by_gradient
     some = window[:, :FEW]
 
-    def timed(what: str, run: Callable[[], Any], passes: int) -> Any:
-        """passes: forward passes of the model, a backward one for one."""
-        nonlocal taken
+    def timed(what: str, run: Callable[[], Any], passes: int) -> tuple[Any, float]:
+        """What it returns, and its seconds for a whole window. passes: forward passes of the model, a backward one for one."""
         tell(f"measuring {what}, {some.shape[1]} tokens ...")
         start = time.perf_counter()
         found = run()
@@ -165,8 +160,7 @@ def probe(
             torch.cuda.synchronize(model.device)
         seconds, longer = time.perf_counter() - start, T / some.shape[1]
         linear = min(seconds, passes * forward)
-        taken = linear * longer + (seconds - linear) * longer**1.5
-        return found
+        return found, linear * longer + (seconds - linear) * longer**1.5
 
     def one_pass():
         with torch.no_grad():
@@ -174,29 +168,23 @@ def probe(
 
     forward = float("inf")
     timed("a forward pass", one_pass, 1)
-    timed("a forward pass again", one_pass, 1)
-    some = window if taken < SLOW else window[:, : min(T, max(PROBED, 2 * largest.policy.budget))]
-    timed("a forward pass", one_pass, 1)
-    forward = taken * some.shape[1] / T
+    _, whole = timed("a forward pass again", one_pass, 1)
+    some = window if whole < SLOW else window[:, : min(T, max(PROBED, 2 * largest.policy.budget))]
+    forward = timed("a forward pass", one_pass, 1)[1] * some.shape[1] / T
     rho_read = rho_step = joint = 0.0
     if recipe.rho:
-        seen = timed("what rho reads", lambda: retention.watch(model, some, 0), 1)
-        rho_read, rhos = taken, [kernels.layers[index].rho for index in less_layers(model)]
-        timed("a step of rho", lambda: retention.step_of_rho(seen, one, rhos), 0)
-        rho_step = taken
-    layers = timed("what layers read", lambda: watch(model, some, 0, by_gradient), 3 if by_gradient else 1)
-    reading = taken
-    bare = timed("what is evicted", lambda: bare_of(layers, largest), 0)
-    evicting = taken
-    timed("a step of the layers", lambda: step_of_layers((layers, [bare]), one, [largest], 0, by_gradient), 0)
-    step = taken
+        rhos = [kernels.layers[index].rho for index in less_layers(model)]
+        seen, rho_read = timed("what rho reads", lambda: retention.watch(model, some, 0), 1)
+        _, rho_step = timed("a step of rho", lambda: retention.step_of_rho(seen, one, rhos), 0)
+    layers, reading = timed("what layers read", lambda: watch(model, some, 0, by_gradient), 3 if by_gradient else 1)
+    bare, evicting = timed("what is evicted", lambda: bare_of(layers, largest), 0)
+    _, step = timed("a step of the layers", lambda: step_of_layers((layers, [bare]), one, [largest], 0, by_gradient), 0)
     if recipe.joint_steps:
         need = bytes_of_joint(model, window, largest)
         if free is not None and need > HELD * free:
             tell(f"all layers together would hold {need / 1e9:.0f} GB, more than there is: that is left out")
             return Costs(rho_read, rho_step, reading, evicting, step, None)
-        timed("a step of all layers together", lambda: step_of_all(model, some, largest), 3)
-        joint = taken
+        _, joint = timed("a step of all layers together", lambda: step_of_all(model, some, largest), 3)
     return Costs(rho_read, rho_step, reading, evicting, step, joint)
 
 

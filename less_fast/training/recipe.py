@@ -92,5 +92,8 @@ RECIPES = {
 
 
 def recipe_of(family: str, **changes: Any) -> Recipe:
-    """How the family is trained, with other fields if they are not None. LessError for fields that do not go together."""
+    """How the family is trained, with other fields if they are not None. LessError for a family that is not trained, or fields
+    that do not go together."""
+    if family not in RECIPES:
+        raise LessError(f"no family {family!r} can be trained: choose one of {', '.join(RECIPES)}")
     return replace(RECIPES[family], **{name: value for name, value in changes.items() if value is not None})

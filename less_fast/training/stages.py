@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,26 +88,24 @@ def train(
         recipe = replace(recipe, round=planned.round, joint_steps=planned.joint_steps, curves=planned.curves)
         windows, validation = windows[: planned.windows], validation[: planned.validation]
         about |= {"sequences": len(windows), "recipe": asdict(recipe) | {"budgets": [*recipe.budgets]}}
+
+        def stage(name, run, *args):
+            about[name] = work.once(name, lambda: run(model, windows, *args, recipe, work), kernels)
+
         if recipe.rho and recipe.uses:
-            about["rho"] = work.once("rho", lambda: train_rho(model, windows, validation, kernels, recipe, work), kernels)
+            stage("rho", train_rho, validation, kernels)
         if recipe.uses:
-            about["layers"] = work.once(
-                "layers", lambda: train_layers(model, windows, validation, settings, recipe, work), kernels
-            )
+            stage("layers", train_layers, validation, settings)
         few = validation[:JOINT_JUDGES]
         if recipe.joint_steps:
-            about["joint"] = work.once(
-                "joint", lambda: distill("joint", model, windows, few, settings, settings, recipe, work), kernels
-            )
+            stage("joint", partial(distill, "joint"), few, settings, settings)
         for rule in rules:
             kernels.curves[type(rule).__name__] = _curves(kernels, model, windows[: recipe.curves], rule, work)
         uniform = [setting for setting in settings if recipe.curves and kernels.budgets_for(setting.policy)]
         if uniform and recipe.joint_steps:
             tables = [replace(setting, budgets=kernels.budgets_for(setting.policy)) for setting in uniform]
             turns = [*chain(*zip(tables, uniform))]
-            about["tables"] = work.once(
-                "tables", lambda: distill("tables", model, windows, few, turns, tables, recipe, work), kernels
-            )
+            stage("tables", partial(distill, "tables"), few, turns, tables)
         about["seconds_since_resumed" if work.resumed else "seconds"] = round(time.perf_counter() - started)
         return kernels.float().requires_grad_(False).eval()
 
@@ -158,7 +157,10 @@ def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
 
 def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
-    wanted: dict[str, Any] = sizes(model) | dict(rank=_ranks(model, recipe), hidden=recipe.hidden, family=recipe.family)
+    (layers, served), rank = (sizes(model)["layers"], less_layers(model)), recipe.rank
+    if len(served) < layers:  # a list, with 0 for those that LESS does not serve
+        rank = [recipe.rank * (index in served) for index in range(layers)]
+    wanted: dict[str, Any] = sizes(model) | dict(rank=rank, hidden=recipe.hidden, family=recipe.family)
     theirs = start and start.sizes.get("rho")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights whenever it is begun
         torch.manual_seed(recipe.seed)
@@ -173,12 +175,6 @@ def _begin(model, recipe, policy, about, start):
     if policy.needs == "rho" and "rho" not in kernels.sizes:
         raise LessError("the policy Retention needs rho: give the recipe a width of it, or go on with kernels that have it")
     return kernels
-
-
-def _ranks(model, recipe):
-    """The recipe's rank or, if LESS does not serve all layers, a list of it, with 0 for the others."""
-    layers, served = sizes(model)["layers"], less_layers(model)
-    return recipe.rank if len(served) == layers else [recipe.rank * (index in served) for index in range(layers)]
 
 
 def _curves(kernels, model, windows, policy, work):
