@@ -76,7 +76,8 @@ def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_the_full_cach
     assert [row["cache"] for row in (less, full)] == ["LESS", "full"]
     assert [*less["said"]] == [*full["said"]] == [*conversation.ASKED]
     behind = [one["tokens"] for one in less["behind"]]
-    assert len(behind) == 5 and behind == sorted({*behind})
+    assert len(behind) == 5
+    assert behind == sorted({*behind})
     assert len({one["bytes"] for one in less["behind"]}) == 1
     if budget > less["tokens"]:  # nothing is evicted
         assert (less["said"], less["tokens"]) == (full["said"], full["tokens"])

@@ -88,8 +88,8 @@ def load(
         device = device_of(modules.get(index), model)
         with torch.inference_mode(False):
             if isinstance(layer, LessLayer) and (layer_heads := next(heads)):
-                shape, dtype = held["0.mean"].shape, model.dtype if layer.int8 else held["0.k"].dtype
-                layer.allocate(shape[0], *layer_heads, shape[3], dtype, device)
+                rows, dtype = len(held["n"]), model.dtype if layer.int8 else held["0.k"].dtype  # eight bits do not tell it
+                layer.allocate(rows, layer_heads[0], layer_heads[1], held["0.mean"].shape[3], dtype, device)
                 layer.state.take_over(held)
                 layer.pin_addresses()
             elif held:
