@@ -47,7 +47,7 @@ def dtype_named(name: str, model: str) -> torch.dtype:
     if name == AUTO:
         return CARRIED[model].dtype if model in CARRIED else torch.float32
     if name not in DTYPES:
-        raise LessError(f"no dtype {name!r} for a model: choose one of {', '.join(DTYPES)}")
+        raise LessError(f"no dtype {name!r} for a model: choose one of {', '.join((AUTO, *DTYPES))}")
     return DTYPES[name]
 
 

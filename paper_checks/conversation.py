@@ -59,10 +59,13 @@ def talk(conversation: Conversation, turns: list[str], new: int) -> list[dict[st
 
 
 @torch.inference_mode()
-def asked(conversation: Conversation, new: int, **options) -> dict:
+def asked(conversation: Conversation, new: int) -> dict:
     """What is said about the beginning, and what is held then."""
     start = time.perf_counter()
-    said = {question: conversation.answer(question, new, do_sample=False, **options) for question in ASKED}
+    said = {}
+    for question in ASKED:
+        piece = {} if conversation.cache.get_seq_length() else {"prefill_chunk_size": PIECE}  # some versions begin anew with it
+        said[question] = conversation.answer(question, new, do_sample=False, **piece)
     return {"said": said, "seconds": round(time.perf_counter() - start, 1)} | held(conversation)
 
 
@@ -77,7 +80,7 @@ def measure(chosen, write) -> None:
     full.ids, full.shown, full.messages = less.ids, less.shown, [*less.messages]
     row = {"cache": "LESS", "policy": repr(policy), "context": context, "behind": behind} | asked(less, chosen.new)
     write(rows := [row])
-    rows.append({"cache": "full"} | asked(full, chosen.new, prefill_chunk_size=PIECE))
+    rows.append({"cache": "full"} | asked(full, chosen.new))
     write(rows)
     for row in rows:
         print(f"{row['cache']}: {row['tokens']} tokens, {row['bytes']} bytes", *map(": ".join, row["said"].items()), sep="\n")

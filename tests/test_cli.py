@@ -581,6 +581,8 @@ def spoiled(tmp_path):
         (["generate", "x", "--policy", "h3o"], "no policy is called 'h3o'"),
         (["generate", "x", "--dtype", "int8"], "no dtype 'int8' for a model"),
         (["train", "--family", "elu"], "no family 'elu' can be trained"),
+        (["train", "--dtype", "int8"], "choose one of auto, float32"),
+        (["allocate", "--kernels", str(KERNELS), "--dataset", "nowhere", "--dtype", "int8"], "no dtype 'int8' for a model"),
         (["train", "--policy", "h3o"], "no policy is called 'h3o'"),
         (["compare", "--windows", "100000"], "give more text"),
         (["compare", "--device", "tpu"], "no device 'tpu' here"),

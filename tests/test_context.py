@@ -280,10 +280,13 @@ def test_layers_without_positions_have_no_frequencies_and_the_others_the_models_
     assert found[0].frequencies == tuple(tiny("smollm3").model.rotary_emb.inv_freq.double().tolist())
 
 
-@pytest.mark.parametrize(("others", "found"), [(1, True), (9, False)])
-def test_positions_are_told_by_most_tokens_since_rounding_may_change_one_altogether(others, found):
+@pytest.mark.parametrize(
+    ("dtype", "others", "found"),
+    [(torch.bfloat16, 2, True), (torch.bfloat16, 3, False), (torch.float32, 0, True), (torch.float32, 1, False)],
+)
+def test_positions_are_told_by_most_tokens_since_rounding_to_16_bits_may_change_one_altogether(dtype, others, found):
     turned, later = Rotary((1.0, 0.1)), 64
-    here = [torch.randn(1, 2, 16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    here = [torch.randn(1, 2, 16, 4, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(3)]
     there = [*(turned.turn(x, torch.tensor([[[later]]])) for x in here[:2]), here[2].clone()]
     for x in there:
         x[:, :, :others] += 9

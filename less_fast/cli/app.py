@@ -1,5 +1,5 @@
 """The command `less-kv` itself: what all of its commands share. What is wrong with the input is said in one sentence, with exit
-code 2."""
+code 2; of words and ranges that an option does not take typer tells."""
 
 import json
 import os

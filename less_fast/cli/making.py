@@ -11,7 +11,7 @@ from ..budgets import table as budget_table
 from ..kernels import LessKernels, make_folder
 from ..layer.checks import LessError
 from ..layer.features import RHO_HIDDEN
-from ..loading import AUTO, check_length, load_kernels, load_model, load_texts
+from ..loading import AUTO, check_length, dtype_named, load_kernels, load_model, load_texts
 from ..measuring import versions
 from ..setting import policy_named
 from ..text import windows as cut_windows
@@ -66,6 +66,7 @@ def train(
     check_streamed(rule)
     recipe = recipe_of(family or "exponential", seed=seed, rho=RHO_HIDDEN if rule.needs == "rho" else None)
     rules_in_turns(rule, recipe, length)
+    dtype_named(dtype, model)
     texts, source = load_texts(text, "", "train")
     network, tokenizer = load_model(model, "cuda" if torch.cuda.is_available() else "cpu", dtype)
     check_length(network, length)
@@ -131,6 +132,7 @@ def allocate(
     rule = policy_named(policy, 32)  # curves are of all budgets
     check_policy(rule)
     refined = [evicting(policy, budget, length) for budget in refine.split(",") if budget]
+    dtype_named(dtype, model)
     texts, _ = load_texts(text, dataset, "train", 8 * length * windows)
     network, tokenizer = load_model(model, device, dtype)
     check_length(network, length)

@@ -13,7 +13,7 @@ from ..kernels import LessKernels
 from ..layer.checks import LessError
 from ..layer.fastgen import token_kinds
 from ..layer.features import RHO_HIDDEN
-from ..loading import AUTO, check_length, load_kernels, load_model, load_shape, load_texts
+from ..loading import AUTO, check_length, dtype_named, load_kernels, load_model, load_shape, load_texts
 from ..measuring import bench as benchmark
 from ..measuring import compare as comparison
 from ..setting import best_policy, policy_named
@@ -49,6 +49,7 @@ def compare(
     """Full cache, bare policy, Baseline+ and LESS side by side: perplexity, bytes held, tokens per second."""
     best = policy == options.BEST
     policies = [evicting("h2o" if best else policy, budget, length) for budget in budgets.split(",")]
+    dtype_named(dtype, model)
     texts, source = load_texts(text, "", "test")
     network, tokenizer = load_model(model, device, dtype)
     check_length(network, length)

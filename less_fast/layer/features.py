@@ -48,20 +48,19 @@ class Features(nn.Module):
         kernels, phi.z; both (N, Hq, L)."""
 
     def select_heads(self, kv_heads: Sequence[int]) -> "Features":
-        """The kernels of these KV heads and of the query heads that read them: themselves for all heads, or if heads do not
-        differ, else a copy of the weights that all who ask share."""
+        """The kernels of these KV heads and of the query heads that read them: themselves for all heads, else a copy of the
+        weights that all who ask share."""
         heads = tuple(kv_heads)
-        own = [name for name in self.state_dict() if name.startswith(self.OF_HEADS)]
-        return self._shared(heads, lambda: self._of_heads(heads, own)) if own and heads != tuple(range(self.kv_heads)) else self
+        return self if heads == tuple(range(self.kv_heads)) else self._shared(heads, lambda: self._of_heads(heads))
 
-    def _of_heads(self, heads, own):
+    def _of_heads(self, heads):
         part, G = copy.deepcopy(self), self.query_heads // self.kv_heads
         query_heads = [head * G + a for head in heads for a in range(G)]
         part.query_heads, part.kv_heads = len(query_heads), len(heads)
-        for name in own:
-            weight = part.get_parameter(name)
-            weight.data = weight.data[query_heads if name.startswith("q") else list(heads)]
-        return part.requires_grad_(False)
+        for name, weight in part.named_parameters():
+            if name.startswith(self.OF_HEADS):
+                weight.data = weight.data[query_heads if name.startswith("q") else list(heads)]
+        return part.requires_grad_(False).eval()
 
     def without_state(self) -> "Features":
         """Rho alone: for the bare policy, where what is evicted is forgotten."""

@@ -11,7 +11,7 @@ import torch
 from ..files import aside, write_text
 from ..layer.checks import LessError
 
-FORMAT = 3  # of the files; a change of what they hold takes the next number
+FORMAT = 4  # of the files; a change of what they hold takes the next number
 
 
 class Work:
