@@ -735,7 +735,7 @@ def test_devices_that_are_not_here_are_refused_in_one_sentence(name):
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", "torch.float32"])
 def test_dtypes_that_no_model_has_here_are_refused(dtype):
-    with pytest.raises(LessError, match="choose one of float32, bfloat16, float16"):
+    with pytest.raises(LessError, match="choose one of auto, float32, bfloat16, float16"):
         load_model("", dtype=dtype)
 
 
