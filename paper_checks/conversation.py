@@ -43,6 +43,7 @@ def questions(count: int, seed: int) -> list[str]:
 
 
 def held(conversation: Conversation) -> dict[str, int]:
+    """Its tokens, and the bytes that its cache holds."""
     return {"tokens": conversation.ids.shape[1], "bytes": held_bytes(conversation.cache)}
 
 

@@ -78,6 +78,16 @@ def test_directions_are_orthogonal_in_blocks_of_head_dim(count, head_dim, seed):
 LEARNED = st.sampled_from([LayerKernels, Exponential])
 
 
+@pytest.mark.parametrize("family", [LayerKernels, Exponential, Performer, Elu])
+def test_kernels_of_some_heads_are_of_as_many_and_drop_nothing_whatever_the_mode_of_the_whole(family):
+    kernels, x = family(6, 3, 4), torch.randn(1, 4, 5, 4)
+    kernels.dropout = 0.5
+    part = kernels.train().select_heads([2, 0])
+    assert (part.query_heads, part.kv_heads) == (4, 2)
+    assert torch.equal(part.phi(x), part.phi(x))
+    assert not any(weight.requires_grad for weight in part.parameters())
+
+
 def test_exponential_kernels_need_no_hidden_layer():
     kernels, x = Exponential(2, 1, 3, rank=4, hidden=0), torch.randn(1, 2, 5, 3)
     assert_close(kernels.phi(x).log(), x @ kernels.q0, 1e-5)  # float32

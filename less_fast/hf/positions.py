@@ -14,8 +14,8 @@ from .architecture import decoder_of
 from .identity import FAR, NEAR, observed
 from .watch import keepers_of_positions, rotates_in_another_way_beyond
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 SPARED = 2  # tokens, in 16 bits
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """By how much queries, keys and values that were turned may differ from the model's own, by their norms. What the layers before
 round adds up: in bfloat16 to 5 % in the layers of SmolLM2 and of Qwen2.5-Coder-1.5B. It may change a token altogether, one of
 sixteen in Qwen's, so that the worst ones are SPARED. What is turned in another way differs by as much as it is."""
@@ -80,7 +80,7 @@ def _error(rotary, here, there, later):
 
 
 def _apart(x, wanted):
-    """(1, H, T, D) each."""
+    """The norm of x - wanted, (1, H, T, D) each, by that of wanted; in 16 bits without the tokens that differ most."""
     difference, size = (y.float().square().sum((0, 1, 3)) for y in (x - wanted, wanted))  # (T,)
     spared = SPARED if x.dtype.itemsize < 4 else 0
     rest = (difference / size.clamp(min=1e-30)).argsort()[: len(size) - spared]

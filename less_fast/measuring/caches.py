@@ -1,7 +1,7 @@
 """Caches as measurements need them: what they hold, and filled to a length without reading a prompt."""
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ..hf.cache import LessCache, LessLayer, bytes_of
 from ..layer.state import LayerState
@@ -63,17 +63,10 @@ def lengthen(cache: Cache, tokens: int) -> None:
         if isinstance(layer, LessLayer):
             age(layer.state, tokens)
         elif getattr(layer, "keys", None) is not None:
-            grow(layer, layer.keys, layer.values, tokens)
-
-
-def grow(layer: DynamicLayer, k: torch.Tensor, v: torch.Tensor, tokens: int) -> None:
-    """So many random keys and values enter a layer of transformers' own, in the shape of k and v (N, H, *, D).
-
-    The last comes alone, as in decoding: a layer with a sliding window then holds its window, and no more.
-    """
-    for many in (tokens - 1, min(tokens, 1)):
-        if many > 0:
-            layer.update(*(torch.randn(*x.shape[:2], many, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v)))
+            kv = layer.keys, layer.values  # (N, H, *, D)
+            for many in (tokens - 1, min(tokens, 1)):  # the last alone, so that a sliding window holds no more than it does
+                if many > 0:
+                    layer.update(*(torch.randn(*x.shape[:2], many, x.shape[3], dtype=x.dtype, device=x.device) for x in kv))
 
 
 def age(state: LayerState, tokens: int) -> None:

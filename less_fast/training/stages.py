@@ -157,10 +157,11 @@ def _rules(policy: Policy, recipe: Recipe) -> list[Policy]:
 
 def _begin(model, recipe, policy, about, start):
     """The kernels before the first step. LessError if those to begin with are of other sizes, or rho is missing."""
-    (layers, served), rank = (sizes(model)["layers"], less_layers(model)), recipe.rank
-    if len(served) < layers:  # a list, with 0 for those that LESS does not serve
-        rank = [recipe.rank * (index in served) for index in range(layers)]
-    wanted: dict[str, Any] = sizes(model) | dict(rank=rank, hidden=recipe.hidden, family=recipe.family)
+    served = less_layers(model)
+    ranks = [recipe.rank * (index in served) for index in range(sizes(model)["layers"])]  # 0 for what LESS does not serve
+    wanted: dict[str, Any] = sizes(model) | dict(
+        rank=ranks if 0 in ranks else recipe.rank, hidden=recipe.hidden, family=recipe.family
+    )
     theirs = start and start.sizes.get("rho")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights whenever it is begun
         torch.manual_seed(recipe.seed)
