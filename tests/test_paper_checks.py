@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.tasks.mutual import utils as mutual
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import paper_checks.__main__ as command
@@ -665,6 +667,30 @@ def test_a_pair_that_was_not_measured_has_no_score():
     assert noted.scores([((1,), (2,))]) == [(0.5, True)]
     with pytest.raises(LessError, match="asks what was not measured"):
         noted.scores([((1,), (2,)), ((1,), (3,))])
+
+
+def test_recall_at_1_and_2_is_of_the_ranks_of_the_right_answers():
+    choices, right = [["aaa", "aa", "a", "aaaa"]] * 4, "CBAD"
+
+    class Shortest(harness.Noted):
+        def scores(self, pairs, disable_tqdm=False):
+            return [(-float(len(self.tokenizer.decode(answer))), False) for _, answer in pairs]
+
+    task = {
+        "task": "ranks",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"options": o, "answers": a} for o, a in zip(choices, right)])},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "doc_to_choice": "options",
+        "doc_to_target": 0,
+        "process_results": mutual.process_results,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("r@1", "r@2", "mrr")],
+    }
+    found = harness.metrics(Shortest(AutoTokenizer.from_pretrained(MODEL), 64), [task])["ranks"]
+    assert found["r@1"].tolist() == [1, 0, 0, 0]
+    assert found["r@2"].tolist() == [1, 1, 0, 0]
+    assert found["mrr"].tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
 
 
 def test_the_gap_is_bare_h2os_even_for_a_policy_whose_bare_cache_was_not_measured(tables):
