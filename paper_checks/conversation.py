@@ -2,9 +2,9 @@
 
     python -m paper_checks.conversation --model qwen2.5-coder-1.5b
 
-The first turn tells a few facts. Then come questions about the functions of Python's standard library, and at the end the facts
-are asked for. Answers are greedy, as `Conversation` of less_fast/chat.py gives them. LESS talks; then the full cache reads the
-same conversation and is asked for the same facts.
+The first turn tells a few facts. Then come questions about the functions of Python's standard library, answered as `less-kv chat`
+answers them, and at the end the facts are asked for. LESS talks. Then the full cache reads the same conversation, once all of it
+and once the last turns alone, and is asked for the same facts. What is said of the facts is greedy.
 """
 
 import random
@@ -47,13 +47,22 @@ def held(conversation: Conversation) -> dict[str, int]:
     return {"tokens": conversation.ids.shape[1], "bytes": held_bytes(conversation.cache)}
 
 
+def last_turns(conversation: Conversation, tokens: int) -> list[dict[str, str]]:
+    """As many of its last turns as the template writes in so many tokens."""
+    turns, tokenizer = conversation.messages, conversation.tokenizer
+    while turns and len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]) > tokens:
+        turns = turns[2:]
+    return turns
+
+
 @torch.inference_mode()
-def talk(conversation: Conversation, turns: list[str], new: int) -> list[dict[str, int]]:
-    """Tokens and bytes behind each turn."""
+def talk(conversation: Conversation, turns: list[str], new: int, temperature: float) -> list[dict[str, int]]:
+    """Behind each turn the tokens and bytes, and how many characters its answer has."""
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     behind, start = [], time.perf_counter()
     for number, turn in enumerate(turns):
-        conversation.answer(turn, new, do_sample=False)
-        behind.append(held(conversation))
+        answer = conversation.answer(turn, new, **how)
+        behind.append(held(conversation) | {"answered": len(answer)})
         if number % SHOWN == 0:
             print(f"turn {number + 1}: {behind[-1]}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return behind
@@ -75,14 +84,23 @@ def measure(chosen, write) -> None:
     model, tokenizer = load_model(chosen.model, dtype=AUTO)
     kernels = load_kernels(model, "")
     policy, context = best_policy(kernels, chosen.budget), trained_length(model, kernels)
-    less = Conversation(model, tokenizer, LessCache.for_model(model, policy, kernels, context=context))
-    behind = talk(less, [BEGINNING, *questions(chosen.turns - 1, chosen.seed)], chosen.new)
-    full = Conversation(model, tokenizer, DynamicCache(config=model.config))
+    less, last, full = (
+        Conversation(model, tokenizer, cache)
+        for cache in (
+            LessCache.for_model(model, policy, kernels, context=context),
+            DynamicCache(config=model.config),
+            DynamicCache(config=model.config),
+        )
+    )
+    torch.manual_seed(chosen.seed)
+    behind = talk(less, [BEGINNING, *questions(chosen.turns - 1, chosen.seed)], chosen.new, chosen.temperature)
+    last.messages = last_turns(less, context * 3 // 4)  # the rest of the context is for what is asked
     full.ids, full.shown, full.messages = less.ids, less.shown, [*less.messages]
-    row = {"cache": "LESS", "policy": repr(policy), "context": context, "behind": behind} | asked(less, chosen.new)
-    write(rows := [row])
-    rows.append({"cache": "full"} | asked(full, chosen.new))
+    rows = [{"cache": "LESS", "policy": repr(policy), "context": context, "behind": behind} | asked(less, chosen.new)]
     write(rows)
+    for name, one in (("full, the last turns alone", last), ("full", full)):
+        rows.append({"cache": name} | asked(one, chosen.new))
+        write(rows)
     for row in rows:
         print(f"{row['cache']}: {row['tokens']} tokens, {row['bytes']} bytes", *map(": ".join, row["said"].items()), sep="\n")
 
@@ -93,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer, at most")
     parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=script.Path, help="results/conversation_MODEL.json by default")
     chosen = parser.parse_args(arguments)

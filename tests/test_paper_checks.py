@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from less_fast.measuring.compare import contenders
 from less_fast.measuring.harness import CachedLM, LessLM
 from less_fast.measuring.reading import Reader
 from less_fast.text import windows
-from paper_checks import answers, exact, harness, real_model, streams, summarization, trained
+from paper_checks import answers, conversation, exact, harness, real_model, streams, summarization, trained
 from paper_checks.check import FAILS, HOLDS, IN_PART, MOST, UNMEASURED, Subject, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -731,6 +732,17 @@ def test_a_figure_is_paired_and_its_shares_are_of_a_loss_that_is_one():
     assert "recovered" not in real_model.figure("text, perplexity", own, full, full + torch.tensor([1, -1, 0]), None, None)
     right = real_model.figure("boolq, acc", -own, -full, -gap, -bare, -plus)
     assert right["recovered"][0] == pytest.approx(((gap - own).mean() / (gap - full).mean()).item())
+
+
+def test_the_last_turns_of_a_conversation_are_as_many_as_have_room_and_are_whole(here):
+    tokenizer = copy.deepcopy(here.tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    turns = [{"role": role, "content": f"of turn {turn}"} for turn in range(5) for role in ("user", "assistant")]
+    size = [len(tokenizer(tokenizer.apply_chat_template(turns[2 * at :], tokenize=False))["input_ids"]) for at in range(5)]
+    talked = SimpleNamespace(messages=turns, tokenizer=tokenizer)
+    for first in range(5):
+        assert conversation.last_turns(talked, size[first]) == turns[2 * first :]
+        assert conversation.last_turns(talked, size[first] - 1) == turns[2 * first + 2 :]
 
 
 def test_a_prompt_by_the_chat_template_asks_within_its_room(here):
