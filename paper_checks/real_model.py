@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -163,6 +163,7 @@ PARTS: dict[str, tuple[str, Callable, int | None]] = {
     "long": ("long", perplexity, 1),
 }
 """What is read of the inputs, by what, and how a text enters (`chunk`)."""
+CACHES = "full", "bare", *map("".join, product(("baseline+", "less"), ("", " uniform", " by head")))
 
 
 def measure(chosen) -> None:
@@ -180,7 +181,7 @@ def measure(chosen) -> None:
     if absent := [part for part in parts if PARTS.get(part, [part])[0] not in inputs]:
         raise LessError(f"nothing in {chosen.inputs} is for the part {absent[0]!r}: choose some of {', '.join(PARTS)}")
     asked = chosen.caches.split(",") if chosen.caches else []
-    script.known("cache", asked, ("full", "bare", "baseline+", "less"))
+    script.known("cache", asked, CACHES)
     for part in parts:
         what, measured, chunk = PARTS[part]
         limits = {"answers": answering.NEW, "summaries": NEW}.get(what)  # of what is written
@@ -195,7 +196,8 @@ def measure(chosen) -> None:
                 label |= {"context": None if contender.cache == "full" else chosen.context, "inputs": read}
                 label |= {"kernels": None if contender.cache == "full" else own}
                 there = any(label.items() <= record.items() for record in done["results"])
-                if there or (asked and contender.cache not in asked):
+                names = {contender.cache, f"{contender.cache} {contender.budgets}"}
+                if there or (asked and names.isdisjoint(asked)):
                     continue
                 start = time.perf_counter()
                 reader = Reader(model, tokenizer, contender.make, chunk, chosen.batch, length)
@@ -334,7 +336,7 @@ def options(arguments):
     verb.add_argument("--parts", default="", help=f"of {'; '.join(PARTS)}: separated by commas; all that the inputs have")
     verb.add_argument("--policies", default="h2o", help="separated by commas")
     verb.add_argument("--budgets", default="5%", help="tokens kept, or shares of a window, separated by commas")
-    verb.add_argument("--caches", default="", help="full, bare, baseline+ or less, separated by commas; all by default")
+    verb.add_argument("--caches", default="", help=f"of {', '.join(CACHES)}: separated by commas; all by default")
     verb.add_argument("--context", type=int, help="positions that all caches but the full one stay within; as many as tokens")
     verb.add_argument("--batch", type=int, default=512, help="windows or questions in one forward pass")
     for verb in verbs.choices.values():

@@ -706,6 +706,20 @@ def test_the_gap_is_bare_h2os_even_for_a_policy_whose_bare_cache_was_not_measure
     assert len(others) == 4
 
 
+def test_of_the_caches_those_are_measured_that_are_named(tables):
+    assert tables("prepare")[0] == 0
+    what = ("measure", "--parts", "perplexity", "--budgets", "10%", "--policies", "retention")
+    named = {
+        "full,less by head": [("full", None), ("less", "by head")],
+        "bare,less uniform": [("bare", "uniform"), ("less", "uniform")],
+    }
+    for caches in named:
+        assert tables(*what, "--caches", caches)[0] == 0
+    records = json.loads(tables("report")[1].read_text())["results"]
+    assert [(record["cache"], record["budgets"]) for record in records] == [one for some in named.values() for one in some]
+    assert tables(*what, "--caches", "full by head")[0] == 2
+
+
 def test_the_gap_is_bare_h2os_where_that_was_measured(tables):
     assert tables("prepare")[0] == 0
     assert (
