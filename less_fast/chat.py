@@ -42,6 +42,7 @@ class Conversation:
 
     def answer(self, text: str, max_new_tokens: int = 512, **options: Any) -> str:
         """What the model answers to `text`. Options go to `model.generate`: a streamer, do_sample, stopping_criteria, ...
+        In a long conversation sample: greedy answers come to imitate the last ones, and get shorter.
 
         An answer ends with a token that ends texts (`text.ends`); or it is cut off after max_new_tokens, or by the stopping
         criteria, and the conversation goes on from there.
