@@ -65,20 +65,24 @@ def test_the_three_files_are_written_and_chats_stand_under_the_template(tmp_path
     assert "has no chat template" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("budget", [9, 900])
-def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_the_full_cache_reads_the_same_text(budget, tmp_path, capsys):
-    model, tokenizer = make_talking(max_position_embeddings=2000)
+@pytest.mark.parametrize(("budget", "positions"), [(9, 400), (900, 2000)])
+def test_a_conversation_holds_the_same_bytes_behind_every_turn_and_full_caches_read_the_same_text(
+    budget, positions, tmp_path, capsys
+):
+    model, tokenizer = make_talking(max_position_embeddings=positions)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--turns", "5", "--new", "4", "--budget", str(budget)]
     assert conversation.main([*options, "--out", str(tmp_path / "out.json")]) == 0
-    less, full = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["cache"] for row in (less, full)] == ["LESS", "full"]
-    assert [*less["said"]] == [*full["said"]] == [*conversation.ASKED]
+    less, last, full = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["cache"] for row in (less, last, full)] == ["LESS", "full, the last turns alone", "full"]
+    assert [*less["said"]] == [*last["said"]] == [*full["said"]] == [*conversation.ASKED]
     behind = [one["tokens"] for one in less["behind"]]
     assert len(behind) == 5
     assert behind == sorted({*behind})
     assert len({one["bytes"] for one in less["behind"]}) == 1
     if budget > less["tokens"]:  # nothing is evicted
         assert (less["said"], less["tokens"]) == (full["said"], full["tokens"])
+    else:  # the first turns are out of the context
+        assert 0 < last["tokens"] < full["tokens"]
     assert "turn 1: " in capsys.readouterr().err
