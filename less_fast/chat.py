@@ -41,11 +41,10 @@ class Conversation:
         self.shown = ""  # the messages and the beginning of an answer, as the template wrote them last
 
     def answer(self, text: str, max_new_tokens: int = 512, **options: Any) -> str:
-        """What the model answers to `text`. Options go to `model.generate`: a streamer, do_sample, stopping_criteria, ...
-        In a long conversation sample: greedy answers come to imitate the last ones, and get shorter.
+        """What the model answers to `text`. Options go to `model.generate`: a streamer, stopping_criteria, ...
+        Long conversations need do_sample=True: greedy answers imitate the last ones, and get shorter.
 
-        An answer ends with a token that ends texts (`text.ends`); or it is cut off after max_new_tokens, or by the stopping
-        criteria, and the conversation goes on from there.
+        An answer ends with a token that ends texts (`text.ends`). The conversation also goes on behind one that was cut off.
         Raises LessError if the template refuses this turn, or does not tell where answers end; warns if it would now write
         earlier turns in another way (a new date, thinking left out): the cache keeps them as they were fed.
         """

@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -163,7 +163,7 @@ PARTS: dict[str, tuple[str, Callable, int | None]] = {
     "long": ("long", perplexity, 1),
 }
 """What is read of the inputs, by what, and how a text enters (`chunk`)."""
-CACHES = "full", "bare", *map("".join, product(("baseline+", "less"), ("", " uniform", " by head")))
+CACHES = "full", "bare", "baseline+", "baseline+ uniform", "baseline+ by head", "less", "less uniform", "less by head"
 
 
 def measure(chosen) -> None:
